@@ -1,0 +1,97 @@
+"""Whether the plugin would engage for a config of LightZero's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lzero_kv.cli.checks import Check, Mark
+from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
+from lzero_kv.config import KVCacheConfig
+
+PLUGIN = 'lzero_kv.plugin'
+FLAG = 'use_new_cache_manager'
+ENTRIES = ('train_unizero', 'train_unizero_segment')
+POLICIES = ('unizero', 'sampled_unizero')
+
+
+def config_checks(path: Path) -> list[Check]:
+    """Run a config up to its training entry and return what the plugin would find there.
+
+    The plugin engages when it is imported (import_names), the entry and the policy are ones it knows, the
+    flag is on and the values of `kv_cache` are possible. One check each; any that is not ok keeps the stock
+    cache or stops the training.
+    """
+    try:
+        call = training_call(path)
+    except ConfigError as error:
+        return [Check(Mark.FAIL, 'config', str(path), str(error))]
+    world_model = _at(call.config, 'policy', 'model', 'world_model_cfg')
+    return [
+        _entry_check(call),
+        _policy_check(call),
+        _import_check(call),
+        _flag_check(world_model),
+        _values_check(world_model),
+    ]
+
+
+def _entry_check(call: TrainingCall) -> Check:
+    if call.entry in ENTRIES:
+        return Check(Mark.OK, 'training entry', call.entry)
+    return Check(
+        Mark.FAIL,
+        'training entry',
+        call.entry,
+        f'the plugin works in {" and ".join(ENTRIES)}; use a config of those',
+    )
+
+
+def _policy_check(call: TrainingCall) -> Check:
+    policy = _at(call.create_config, 'policy', 'type')
+    if policy in POLICIES:
+        return Check(Mark.OK, 'policy', policy)
+    return Check(
+        Mark.FAIL, 'policy', str(policy), f'create_config.policy.type must be one of {", ".join(POLICIES)}'
+    )
+
+
+def _import_check(call: TrainingCall) -> Check:
+    names = list(_at(call.create_config, 'policy', 'import_names') or ())
+    if PLUGIN in names:
+        return Check(Mark.OK, 'import_names', ', '.join(names))
+    return Check(
+        Mark.FAIL,
+        'import_names',
+        ', '.join(names) or 'none',
+        f'the flag does nothing without the plugin; write policy.import_names={[*names, PLUGIN]!r} '
+        'in the create config',
+    )
+
+
+def _flag_check(world_model: Any) -> Check:
+    flag = _at(world_model, FLAG)
+    if flag is True:
+        return Check(Mark.OK, FLAG, 'True')
+    remedy = f'the stock cache is used; write policy.model.world_model_cfg=dict(..., {FLAG}=True)'
+    return Check(Mark.FAIL, FLAG, 'not in world_model_cfg' if flag is None else repr(flag), remedy)
+
+
+def _values_check(world_model: Any) -> Check:
+    given = _at(world_model, 'kv_cache') or {}
+    try:
+        config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
+    except (ValueError, TypeError) as error:
+        return Check(Mark.FAIL, 'kv_cache', ', '.join(map(str, given)) or 'defaults', str(error))
+    values = ', '.join(f'{name}={getattr(config, name)}' for name in given)
+    return Check(Mark.OK, 'kv_cache', values or 'defaults')
+
+
+def _at(tree: Any, *names: str) -> Any:
+    """Return the value at a path of nested mappings, None where the path ends early."""
+    for name in names:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree

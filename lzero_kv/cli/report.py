@@ -1,0 +1,86 @@
+"""`lzero-kv report`: the cache's part of a TensorBoard log as tables and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lzero_kv.cli.console import show_error, show_line, show_table
+from lzero_kv.telemetry.metrics import Axis
+from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run
+from lzero_kv.telemetry.table import statistics_table
+
+PLOT_NAME = 'kv_cache.png'
+NOT_ENGAGED = (
+    'the log has no chart of the KV cache, so its first collection is not done yet or the plugin is not on. '
+    'A config needs both '
+    'world_model_cfg=dict(..., use_new_cache_manager=True) and '
+    "create_config.policy.import_names=[..., 'lzero_kv.plugin'], and must not switch off "
+    'kv_cache.enable_stats or kv_cache.tensorboard. Check it with: lzero-kv doctor CONFIG.py'
+)
+
+
+def report(
+    logdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='LOGDIR')],
+    out: Annotated[Path | None, tyro.conf.arg(metavar='PNG')] = None,
+) -> int:
+    """Print the statistics of a training's KV cache and write them as a plot.
+
+    The first table adds the counters up over the whole run (entries, occupancy and bytes are those of the
+    end), the second shows the last point alone. The plot shows hit rate, rebuilt tokens, evictions, occupancy
+    and memory over environment steps. With several runs below LOGDIR every one is reported, each plot in its
+    own experiment folder.
+
+    Args:
+        logdir: the experiment folder (exp_name) of LightZero, its log or log/serial, or a folder of many.
+        out: where to write the plot; LOGDIR/kv_cache.png if it is not given.
+
+    Returns:
+        0, or 1 when there is nothing to report; the reason goes to standard error.
+    """
+    try:
+        runs, silent = _engaged_runs(logdir)
+        if not runs:
+            raise LogError(f'{logdir}: {NOT_ENGAGED}')
+        if out is not None and len(runs) > 1:
+            folders = ', '.join(str(run.folder) for run in runs)
+            raise LogError(
+                f'--out is for one run, but {logdir} holds {len(runs)}: {folders}. Give one of them'
+            )
+        for run in runs:
+            _show(run, _plot_path(run, logdir, out, alone=len(runs) == 1))
+    except ValueError as error:
+        show_error(str(error))
+        return 1
+    for folder in silent:
+        show_line(f'{folder}: no chart of the KV cache, left out')
+    return 0
+
+
+def _engaged_runs(logdir: Path) -> tuple[list[RunLog], list[Path]]:
+    """Return the runs below `logdir` that have charts of the cache, and the folders that have others only."""
+    logs = [read_run(folder) for folder in find_runs(logdir)]
+    return [log for log in logs if log.pools], [log.folder for log in logs if not log.pools]
+
+
+def _plot_path(run: RunLog, logdir: Path, out: Path | None, *, alone: bool) -> Path:
+    if out is not None:
+        return out
+    if alone:
+        return logdir / PLOT_NAME
+    in_experiment = run.folder.parts[-2:] == ('log', 'serial')
+    return (run.folder.parent.parent if in_experiment else run.folder) / PLOT_NAME
+
+
+def _show(run: RunLog, path: Path) -> None:
+    # Imported here so that a broken plotting library does not take the other commands with it.
+    from lzero_kv.telemetry.plot import plot_run
+
+    ends = run.last_steps()
+    step, iteration = ends.get(Axis.ENV_STEP, 0), ends.get(Axis.TRAIN_ITER, 0)
+    show_line(f'log: {run.folder}, {step:,} environment steps, {iteration:,} training iterations')
+    show_table(statistics_table(run.totals(), 'Whole run'))
+    show_table(statistics_table(run.last(), 'Last point'))
+    show_line(f'plot: {plot_run(run, path)}')

@@ -1,0 +1,99 @@
+"""Finds out which config a LightZero config file would train with, by running it up to the training entry."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class ConfigError(ValueError):
+    """A file is no config of LightZero's form; the message says why."""
+
+
+@dataclass(frozen=True)
+class TrainingCall:
+    """What a config file hands to LightZero: the entry's name, the main config and the create config."""
+
+    entry: str
+    config: Mapping[str, Any]
+    create_config: Mapping[str, Any]
+
+
+class _Reached(BaseException):
+    """Leaves the config file at the training entry; no Exception, so that the file cannot catch it by
+    accident.
+    """
+
+    def __init__(self, call: TrainingCall) -> None:
+        super().__init__()
+        self.call = call
+
+
+def training_call(path: Path) -> TrainingCall:
+    """Run a file as `python PATH` without arguments and return the call with which it would start to train.
+
+    LightZero's configs build their dictionaries at import or in a `main` with arguments of its own, so only
+    running one tells what it says. What the file prints is dropped.
+
+    Raises:
+        ConfigError: there is no such file, it fails, or it ends without calling an entry.
+    """
+    if not path.is_file():
+        raise ConfigError(f'{path} is no file; give a config file that LightZero can run')
+    argv, search_path = sys.argv, list(sys.path)
+    sys.argv = [str(path)]
+    sys.path.insert(0, str(path.resolve().parent))
+    sink = io.StringIO()
+    try:
+        with _entries_replaced(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+            runpy.run_path(str(path), run_name='__main__')
+    except _Reached as reached:
+        return reached.call
+    except SystemExit as end:
+        raise ConfigError(f'{path} exited with code {end.code} before it called a training entry') from end
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f'{path} fails: {type(error).__name__}: {error}') from error
+    finally:
+        sys.argv = argv
+        sys.path[:] = search_path
+    raise ConfigError(f'{path} ended without calling a training entry such as lzero.entry.train_unizero')
+
+
+@contextlib.contextmanager
+def _entries_replaced() -> Iterator[None]:
+    """Put a function that reports its arguments in the place of every `lzero.entry.train_*`."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        import lzero.entry
+    replaced: list[tuple[Any, str, Any]] = []
+    try:
+        for name in [name for name in vars(lzero.entry) if name.startswith('train_')]:
+            original = getattr(lzero.entry, name)
+            # The module of the same name holds the function too: a config may import it from there.
+            for owner in (lzero.entry, sys.modules.get(f'lzero.entry.{name}')):
+                if owner is not None and callable(original):
+                    replaced.append((owner, name, getattr(owner, name)))
+                    setattr(owner, name, _reporter(name))
+        yield
+    finally:
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
+
+
+def _reporter(entry: str) -> Callable[..., NoReturn]:
+    def report(*args: Any, **kwargs: Any) -> NoReturn:
+        given = args[0] if args else kwargs.get('input_cfg')
+        if not isinstance(given, (list, tuple)) or len(given) != 2:
+            raise ConfigError(
+                f'{entry} must be called with [main_config, create_config], got {type(given).__name__}'
+            )
+        raise _Reached(TrainingCall(entry, given[0], given[1]))
+
+    return report

@@ -1,0 +1,116 @@
+"""What a user may choose: ``world_model_cfg.kv_cache``."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class KVCacheConfig(BaseModel):
+    """Choices of the cache, each with a default. Frozen; every mistake is reported in one ValueError."""
+
+    model_config = ConfigDict(
+        frozen=True, extra='forbid', use_attribute_docstrings=True, validate_default=True
+    )
+
+    policy: Literal['lru', 'fifo', 'lfu', 'priority'] = 'lru'
+    """Which entry makes room when a pool is full: the least recently used, the first stored, the least often
+    used, or the one of lowest priority (visit counts)."""
+    window: Literal['shift', 'rebuild'] = 'shift'
+    """What happens to a full context window: 'shift' drops the oldest step and shifts the kept positions as
+    the host does, 'rebuild' computes the kept tokens anew, which is exact."""
+    padding: Literal['masked', 'host'] = 'masked'
+    """How histories of different length share a batch: 'masked' hides the padding from attention, 'host' pads
+    with visible zeros as the host does, for comparison with published runs."""
+    max_bytes: Count | None = 2 * 1024**3
+    """Bound of the bytes of all pools of one world model together; None for no bound."""
+    root_slots: Count = 1
+    """Root histories kept for each environment."""
+    recurrent_slots: Count | None = None
+    """Search nodes kept for all environments together; None for the number of nodes of the largest search
+    (rows times num_simulations + 1), which no search overflows."""
+    enable_stats: StrictBool = True
+    """Whether events are counted."""
+    tensorboard: StrictBool = True
+    """Whether the counters are written to the TensorBoard log of the run."""
+    histograms: StrictBool = True
+    """Whether entry lifetimes and reuse distances are written as histograms beside the counters."""
+
+    @model_validator(mode='after')
+    def _refuse_impossible_pairs(self) -> KVCacheConfig:
+        problems = _impossible_pairs({name: getattr(self, name) for name in self.model_fields_set})
+        if problems:
+            raise ValueError('; '.join(problems))
+        return self
+
+    @classmethod
+    def from_world_model_cfg(cls, cfg: Any) -> KVCacheConfig:
+        """Read ``cfg.kv_cache``: a mapping, a :class:`KVCacheConfig`, None or absent (all defaults).
+
+        Raises:
+            TypeError: ``kv_cache`` is something else.
+            ValueError: unknown names, wrong values or impossible pairs of values: one line for each, all at
+                once.
+        """
+        given = read_field(cfg, 'kv_cache', None)
+        if given is None:
+            return cls()
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, dict):
+            raise TypeError(f"kv_cache must be a dict such as dict(policy='lru'), got {type(given).__name__}")
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            # a wrong field keeps the model's own check from looking at the pairs
+            problems = [_describe(item) for item in error.errors() if item['loc']] + _impossible_pairs(given)
+        lines = [f'  kv_cache.{text}' for text in problems]
+        raise ValueError('\n'.join([f'{len(lines)} mistake(s) in world_model_cfg.kv_cache:', *lines]))
+
+
+def read_field(cfg: Any, name: str, default: Any) -> Any:
+    """``cfg.name`` or ``cfg['name']``, whichever ``cfg`` has; else ``default``."""
+    if isinstance(cfg, dict):
+        return cfg.get(name, default)
+    return getattr(cfg, name, default)
+
+
+def _impossible_pairs(values: dict[str, Any]) -> list[str]:
+    problems = []
+    if values.get('window') == 'rebuild' and values.get('padding') == 'host':
+        problems.append(
+            "window: 'rebuild' cannot be combined with padding='host', which reproduces the host's shift; "
+            "write window='shift' or padding='masked'"
+        )
+    if values.get('enable_stats') is False and values.get('tensorboard') is True:
+        problems.append(
+            'tensorboard: True needs enable_stats=True; leave tensorboard out or write enable_stats=True'
+        )
+    return problems
+
+
+_EXPECTED = {
+    'max_bytes': 'an integer of at least 1 (bytes) or None',
+    'root_slots': 'an integer of at least 1',
+    'recurrent_slots': 'an integer of at least 1 or None',
+}
+
+
+def _describe(item: Any) -> str:
+    name, value = str(item['loc'][0]), item['input']
+    if item['type'] == 'extra_forbidden':
+        return f'{name}: there is no such field{_did_you_mean(name, list(KVCacheConfig.model_fields))}'
+    if item['type'] == 'literal_error':
+        allowed = list(get_args(KVCacheConfig.model_fields[name].annotation))
+        return f'{name}: expected one of {allowed}, got {value!r}{_did_you_mean(str(value), allowed)}'
+    expected = _EXPECTED.get(name, 'True or False')
+    return f'{name}: expected {expected}, got {value!r} of type {type(value).__name__}'
+
+
+def _did_you_mean(name: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), allowed, n=1)
+    return f'; did you mean {close[0]!r}?' if close else f'; allowed: {", ".join(allowed)}'

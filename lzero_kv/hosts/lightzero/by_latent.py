@@ -1,0 +1,53 @@
+"""Finds parents for callers that know a node only by its latent state."""
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lzero_kv.keys import digest_rows
+from lzero_kv.manager import KVCacheManager
+
+from .nodes import ROOT, SearchNodes
+from .outputs import StepOutputs
+
+
+class NodesByLatent:
+    """A search whose parents are named by (row, digest of the latent state).
+
+    Where one row has several nodes with the same latent state, the newest answers: nothing tells them apart. A latent
+    state that the search never produced is refused.
+
+    Args:
+        nodes: a search that has just begun.
+        root_latents: ``[B, 1, embed]``.
+    """
+
+    def __init__(self, nodes: SearchNodes, root_latents: np.ndarray, manager: KVCacheManager) -> None:
+        self._nodes = nodes
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._name(root_latents, ROOT)
+
+    def expand(self, latents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
+        """Add a child to the node of each row that has this latent state.
+
+        Args:
+            latents: ``[B, 1, embed]``.
+            actions: as in :meth:`SearchNodes.expand`.
+
+        Raises:
+            ValueError: a latent state belongs to no node of its row.
+        """
+        digests = list(enumerate(digest_rows(latents)))
+        unknown = [row for row, digest in digests if (row, digest) not in self._numbers]
+        if unknown:
+            raise ValueError(
+                f'expected latent states of this search (its roots or what recurrent inference returned), got others in '
+                f'rows {unknown}; begin a new search with simulation_index=0'
+            )
+        parents = np.array([self._numbers[row, digest] for row, digest in digests], dtype=np.int64)
+        outputs = self._nodes.expand(parents, actions)
+        self._name(outputs.latent, self._nodes.expanded)
+        return outputs
+
+    def _name(self, latents: np.ndarray | torch.Tensor, number: int) -> None:
+        self._numbers.update({(row, digest): number for row, digest in enumerate(digest_rows(latents))})

@@ -1,0 +1,186 @@
+"""One batch of histories in flight: loaded with one gather, two tokens appended, stored with one scatter."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lzero_kv.config import KVCacheConfig
+from lzero_kv.keys import NO_SLOT
+from lzero_kv.manager import KVCacheManager
+from lzero_kv.window import TOKENS_PER_STEP, Window
+
+from .positions import positions_of
+from .transformer import append_token, causal_pass, position_shift
+
+WindowTokens = Callable[[np.ndarray], torch.Tensor]
+"""Rows (int64 ``[N]``) to the raw embeddings of their newest ``kept`` tokens, ``[N, kept, embed]``."""
+
+
+class Flights:
+    """Makes flights: binds the host's transformer, the manager, the window and one reused buffer."""
+
+    def __init__(self, world_model: Any, manager: KVCacheManager, config: KVCacheConfig) -> None:
+        self.manager = manager
+        self.window = Window(world_model.context_length)
+        self.positions = positions_of(world_model)
+        self.transformer = world_model.transformer
+        self.host_padding = config.padding == 'host'
+        self.exact_window = config.window == 'rebuild'
+        self._learned = None if world_model.config.rotary_emb else world_model.pos_emb
+        self._buffer: torch.Tensor | None = None
+
+    def load(self, slots: np.ndarray) -> Flight:
+        """Load the histories in ``slots`` (int64 ``[B]``); a row with ``NO_SLOT`` starts empty, for the caller to fill."""
+        buffer, kept = self._buffer_of(len(slots)), self.window.kept
+        present = slots != NO_SLOT
+        lengths = np.zeros(len(slots), dtype=np.int64)
+        next_positions = np.zeros(len(slots), dtype=np.int64)
+        if present.any():
+            known = slots[present]
+            lengths[present] = self.manager.lengths(known)
+            next_positions[present] = self.manager.next_positions(known)
+            newest = kept if self.host_padding else int(lengths.max())
+            filled = slots if present.all() else np.where(present, slots, known[0])
+            self.manager.load(filled, newest=newest, out=buffer[:, :, kept - newest:kept])
+        if self.host_padding and not present.all():
+            buffer[torch.from_numpy(~present)] = 0.  # the host's attention sees the padding, as zeros
+        return Flight(self, buffer, lengths, next_positions)
+
+    def window_shift(self) -> torch.Tensor | None:
+        """The host's position correction by the present weights, None where positions need none."""
+        if self._learned is None or self.exact_window:
+            return None
+        return position_shift(self.transformer, self._learned, self.window.kept)
+
+    def recompute(self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray, out: torch.Tensor) -> None:
+        """Keys and values of the newest ``lengths`` tokens of each row, from their raw embeddings alone.
+
+        Args:
+            tokens: ``[B, kept, embed]`` raw embeddings, right-aligned.
+            lengths, next_positions: int64 ``[B]``.
+            out: ``[B, 2 * layers, kept, embed]``.
+        """
+        columns = np.arange(-tokens.shape[1], 0)
+        x, rotation = self.positions.place(
+            tokens, lengths[:, None] + columns, next_positions[:, None] + columns
+        )
+        causal_pass(self.transformer, x, lengths, rotation, out)
+
+    def forget_buffer(self) -> None:
+        """Drop the reused buffer, after a failure that may have left non-finite numbers in it."""
+        self._buffer = None
+
+    def _buffer_of(self, rows: int) -> torch.Tensor:
+        layout = self.manager.layout
+        if self._buffer is None or len(self._buffer) < rows:
+            self._buffer = torch.zeros(
+                rows, 2 * layout.layers, self.window.in_flight, layout.embed_dim, dtype=layout.dtype, device=layout.device
+            )
+        return self._buffer[:rows]
+
+
+class Flight:
+    """A batch of histories between load and store.
+
+    Attributes:
+        buffer: ``[B, 2 * layers, kept + 2, embed]``, shared by all flights: one at a time.
+        lengths: int64 ``[B]``, tokens of each history so far.
+        next_positions: int64 ``[B]``, logical position of each history's next token.
+        kept: ``[B, 2 * layers, kept, embed]``, what is left of the histories after :meth:`slide`; a view of the buffer.
+    """
+
+    def __init__(
+        self, flights: Flights, buffer: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        self._flights = flights
+        self._column = flights.window.kept
+        self._begins = np.zeros(len(lengths), dtype=bool)
+        self.buffer = buffer
+        self.kept = buffer[:, :, TOKENS_PER_STEP:]
+        self.lengths = lengths
+        self.next_positions = next_positions
+
+    def fill(self, rows: np.ndarray, kv: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray) -> None:
+        """Put recomputed histories (``kv`` ``[N, 2 * layers, kept, embed]``) into rows that were loaded empty."""
+        kept = self._flights.window.kept
+        self.buffer[:, :, :kept].index_copy_(0, torch.from_numpy(rows).to(kv.device), kv)
+        self.lengths[rows], self.next_positions[rows] = lengths, next_positions
+
+    def pad_as_host(self, rows: np.ndarray) -> None:
+        """Count the zeros in front of the shorter of ``rows`` (bool ``[B]``) as tokens, as the host does at its roots."""
+        self.lengths[rows] = self.lengths[rows].max()
+
+    def skip(self) -> None:
+        """Leave out a token in every row: the column stays in front of what begins after it."""
+        self._begins[:] = True
+        self._column += 1
+
+    def append(self, x: torch.Tensor, absent: np.ndarray | None = None) -> torch.Tensor:
+        """Append one token to every row.
+
+        Args:
+            x: ``[B, embed]`` raw embeddings.
+            absent: bool ``[B]``: rows that have no such token; what is computed for them is to be thrown away.
+
+        Returns:
+            ``[B, embed]``, the transformer's output.
+        """
+        flights, own = self._flights, self._column
+        placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
+        visible = self.lengths + 1
+        widest = int(visible.max())
+        if absent is not None:
+            self._begins = absent
+        if flights.host_padding:
+            visible = np.where(self._begins, visible, widest)
+        mask = None
+        if int(visible.min()) < widest:
+            inside = np.arange(widest)[None, :] >= widest - visible[:, None]
+            mask = torch.from_numpy(inside).to(x.device)
+        hidden = append_token(
+            flights.transformer, self.buffer, (own + 1 - widest, own), placed, mask, rotation, flights.host_padding
+        )
+        grown = 1 if absent is None else (~absent).astype(np.int64)
+        self.lengths = self.lengths + grown
+        self.next_positions = self.next_positions + grown
+        self._column += 1
+        return hidden
+
+    def slide(self, shift: torch.Tensor | None, window_tokens: WindowTokens | None) -> None:
+        """Let the oldest step of full windows go; afterwards :attr:`kept` holds what stays.
+
+        Args:
+            shift: what :meth:`Flights.window_shift` gave, None where no correction applies.
+            window_tokens: raw tokens of rows whose window moved; asked for only where the window is rebuilt.
+        """
+        flights = self._flights
+        self.kept = self.buffer[:, :, TOKENS_PER_STEP:]
+        self.lengths, overflow = flights.window.advance(self.lengths)
+        if not overflow.any():
+            return
+        if flights.exact_window:
+            self._rebuild(np.flatnonzero(overflow), window_tokens)
+        elif shift is not None and overflow.all():
+            self.kept += shift
+        elif shift is not None:
+            moved = torch.from_numpy(overflow.astype(np.float64)).to(self.kept)
+            self.kept.addcmul_(moved[:, None, None, None], shift)
+
+    def store(self, keys: Sequence[Any]) -> None:
+        """Store every row under its key (one per row)."""
+        kept = self._flights.window.kept
+        newest = kept if self._flights.host_padding else int(self.lengths.max())
+        self._flights.manager.store(
+            keys, self.kept[:, :, kept - newest:], self.lengths, self.next_positions, newest=newest
+        )
+
+    def _rebuild(self, rows: np.ndarray, window_tokens: WindowTokens) -> None:
+        flights = self._flights
+        lengths = np.full(len(rows), flights.window.kept, dtype=np.int64)
+        out = self.kept if len(rows) == len(self.kept) else torch.empty_like(self.kept[:len(rows)])
+        flights.recompute(window_tokens(rows), lengths, self.next_positions[rows], out)
+        if out is not self.kept:
+            self.kept.index_copy_(0, torch.from_numpy(rows).to(out.device), out)

@@ -1,0 +1,207 @@
+"""The nodes of one search: which history each has, and the step that adds a child to every row."""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from lzero_kv.eviction import EvictionStrategy
+from lzero_kv.keys import NO_SLOT, NodeKey, RootKey
+from lzero_kv.manager import KVCacheManager
+
+from .flight import Flight, Flights
+from .outputs import StepOutputs, action_embeddings, predict_policy_value, predict_reward_latent
+from .roots import RootBatch
+
+ROOT = 0
+"""Simulation number of a root; the node that simulation ``i`` adds (counted from 0) has number ``i + 1``."""
+
+
+class SearchNodes:
+    """Grows a batch of search trees, one child per row and simulation.
+
+    Args:
+        roots: where the trees begin.
+        simulations: how many children each row will get at most.
+    """
+
+    def __init__(
+        self, world_model: Any, manager: KVCacheManager, flights: Flights, roots: RootBatch, simulations: int
+    ) -> None:
+        rows, width, embed = roots.tokens.shape
+        kept = flights.window.kept
+        self._world_model = world_model
+        self._manager = manager
+        self._flights = flights
+        self._roots = roots
+        self._simulations = simulations
+        self._rows = np.arange(rows)
+        self._shift = flights.window_shift()
+        self._parents = np.full((simulations + 1, rows), ROOT, dtype=np.int64)
+        self._visits = np.ones((simulations + 1, rows), dtype=np.int64)
+        self._by_priority = manager.recur_pool.eviction_strategy is EvictionStrategy.PRIORITY
+        # Every raw token of the trees: the root's window, then an action and an observation for each simulation.
+        self._tokens = roots.tokens.new_zeros(rows, width + 2 * simulations, embed)
+        self._tokens[:, :width] = roots.tokens
+        self._root_width = width
+        self._lengths = np.zeros((simulations + 1, rows), dtype=np.int64)
+        self._lengths[ROOT] = roots.lengths
+        # Where windows are rebuilt: the columns of ``_tokens`` that each node's window shows, newest last.
+        self._windows = np.zeros((simulations + 1, rows, kept), dtype=np.int32) if flights.exact_window else None
+        if self._windows is not None:
+            self._windows[ROOT, :, kept - width:] = np.arange(width)
+        self.expanded = 0
+
+    def expand(self, parents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
+        """Add one child to every row's tree.
+
+        Args:
+            parents: int64 ``[B]``, simulation number of each row's parent (0: its root).
+            actions: int64 ``[B]``, or ``[B, action_space_size]`` where actions are continuous.
+
+        Raises:
+            ValueError: a parent that does not exist yet, or too many simulations. Nothing is stored.
+        """
+        simulation = self.expanded + 1
+        self._check(parents, simulation)
+        embedded = action_embeddings(self._world_model, actions)
+        flight = self._load(parents)
+        reward, latent = predict_reward_latent(self._world_model, flight.append(embedded))
+        outputs = predict_policy_value(self._world_model, flight.append(latent))
+        self._record(simulation, parents, embedded, latent)
+        flight.slide(self._shift, lambda rows: self._count(self._window_tokens(rows, np.full(len(rows), simulation))))
+        flight.store([NodeKey(row, simulation) for row in range(len(parents))])
+        self._lengths[simulation] = flight.lengths
+        self.expanded = simulation
+        if self._by_priority:
+            self._visit(simulation)
+        outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
+        if self._world_model.on_node_expanded is not None:
+            self._world_model.on_node_expanded(
+                dict(outputs._asdict(), simulation=simulation, parents=parents, actions=actions)
+            )
+        return outputs
+
+    def _check(self, parents: np.ndarray, simulation: int) -> None:
+        if simulation > self._simulations:
+            raise ValueError(f'expected at most {self._simulations} simulations, got one more; begin a new search')
+        if len(parents) != len(self._rows) or parents.min() < ROOT or parents.max() > self.expanded:
+            raise ValueError(
+                f'expected {len(self._rows)} parents in [0, {self.expanded}], got {np.asarray(parents).tolist()}'
+            )
+
+    def _key(self, row: int, simulation: int) -> RootKey | NodeKey:
+        return self._roots.keys[row] if simulation == ROOT else NodeKey(row, simulation)
+
+    def _load(self, parents: np.ndarray) -> Flight:
+        slots = self._manager.lookup([self._key(row, node) for row, node in enumerate(parents.tolist())])
+        missing = np.flatnonzero(slots == NO_SLOT)
+        restored = self._restore(missing, parents[missing]) if len(missing) else None
+        flight = self._flights.load(slots)
+        if restored is not None:
+            flight.fill(missing, *restored)
+        return flight
+
+    def _restore(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Histories that are not stored (evicted for want of memory, or cleared), computed again in one batch.
+
+        Returns:
+            ``[N, 2 * layers, kept, embed]``, and the lengths and next positions (int64 ``[N]``).
+        """
+        if self._windows is not None:
+            next_positions = self._roots.next_positions[rows] + 2 * self._depths(rows, nodes)
+            return self._recompute(self._window_tokens(rows, nodes), self._lengths[nodes, rows], next_positions)
+        # What a shifted window holds depends on the steps that left it: only taking them again reproduces it.
+        return self._replay(rows, nodes)
+
+    def _recompute(
+        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        kv = self._blank(len(tokens))
+        self._flights.recompute(tokens, lengths, next_positions, kv[:, :, kv.shape[2] - tokens.shape[1]:])
+        self._manager.count_rebuilt(int(lengths.sum()), roots=False)
+        return kv, lengths, next_positions
+
+    def _replay(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """From the nearest stored ancestor of each node, take the steps down to it again."""
+        paths = [self._path_from_stored(int(row), int(node)) for row, node in zip(rows, nodes)]
+        slots = self._manager.slots([self._key(row, path[0]) for row, path in zip(rows.tolist(), paths)])
+        kv = self._blank(len(rows))
+        lengths, next_positions = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
+        stored, gone = np.flatnonzero(slots != NO_SLOT), np.flatnonzero(slots == NO_SLOT)
+        if len(stored):
+            kv[torch.from_numpy(stored)] = self._manager.load(slots[stored])
+            lengths[stored] = self._manager.lengths(slots[stored])
+            next_positions[stored] = self._manager.next_positions(slots[stored])
+        if len(gone):
+            kv[torch.from_numpy(gone)], lengths[gone], next_positions[gone] = self._recompute(
+                self._roots.tokens[torch.from_numpy(rows[gone])], self._roots.lengths[rows[gone]],
+                self._roots.next_positions[rows[gone]],
+            )
+        for level in range(1, max(len(path) for path in paths)):
+            active = np.array([i for i, path in enumerate(paths) if len(path) > level])
+            flight = self._flights.load(np.full(len(active), NO_SLOT, dtype=np.int64))
+            flight.fill(np.arange(len(active)), kv[torch.from_numpy(active)], lengths[active], next_positions[active])
+            self._retake(flight, rows[active], np.array([paths[i][level] for i in active]))
+            kv[torch.from_numpy(active)] = flight.kept
+            lengths[active], next_positions[active] = flight.lengths, flight.next_positions
+        return kv, lengths, next_positions
+
+    def _retake(self, flight: Flight, rows: np.ndarray, nodes: np.ndarray) -> None:
+        """Append the two tokens of ``nodes`` again."""
+        at, first = torch.from_numpy(rows), torch.from_numpy(self._root_width + 2 * (nodes - 1))
+        flight.append(self._tokens[at, first])
+        flight.append(self._tokens[at, first + 1])
+        flight.slide(self._shift, None)
+        self._manager.count_rebuilt(2 * len(rows), roots=False)
+
+    def _path_from_stored(self, row: int, node: int) -> list[int]:
+        """Nodes from the nearest stored ancestor, or the root, down to ``node``."""
+        path = [node]
+        while path[-1] != ROOT and self._manager.slots([self._key(row, path[-1])])[0] == NO_SLOT:
+            path.append(int(self._parents[path[-1], row]))
+        return path[::-1]
+
+    def _depths(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        depths, nodes = np.zeros(len(rows), dtype=np.int64), nodes.copy()
+        while (inner := nodes != ROOT).any():
+            depths += inner
+            nodes = np.where(inner, self._parents[nodes, rows], ROOT)
+        return depths
+
+    def _blank(self, rows: int) -> torch.Tensor:
+        layout = self._manager.layout
+        return self._tokens.new_zeros(rows, 2 * layout.layers, self._flights.window.kept, layout.embed_dim)
+
+    def _record(self, simulation: int, parents: np.ndarray, action: torch.Tensor, latent: torch.Tensor) -> None:
+        """Write down the child's parent, its two raw tokens, and which tokens its window shows."""
+        first = self._root_width + 2 * (simulation - 1)
+        self._parents[simulation] = parents
+        self._tokens[:, first] = action
+        self._tokens[:, first + 1] = latent
+        if self._windows is not None:
+            self._windows[simulation, :, :-2] = self._windows[parents, self._rows, 2:]
+            self._windows[simulation, :, -2:] = first, first + 1
+
+    def _window_tokens(self, rows: np.ndarray, nodes: np.ndarray) -> torch.Tensor:
+        """Raw embeddings ``[N, kept, embed]`` of the windows of ``nodes``."""
+        columns = torch.from_numpy(self._windows[nodes, rows].astype(np.int64))
+        return self._tokens[torch.from_numpy(rows)[:, None], columns]
+
+    def _count(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._manager.count_rebuilt(tokens.shape[0] * tokens.shape[1], roots=False)
+        return tokens
+
+    def _visit(self, simulation: int) -> None:
+        """Tell the pool how often each node was passed, from the new children's parents up to below the roots."""
+        touched: dict[NodeKey, int] = {}
+        nodes = self._parents[simulation]
+        while (inner := nodes != ROOT).any():
+            for row in np.flatnonzero(inner).tolist():
+                node = int(nodes[row])
+                self._visits[node, row] += 1
+                touched[NodeKey(row, node)] = int(self._visits[node, row])
+            nodes = np.where(inner, self._parents[nodes, self._rows], ROOT)
+        present = [key for key in touched if key in self._manager.recur_pool]
+        self._manager.recur_pool.set_priorities(present, [touched[key] for key in present])

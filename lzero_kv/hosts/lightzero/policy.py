@@ -1,0 +1,137 @@
+"""What the policy knows and the world model does not: which environments are ready, what each saw last, when one ends."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lzero.policy.unizero import UniZeroPolicy
+
+from .roots import NO_ACTION
+from .world_model import KVWorldModel
+
+
+class LastSteps:
+    """Each environment's last observation and action, of one phase (collection or evaluation).
+
+    Args:
+        first_id: the manager's number of the phase's environment 0, so that the phases do not share histories.
+        environments: how many environments the phase has.
+    """
+
+    def __init__(self, first_id: int, environments: int) -> None:
+        self.first_id = first_id
+        self.environments = environments
+        self._steps: dict[int, tuple[torch.Tensor, Any]] = {}
+
+    def manager_id(self, env_id: int) -> int:
+        """The manager's number of an environment of this phase.
+
+        Raises:
+            ValueError: there is no such environment.
+        """
+        if not 0 <= env_id < self.environments:
+            raise ValueError(
+                f'expected environment ids in [0, {self.environments}), got {env_id}; '
+                f'write the real collector_env_num and evaluator_env_num in the policy config'
+            )
+        return self.first_id + int(env_id)
+
+    def of(self, env_ids: Sequence[int], observations: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        """Last observations ``[B, ...]`` and actions of ``env_ids``; zeros and -1 where an episode begins."""
+        steps = [self._steps.get(int(env_id)) for env_id in env_ids]
+        last = [torch.zeros_like(new) if step is None else step[0] for step, new in zip(steps, observations)]
+        return torch.stack(last), [NO_ACTION if step is None else step[1] for step in steps]
+
+    def remember(self, env_id: int, observation: torch.Tensor, action: Any) -> None:
+        """Note what an environment was shown and what was chosen."""
+        self._steps[int(env_id)] = observation, action
+
+    def forget(self, env_ids: Sequence[int] | None = None) -> list[int]:
+        """Forget environments (None: all) whose episode ended; gives back their numbers at the manager."""
+        ended = range(self.environments) if env_ids is None else env_ids
+        for env_id in ended:
+            self._steps.pop(int(env_id), None)
+        return [self.manager_id(env_id) for env_id in ended]
+
+
+class KVPolicy(UniZeroPolicy):
+    """Placed in front of the class of a UniZero policy (which may be a subclass); gives the world model each ready environment's own last step.
+
+    The host keeps one batch of last observations and actions, forgets it for all environments when one ends or is
+    missing, and shares it between collection and evaluation.
+    """
+
+    def engage(self) -> None:
+        """Size the cache for this policy's environments and searches."""
+        collectors, evaluators = int(self._cfg.collector_env_num), int(self._cfg.evaluator_env_num)
+        self._last_steps = {
+            'collect': LastSteps(0, collectors), 'eval': LastSteps(collectors, evaluators),
+        }
+        self._serving = False
+        for model in (self._model, self._target_model):
+            model.world_model.expect(collectors + evaluators, int(self._cfg.num_simulations))
+
+    @property
+    def kv_world_models(self) -> dict[str, KVWorldModel]:
+        """The world models that keep a cache: ``acting`` in the environments, ``reanalysis`` of replayed ones."""
+        return {'acting': self._model.world_model, 'reanalysis': self._target_model.world_model}
+
+    def _get_kv_world_models(self) -> dict[str, KVWorldModel]:
+        return self.kv_world_models  # the way the host's mode functions (collect_mode.get_attribute) ask for it
+
+    def _forward_collect(self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any) -> dict:
+        with self._own_last_steps('collect', data, ready_env_id, kwargs.get('timestep')) as remember:
+            return remember(super()._forward_collect(data, *args, ready_env_id=ready_env_id, **kwargs))
+
+    def _forward_eval(self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any) -> dict:
+        with self._own_last_steps('eval', data, ready_env_id, kwargs.get('timestep')) as remember:
+            return remember(super()._forward_eval(data, *args, ready_env_id=ready_env_id, **kwargs))
+
+    @contextmanager
+    def _own_last_steps(self, phase: str, data: torch.Tensor, ready_env_id: Any, timestep: Any) -> Iterator[Any]:
+        steps = self._last_steps[phase]
+        env_ids = [int(env_id) for env_id in (range(len(data)) if ready_env_id is None else ready_env_id)]
+        manager_ids = [steps.manager_id(env_id) for env_id in env_ids]
+        self._end(phase, [env_id for env_id, begins in zip(env_ids, beginning(timestep, len(data))) if begins])
+        self.last_batch_obs, self.last_batch_action = steps.of(env_ids, data)
+
+        def remember(output: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+            for env_id, observation in zip(env_ids, data):
+                steps.remember(env_id, observation, output[env_id]['action'])
+            return output
+
+        self._serving = True  # the host resets its shared batch while it runs, which ends no episode
+        try:
+            with self._model.world_model.serving(manager_ids):
+                yield remember
+        finally:
+            self._serving = False
+
+    def _reset_collect(self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True) -> None:
+        self._reset_phase('collect', env_id)
+
+    def _reset_eval(self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True) -> None:
+        self._reset_phase('eval', env_id)
+
+    def _reset_phase(self, phase: str, env_id: Any) -> None:
+        """Forget the environments that ended: those of a list, or all.
+
+        With a single number the host reports one more step of a running episode, and clears every cache now and then to
+        bound its memory. The pools are bounded, so nothing is to be done.
+        """
+        if self._serving or isinstance(env_id, (int, np.integer)):
+            return
+        self._end(phase, env_id)
+
+    def _end(self, phase: str, env_ids: Sequence[int] | None) -> None:
+        self._model.world_model.end_episodes(self._last_steps[phase].forget(env_ids))
+
+
+def beginning(timestep: Any, rows: int) -> list[bool]:
+    """Which rows are at the first step of an episode, as far as the environments tell."""
+    if timestep is None or np.ndim(timestep) == 0 or len(timestep) != rows:
+        return [False] * rows
+    return [int(np.asarray(step).reshape(-1)[0]) == 0 for step in timestep]

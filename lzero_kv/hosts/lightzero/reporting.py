@@ -1,0 +1,41 @@
+"""Writes the cache's statistics beside the host's own charts, whenever a collector has finished."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lzero_kv.telemetry.tensorboard import TensorBoardSink
+
+
+def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
+    """Let the host's collectors write cache statistics after their own; ``replace(owner, name, value)`` sets an attribute."""
+    from lzero.worker import MuZeroCollector, MuZeroSegmentCollector
+    for collector in (MuZeroCollector, MuZeroSegmentCollector):
+        replace(collector, '_output_log', _logging(collector._output_log))
+
+
+def _logging(original: Any) -> Any:
+    def _output_log(self: Any, train_iter: int) -> None:
+        original(self, train_iter)
+        if self._rank == 0 and self._tb_logger is not None:
+            report(self, train_iter)
+
+    return _output_log
+
+
+def report(collector: Any, train_iter: int) -> None:
+    """Write what the caches of a collector's policy did since the last time; nothing where its policy keeps none."""
+    try:
+        world_models = collector._policy.get_attribute('kv_world_models')
+    except NotImplementedError:
+        return
+    acting = world_models['acting']
+    if not (acting.cache_config.tensorboard and acting.cache_config.enable_stats):
+        return
+    sink = getattr(collector, '_kv_cache_sink', None)
+    if sink is None or sink.writer is not collector._tb_logger:
+        sink = collector._kv_cache_sink = TensorBoardSink(collector._tb_logger)
+    sink.write(
+        {name: model.kv_cache_manager for name, model in world_models.items()}, env_step=collector.envstep,
+        train_iter=train_iter,
+    )

@@ -1,0 +1,212 @@
+"""Root inference: each ready environment's stored history grows by its last action and its new observation."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lzero_kv.keys import NO_SLOT, NodeKey, RootKey, digest_rows
+from lzero_kv.manager import KVCacheManager
+
+from .contexts import RootContext, RootContexts
+from .flight import Flight, Flights
+from .outputs import StepOutputs, action_embeddings, predict_policy_value
+
+NO_ACTION = -1
+
+
+@dataclass(frozen=True)
+class RootBatch:
+    """The roots of the latest root inference, which a search starts from.
+
+    Attributes:
+        keys: one per row.
+        latents: ``[B, 1, embed]``.
+        tokens: ``[B, T, embed]`` raw embeddings of each root's window, right-aligned, zero in front.
+        lengths: int64 ``[B]``, how many of them belong to the root.
+        next_positions: int64 ``[B]``, logical position of each root's next token.
+    """
+
+    keys: list[RootKey] | list[NodeKey]
+    latents: torch.Tensor
+    tokens: torch.Tensor
+    lengths: np.ndarray
+    next_positions: np.ndarray
+
+
+class RootInference:
+    """Serves ``forward_initial_inference`` of collection and evaluation."""
+
+    def __init__(self, world_model: Any, manager: KVCacheManager, flights: Flights) -> None:
+        self._world_model = world_model
+        self._manager = manager
+        self._flights = flights
+        self.contexts = RootContexts(flights.window.observations)
+
+    def infer(
+        self,
+        env_ids: Sequence[int],
+        last_observations: torch.Tensor,
+        last_actions: Sequence[Any],
+        observations: torch.Tensor,
+        timesteps: np.ndarray,
+    ) -> tuple[RootBatch, StepOutputs]:
+        """Append (last action, new observation) to each environment's history and predict at its end.
+
+        Args:
+            env_ids: one per row, all different.
+            last_observations: ``[B, ...]``, what the last action was chosen for; ignored in rows without one.
+            last_actions: one per row; -1 where the episode begins.
+            observations: ``[B, ...]``, the new ones.
+            timesteps: int64 ``[B]``, step of the episode, negative where the environment does not tell.
+
+        Raises:
+            ValueError: non-finite latent states, unknown environments, or inputs of different lengths. Nothing is stored.
+        """
+        first = np.array([is_first_step(action) for action in last_actions])
+        self._check(env_ids, last_observations, last_actions, observations, first)
+        latents = self._encode(observations, env_ids)
+        digests = digest_rows(observations)
+        last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[:len(first)])
+        actions = None if first.all() else action_embeddings(self._world_model, last_actions, first)
+        flight = self._load(env_ids, last_digests, first, last_observations, timesteps)
+        shift = self._flights.window_shift()
+        if actions is None:
+            flight.skip()
+        else:
+            if self._flights.host_padding:
+                flight.pad_as_host(~first)
+            flight.append(actions, absent=first)
+        flight.next_positions = np.where(first, 2 * np.maximum(timesteps, 0), flight.next_positions)
+        hidden = flight.append(latents[:, 0])
+        outputs = predict_policy_value(self._world_model, hidden)
+        self._remember(env_ids, first, last_digests, last_actions, observations, digests, flight, actions, latents)
+        tokens = torch.stack([self._window_tokens(env_id, digest) for env_id, digest in zip(env_ids, digests)])
+        keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests)]
+        for env_id in env_ids:
+            self._manager.init_pools[env_id].clear()  # a root's predecessor is never asked for again
+        flight.slide(shift, lambda rows: self._count(tokens[torch.from_numpy(rows)]))
+        flight.store(keys)
+        return RootBatch(keys, latents, tokens, flight.lengths, flight.next_positions), outputs
+
+    def _check(
+        self, env_ids: Sequence[int], last_observations: torch.Tensor, last_actions: Sequence[Any],
+        observations: torch.Tensor, first: np.ndarray,
+    ) -> None:
+        rows, pools = len(observations), len(self._manager.init_pools)
+        if len(last_actions) != rows or len(env_ids) != rows or (not first.all() and len(last_observations) < rows):
+            raise ValueError(
+                f'expected one last observation, last action and environment id for each of {rows} observations, got '
+                f'{len(last_observations)}, {len(last_actions)} and {len(env_ids)}'
+            )
+        unknown = [env_id for env_id in env_ids if not 0 <= env_id < pools]
+        if unknown or len(set(env_ids)) != rows:
+            raise ValueError(
+                f'expected different environment ids in [0, {pools}), got {list(env_ids)}; '
+                f'write env_num=max(collector_env_num, evaluator_env_num) in world_model_cfg'
+            )
+
+    def _encode(self, observations: torch.Tensor, env_ids: Sequence[int]) -> torch.Tensor:
+        latents = self._world_model.tokenizer.encode_to_obs_embeddings(observations)
+        finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            broken = [env_id for env_id, ok in zip(env_ids, finite) if not ok]
+            raise ValueError(
+                f'expected finite latent states, got nan or inf for environments {broken}; '
+                f'check their observations and the weights of the encoder. Nothing was stored'
+            )
+        return latents
+
+    def _load(
+        self, env_ids: Sequence[int], last_digests: list[int], first: np.ndarray, last_observations: torch.Tensor,
+        timesteps: np.ndarray,
+    ) -> Flight:
+        slots = np.full(len(first), NO_SLOT, dtype=np.int64)
+        known = np.flatnonzero(~first)
+        for row in known:
+            if self.contexts.get(env_ids[row], last_digests[row]) is None:
+                self._manager.init_pools[env_ids[row]].clear()  # keys and values of another episode, if any
+        if len(known):
+            slots[known] = self._manager.lookup([RootKey(env_ids[row], last_digests[row]) for row in known])
+        missed = [int(row) for row in known if slots[row] == NO_SLOT]
+        flight = self._flights.load(slots)
+        if missed:
+            contexts = [
+                self._context(env_ids[row], last_digests[row], last_observations[row], int(timesteps[row]))
+                for row in missed
+            ]
+            self._restore_tokens(contexts)
+            kept = self._flights.window.kept
+            lengths = np.array([len(context.tokens) for context in contexts], dtype=np.int64)
+            positions = np.array([context.next_position for context in contexts], dtype=np.int64)
+            tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
+            kv = torch.empty_like(flight.buffer[:len(missed), :, :kept])
+            self._flights.recompute(tokens, lengths, positions, kv)
+            flight.fill(np.array(missed), kv, lengths, positions)
+            self._manager.count_rebuilt(int(lengths.sum()), roots=True)
+        return flight
+
+    def _context(self, env_id: int, digest: int, observation: torch.Tensor, timestep: int) -> RootContext:
+        """The window that a missing root is computed from: the environment's, or the last observation alone."""
+        context = self.contexts.get(env_id, digest)
+        if context is None:
+            context = self.contexts.start(env_id, observation, digest, 2 * max(timestep - 1, 0) + 1)
+        return context
+
+    def _restore_tokens(self, contexts: Sequence[RootContext]) -> None:
+        """Embed the raw windows of ``contexts`` again, all observations in one batch."""
+        stale = [context for context in contexts if not context.tokens]
+        if not stale:
+            return
+        observations = torch.stack([observation for context in stale for observation in context.observations])
+        latents = iter(self._world_model.tokenizer.encode_to_obs_embeddings(observations)[:, 0])
+        actions = [action for context in stale for action in context.actions]
+        embedded = iter(action_embeddings(self._world_model, actions)) if actions else iter(())
+        for context in stale:
+            for step in range(len(context.observations)):
+                if step:
+                    context.tokens.append(next(embedded))
+                context.tokens.append(next(latents))
+
+    def _remember(
+        self, env_ids: Sequence[int], first: np.ndarray, last_digests: list[int], last_actions: Sequence[Any],
+        observations: torch.Tensor, digests: list[int], flight: Flight, actions: torch.Tensor | None,
+        latents: torch.Tensor,
+    ) -> None:
+        restored = []
+        for row, env_id in enumerate(env_ids):
+            if not first[row] and (context := self.contexts.get(env_id, last_digests[row])) is not None:
+                restored.append(context)
+        self._restore_tokens(restored)
+        for row, env_id in enumerate(env_ids):
+            if first[row]:
+                context = self.contexts.start(
+                    env_id, observations[row], digests[row], int(flight.next_positions[row])
+                )
+            else:
+                context = self.contexts.extend(env_id, last_actions[row], observations[row], digests[row])
+                context.tokens.append(actions[row])
+            context.tokens.append(latents[row, 0])
+
+    def _window_tokens(self, env_id: int, digest: int) -> torch.Tensor:
+        context = self.contexts.get(env_id, digest)
+        return right_aligned(list(context.tokens), self._flights.window.kept)
+
+    def _count(self, tokens: torch.Tensor) -> torch.Tensor:
+        self._manager.count_rebuilt(tokens.shape[0] * tokens.shape[1], roots=True)
+        return tokens
+
+
+def is_first_step(action: Any) -> bool:
+    """Whether ``action`` is the host's mark of a step that nothing came before: the number -1."""
+    return np.ndim(action) == 0 and int(action) == NO_ACTION
+
+
+def right_aligned(tokens: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Tokens, each ``[embed]``, at the end of ``[width, embed]``, zeros in front."""
+    out = tokens[0].new_zeros(width, tokens[0].shape[-1])
+    out[width - len(tokens):] = torch.stack(list(tokens))
+    return out

@@ -1,0 +1,284 @@
+"""LightZero's world model with the cache manager in place of its dictionaries and rings."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lzero.model.unizero_world_models.world_model import WorldModel
+
+from lzero_kv.config import KVCacheConfig
+from lzero_kv.keys import NodeKey
+from lzero_kv.layout import KVLayout
+from lzero_kv.manager import KVCacheManager
+from lzero_kv.window import Window
+
+from .by_latent import NodesByLatent
+from .flight import Flights
+from .legacy import Clearable
+from .nodes import SearchNodes
+from .roots import RootBatch, RootInference
+
+
+NodeObserver = Callable[[dict[str, Any]], None]
+"""Called once a simulation with the children: their number ``simulation``, ``parents`` (int64 ``[B]``), ``actions``, and the
+fields of :class:`StepOutputs`."""
+
+
+@dataclass
+class Engine:
+    """What serves inference while weights keep their dtype and device; made at the first use, never copied or saved."""
+
+    manager: KVCacheManager
+    flights: Flights
+    roots: RootInference
+    latest: RootBatch | None = None
+    by_latent: NodesByLatent | None = None
+
+
+class KVWorldModel(WorldModel):
+    """The host's ``WorldModel``; root and recurrent inference are served by a :class:`KVCacheManager`.
+
+    Training, its losses and the state dict are the host's own: the cache holds no parameter and no buffer.
+
+    Args:
+        config: the host's ``world_model_cfg``; ``kv_cache`` in it configures the cache.
+        tokenizer: the host's tokenizer.
+
+    Raises:
+        ValueError: the cache's configuration is impossible, or does not fit the world model.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        self.cache_config = KVCacheConfig.from_world_model_cfg(config)
+        check_world_model_config(config)
+        self._engine: Engine | None = None
+        super().__init__(config, tokenizer)
+        self._env_num = int(config.env_num)
+        self._num_simulations = int(config.get('num_simulations', 50))
+        self._env_ids: Sequence[int] | None = None
+        self.on_node_expanded: NodeObserver | None = None
+        # The host's own structures, which other code clears and nothing fills any more.
+        self.past_kv_cache_init_infer_envs = [Clearable(self, 'clear_init_caches')]
+        self.past_kv_cache_recurrent_infer = Clearable(self, 'clear_recur_cache')
+        self.keys_values_wm = self.keys_values_wm_single_env = self.keys_values_wm_single_env_tmp = None
+
+    @property
+    def kv_cache_manager(self) -> KVCacheManager:
+        """The manager of this world model's caches."""
+        return self.engine.manager
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made for the dtype and device that the weights have now."""
+        if self._engine is None:
+            weight = self.transformer.ln_f.weight
+            layout = KVLayout(
+                layers=self.num_layers, heads=self.num_heads, head_dim=self.embed_dim // self.num_heads,
+                tokens=Window(self.context_length).kept, dtype=weight.dtype, device=weight.device,
+            )
+            manager = KVCacheManager(
+                self.config, self._env_num, self.cache_config.enable_stats, layout=layout, cache_config=self.cache_config,
+                num_simulations=self._num_simulations,
+            )
+            self.keys_values_wm_list = manager.keys_values_wm_list
+            self.keys_values_wm_size_list = manager.keys_values_wm_size_list
+            flights = Flights(self, manager, self.cache_config)
+            self._engine = Engine(manager, flights, RootInference(self, manager, flights))
+        return self._engine
+
+    def expect(self, environments: int, num_simulations: int) -> None:
+        """Size the pools for a policy: all its collection and evaluation environments, its simulations per search."""
+        self._env_num, self._num_simulations = environments, num_simulations
+        self._engine = None
+
+    @contextmanager
+    def serving(self, env_ids: Sequence[int]) -> Iterator[None]:
+        """Name the environments that the rows of the next root inference belong to."""
+        self._env_ids = list(env_ids)
+        try:
+            yield
+        finally:
+            self._env_ids = None
+
+    def end_episodes(self, env_ids: Sequence[int]) -> None:
+        """Forget the histories of environments whose episode ended."""
+        if self._engine is None:
+            return
+        for env_id in env_ids:
+            self._engine.roots.contexts.discard(env_id)
+            self._engine.manager.init_pools[env_id].clear()
+
+    @torch.no_grad()
+    def forward_initial_inference(self, obs_act_dict: dict[str, Any], start_pos: Any = 0) -> tuple[Any, ...]:
+        """Root inference; as the host's, for any number of rows, beginning and continued episodes mixed.
+
+        Without ``current_obs`` (targets for training and reanalysis) the host's own cache-free pass answers.
+        """
+        observations = obs_act_dict['current_obs']
+        if observations is None:
+            return super().forward_initial_inference(obs_act_dict, start_pos)
+        env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
+        engine = self.engine
+        engine.by_latent = engine.latest = None
+        engine.manager.clear_recur_cache()
+        with self._clean_on_failure(engine):
+            engine.latest, outputs = engine.roots.infer(
+                env_ids, obs_act_dict['obs'], obs_act_dict['action'], observations,
+                timesteps_of(start_pos, len(observations)),
+            )
+        self.latent_state = engine.latest.latents
+        return outputs.hidden, self.latent_state, outputs.reward, outputs.policy, outputs.value
+
+    @torch.no_grad()
+    def forward_recurrent_inference(
+        self, state_action_history: list[tuple[np.ndarray, torch.Tensor]], simulation_index: int = 0,
+        search_depth: Sequence[int] = (), start_pos: Any = 0,
+    ) -> tuple[Any, ...]:
+        """Recurrent inference for callers that name a parent by its latent state alone; as the host's.
+
+        Searches go through :meth:`begin_search`, where the parent is known.
+        """
+        latents, actions = state_action_history[-1]
+        engine = self.engine
+        with self._clean_on_failure(engine):
+            if engine.by_latent is None or simulation_index == 0:
+                engine.by_latent = NodesByLatent(
+                    self.begin_search(latents, start_pos, self._num_simulations), latents, engine.manager
+                )
+            outputs = engine.by_latent.expand(latents, actions)
+        self.latent_state = outputs.latent
+        return outputs.hidden, outputs.latent, outputs.reward, outputs.policy, outputs.value
+
+    def begin_search(self, root_latents: np.ndarray, timestep: Any, num_simulations: int) -> SearchNodes:
+        """Begin a search from the roots of the latest root inference.
+
+        Roots of anything else (reanalysis) begin with their latent state as their only history, all in one batch.
+
+        Args:
+            root_latents: ``[B, 1, embed]``.
+            timestep: step of the episode of each root.
+            num_simulations: children each root will get at most.
+
+        Raises:
+            RuntimeError: the nodes of two simulations do not fit into ``max_bytes``.
+        """
+        engine, rows = self.engine, len(root_latents)
+        latest = None if self.reanalyze_phase else engine.latest
+        if latest is not None and not same_latents(latest.latents, root_latents):
+            latest = None
+        own = 0 if latest is not None else rows
+        engine.manager.clear_recur_cache()
+        engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
+        roots = self._begin_with_latents(root_latents, timestep) if latest is None else latest
+        return SearchNodes(self, engine.manager, engine.flights, roots, num_simulations)
+
+    def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any) -> RootBatch:
+        """Store histories of one observation each, all computed in one batch."""
+        engine, rows = self.engine, len(root_latents)
+        layout, kept = engine.manager.layout, engine.flights.window.kept
+        latents = torch.as_tensor(root_latents).to(layout.device, layout.dtype).reshape(rows, 1, -1)
+        lengths = np.ones(rows, dtype=np.int64)
+        next_positions = 2 * np.maximum(timesteps_of(timestep, rows), 0) + 1
+        kv = latents.new_zeros(rows, 2 * layout.layers, kept, layout.embed_dim)
+        engine.flights.recompute(latents, lengths, next_positions, kv[:, :, kept - 1:])
+        keys = [NodeKey(row, 0) for row in range(rows)]
+        engine.manager.store(keys, kv, lengths, next_positions)
+        engine.manager.count_rebuilt(rows, roots=False)
+        return RootBatch(keys, latents, latents, lengths, next_positions)
+
+    @contextmanager
+    def _clean_on_failure(self, engine: Engine) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            engine.flights.forget_buffer()
+            raise
+
+    def clear_caches(self) -> None:
+        """Drop all keys and values, as after an update of the weights; environments stay in their episodes."""
+        if self._engine is not None:
+            self._engine.manager.clear_all()
+            self._engine.roots.contexts.forget_tokens()
+
+    def clear_init_caches(self) -> None:
+        """Drop the roots' keys and values; each is computed again from its window when it is asked for."""
+        if self._engine is not None:
+            self._engine.manager.clear_init_caches()
+
+    def clear_recur_cache(self) -> None:
+        """Drop the nodes of the latest search."""
+        if self._engine is not None:
+            self._engine.manager.clear_recur_cache()
+
+    def precompute_pos_emb_diff_kv(self) -> None:
+        """Nothing to do: the correction is taken from the weights of the moment when a search begins."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.clear_caches()
+        if self._engine is not None:
+            self._engine.latest = self._engine.by_latent = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> KVWorldModel:
+        super()._apply(*args, **kwargs)
+        self._engine = None  # pools follow the weights to their new dtype and device
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_engine': None}
+
+
+def check_world_model_config(config: Any) -> None:
+    """Refuse a world model that the cache cannot serve.
+
+    Raises:
+        ValueError: says which field of ``world_model_cfg`` to change, and to what.
+    """
+    problems = []
+    window = Window(int(config.context_length))
+    if not config.rotary_emb and config.max_tokens < window.in_flight:
+        problems.append(
+            f'max_tokens={config.max_tokens}: expected at least {window.in_flight} learned positions for '
+            f'context_length={config.context_length}; write max_tokens=2 * max_blocks with more blocks'
+        )
+    if config.tokens_per_block != 2:
+        problems.append(f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)')
+    if config.get('cache_validation_mode', False):
+        problems.append(
+            f'cache_validation_mode={config.cache_validation_mode!r}: this release has no validation mode yet; '
+            f'write cache_validation_mode=False'
+        )
+    if problems:
+        raise ValueError('world_model_cfg does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems))
+
+
+def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
+    """The host's ``timestep`` or ``start_pos`` (a number, a list, an array, tensors in a list) as int64 ``[rows]``.
+
+    Reanalysis gives ``[sequences, unrolled steps]`` and leaves out the last step of each sequence, which follows the one
+    before it.
+    """
+    if start_pos is None:
+        return np.full(rows, -1, dtype=np.int64)
+    values = np.asarray([np.asarray(value, dtype=np.float64) for value in start_pos] if np.ndim(start_pos) else start_pos)
+    values = values.astype(np.int64)
+    if values.ndim >= 2 and values.size != rows:
+        values = values.reshape(values.shape[0], -1)
+        values = np.concatenate([values, values[:, -1:] + 1], axis=1)
+    values = values.reshape(-1)
+    if len(values) == 1:
+        values = np.repeat(values, rows)
+    if len(values) < rows:
+        raise ValueError(f'expected a timestep for each of {rows} rows, got {len(values)}')
+    return values[:rows]
+
+
+def same_latents(latents: torch.Tensor, given: np.ndarray) -> bool:
+    """Whether the host passes back the latent states of the latest root inference."""
+    return latents.shape[0] == len(given) and bool(
+        np.array_equal(latents.detach().cpu().numpy().reshape(len(given), -1), np.asarray(given).reshape(len(given), -1))
+    )

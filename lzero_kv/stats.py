@@ -1,0 +1,130 @@
+"""Counters of a pool. Nothing here reads a clock or writes anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+_COUNTERS = ('queries', 'hits', 'misses', 'stores', 'overwrites', 'evictions', 'rebuilt_tokens')
+
+
+class Log2Histogram:
+    """Counts of non-negative integers in buckets ``[0, 1), [1, 2), [2, 4), [4, 8), ...``."""
+
+    __slots__ = ('counts',)
+
+    def __init__(self, counts: list[int] | None = None) -> None:
+        self.counts: list[int] = list(counts or [])
+        """Values seen in each bucket; as long as the largest value needed."""
+
+    def add(self, value: int) -> None:
+        """Count one value.
+
+        Raises:
+            ValueError: ``value`` is negative.
+        """
+        if value < 0:
+            raise ValueError(f'a histogram counts integers from 0, got {value}')
+        bucket = value.bit_length()
+        if bucket >= len(self.counts):
+            self.counts.extend([0] * (bucket + 1 - len(self.counts)))
+        self.counts[bucket] += 1
+
+    @property
+    def limits(self) -> list[int]:
+        """Upper edge of each bucket (the first value that is not in it): 1, 2, 4, 8, ..."""
+        return [1 << bucket for bucket in range(len(self.counts))]
+
+    @property
+    def total(self) -> int:
+        """Number of values counted."""
+        return sum(self.counts)
+
+    def merge(self, other: Log2Histogram) -> None:
+        """Add the counts of ``other`` to this histogram."""
+        self.counts = _combine(self.counts, other.counts, 1)
+
+    def copy(self) -> Log2Histogram:
+        """A histogram of its own with the same counts."""
+        return Log2Histogram(self.counts)
+
+    def __add__(self, other: Log2Histogram) -> Log2Histogram:
+        return Log2Histogram(_combine(self.counts, other.counts, 1))
+
+    def __sub__(self, other: Log2Histogram) -> Log2Histogram:
+        return Log2Histogram(_combine(self.counts, other.counts, -1))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Log2Histogram):
+            return NotImplemented
+        return not any(_combine(self.counts, other.counts, -1))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f'Log2Histogram({self.counts})'
+
+
+@dataclass
+class CacheStats:
+    """What a pool did since it was made or since the last :meth:`reset`."""
+
+    queries: int = 0
+    """Keys looked up."""
+    hits: int = 0
+    """Queries that found their key."""
+    misses: int = 0
+    """Queries that did not."""
+    stores: int = 0
+    """Histories written, new ones and overwrites."""
+    overwrites: int = 0
+    """Stores under a key that was already there."""
+    evictions: int = 0
+    """Entries that had to make room for another."""
+    rebuilt_tokens: int = 0
+    """Tokens recomputed because their history was not found."""
+    lifetime: Log2Histogram = field(default_factory=Log2Histogram)
+    """Stores of the pool between an entry's first store and its removal (eviction, discard or clear)."""
+    reuse_distance: Log2Histogram = field(default_factory=Log2Histogram)
+    """Queries of the pool between a hit and the entry's previous access (hit or store)."""
+
+    @property
+    def total_queries(self) -> int:
+        """The same as ``queries``."""
+        return self.queries
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per query; 0.0 before the first query."""
+        return self.hits / self.queries if self.queries else 0.0
+
+    @property
+    def miss_rate(self) -> float:
+        """Misses per query; 0.0 before the first query."""
+        return self.misses / self.queries if self.queries else 0.0
+
+    def reset(self) -> None:
+        """Set every counter to zero and empty the histograms."""
+        for item in fields(self):
+            setattr(self, item.name, type(getattr(self, item.name))())
+
+    def snapshot(self) -> CacheStats:
+        """A copy that later events do not change."""
+        return self + CacheStats()
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Counters and rates by name, without the histograms."""
+        numbers: dict[str, int | float] = {name: getattr(self, name) for name in _COUNTERS}
+        return {**numbers, 'hit_rate': self.hit_rate, 'miss_rate': self.miss_rate}
+
+    def __add__(self, other: CacheStats) -> CacheStats:
+        return CacheStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def __sub__(self, other: CacheStats) -> CacheStats:
+        return CacheStats(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
+
+def _combine(left: list[int], right: list[int], sign: int) -> list[int]:
+    size = max(len(left), len(right))
+    left = left + [0] * (size - len(left))
+    right = right + [0] * (size - len(right))
+    return [a + sign * b for a, b in zip(left, right, strict=True)]

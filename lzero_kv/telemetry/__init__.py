@@ -1,0 +1,1 @@
+"""What the pools counted, for people: TensorBoard charts, tables, plots, and reading charts back."""

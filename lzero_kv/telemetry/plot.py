@@ -1,0 +1,88 @@
+"""The charts of the dashboard as one picture, drawn without a display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lzero_kv.telemetry.metrics import CHARTS, METRICS, Axis, Chart, Unit
+from lzero_kv.telemetry.read import RunLog, Series
+
+# Colours that colour-blind readers tell apart; dashes let a line show that lies under another.
+LINES = {
+    'roots': ('#0072b2', 'solid'),
+    'nodes': ('#d55e00', (0, (4, 2))),
+    'reanalysis': ('#009e73', (0, (1, 1.5))),
+    'total': ('#aa3377', (0, (6, 2, 1, 2))),
+}
+BYTE_UNITS = (('B', 1), ('KiB', 2**10), ('MiB', 2**20), ('GiB', 2**30))
+MARKED_POINTS = 60  # beyond this, markers hide the line
+
+
+def plot_run(run: RunLog, path: Path) -> Path:
+    """Draw the dashboard's charts over environment steps, one panel below the other, and write them as PNG.
+
+    Args:
+        run: a log with at least one pool.
+        path: the file to write; an existing one is replaced.
+
+    Raises:
+        ValueError: the name does not end in `.png`, or its folder does not exist or cannot be written.
+    """
+    if path.suffix.lower() != '.png':
+        raise ValueError(
+            f'the plot must be a .png file, got {path}; write for example {path.with_suffix(".png")}'
+        )
+    figure = Figure(figsize=(9, 2.1 * len(CHARTS) + 0.6), layout='constrained')
+    FigureCanvasAgg(figure)
+    figure.suptitle(f'KV cache of {run.folder}', fontsize=10)
+    panels = figure.subplots(len(CHARTS), 1, sharex=True)
+    for panel, chart in zip(panels, CHARTS, strict=True):
+        _draw(panel, chart, _lines(run, chart))
+    panels[-1].set_xlabel('environment steps')
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ValueError(
+            f'cannot write the plot to {path}: {error.strerror}; choose another with --out'
+        ) from error
+    return path
+
+
+def _lines(run: RunLog, chart: Chart) -> dict[str, Series]:
+    found = {pool: run.series(Axis.ENV_STEP, pool, chart.metric) for pool in chart.pools}
+    return {pool: series for pool, series in found.items() if series is not None}
+
+
+def _draw(panel: Axes, chart: Chart, lines: dict[str, Series]) -> None:
+    highest = max((float(series.values.max()) for series in lines.values()), default=0.0)
+    label, divisor = _scale(METRICS[chart.metric].unit, highest)
+    for pool, series in lines.items():
+        colour, dashes = LINES[pool]
+        marker = '.' if len(series.steps) <= MARKED_POINTS else ''
+        panel.plot(
+            series.steps, series.values / divisor, label=pool, color=colour, linestyle=dashes, marker=marker
+        )
+    panel.set_title(chart.heading.removesuffix(' in bytes'), fontsize=10, loc='left')
+    panel.set_ylabel(label)
+    # A flat line at zero is the good result of three of the panels: keep it visible above the lower edge.
+    top = 100.0 if label == '%' else highest / divisor or 1.0
+    panel.set_ylim(-0.05 * top, 1.08 * top)
+    panel.grid(alpha=0.3)
+    panel.ticklabel_format(axis='x', style='plain')
+    if lines:
+        panel.legend(
+            loc='center left', bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, handlelength=3.5
+        )
+
+
+def _scale(unit: Unit, highest: float) -> tuple[str, float]:
+    """Return the label of the vertical axis and the number of base units in one of its units."""
+    if unit is Unit.FRACTION:
+        return '%', 0.01
+    if unit is Unit.BYTES:
+        return next((name, size) for name, size in reversed(BYTE_UNITS) if size <= max(highest, 1))
+    return unit.value, 1.0

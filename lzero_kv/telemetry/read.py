@@ -1,0 +1,144 @@
+"""Reads the charts back from TensorBoard event files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tensorboard.backend.event_processing import event_accumulator as events
+
+from lzero_kv.telemetry.metrics import METRICS, POOLS, Axis, Kind, TagName, parse_tag
+
+
+class LogError(ValueError):
+    """A folder holds no log that can be reported; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One chart: `steps` int64 [points] ascending, `values` float64 [points], `wall_times` float64 [points]
+    in seconds.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+    wall_times: np.ndarray
+
+
+@dataclass(frozen=True)
+class HistogramPoint:
+    """The histogram of one point: bucket i holds `counts[i]` values v with `limits[i-1] <= v < limits[i]`."""
+
+    step: int
+    limits: tuple[float, ...]
+    counts: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The cache's part of the log in one folder."""
+
+    folder: Path
+    scalars: dict[TagName, Series]
+    histograms: dict[TagName, tuple[HistogramPoint, ...]]
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        """The pools with at least one chart, in the order of POOLS."""
+        present = {name.pool for name in self.scalars}
+        return tuple(pool for pool in POOLS if pool in present)
+
+    def series(self, axis: Axis, pool: str, metric: str) -> Series | None:
+        """Return a chart, or None when the pool did not report it."""
+        return self.scalars.get(TagName(axis, pool, metric))
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Return the whole run: counters added up over all points, hit_rate of those sums, gauges at the last
+        point.
+        """
+        summary: dict[str, dict[str, float]] = {}
+        for pool in self.pools:
+            values = {}
+            for name, metric in METRICS.items():
+                series = self.series(Axis.ENV_STEP, pool, name)
+                if series is not None and metric.kind is not Kind.RATIO:
+                    values[name] = float(
+                        series.values.sum() if metric.kind is Kind.COUNTER else series.values[-1]
+                    )
+            if 'queries' in values and 'hits' in values:
+                values['hit_rate'] = values['hits'] / values['queries'] if values['queries'] else 0.0
+            summary[pool] = values
+        return summary
+
+    def last(self) -> dict[str, dict[str, float]]:
+        """Return the last point of every chart."""
+        charts = {
+            pool: {name: self.series(Axis.ENV_STEP, pool, name) for name in METRICS} for pool in self.pools
+        }
+        return {
+            pool: {name: float(series.values[-1]) for name, series in chart.items() if series is not None}
+            for pool, chart in charts.items()
+        }
+
+    def last_steps(self) -> dict[Axis, int]:
+        """Return the step of the last point on each axis that was written."""
+        ends: dict[Axis, int] = {}
+        for name, series in self.scalars.items():
+            ends[name.axis] = max(ends.get(name.axis, 0), int(series.steps[-1]))
+        return ends
+
+
+def find_runs(logdir: Path) -> list[Path]:
+    """Return every folder at or below `logdir` that holds event files, sorted.
+
+    `logdir` may be an experiment folder of LightZero, its `log` or `log/serial`, or a folder of many
+    experiments.
+
+    Raises:
+        LogError: there is no such folder, or no event file in it.
+    """
+    if not logdir.is_dir():
+        raise LogError(
+            f'{logdir} is not a folder; give the experiment folder (exp_name) that LightZero wrote'
+        )
+    folders = sorted({path.parent for path in logdir.rglob('events.out.tfevents.*')})
+    if not folders:
+        raise LogError(
+            f'no TensorBoard event file in {logdir} or below; give the experiment folder (exp_name) that '
+            'LightZero wrote: its log is in <exp_name>/log/serial, and a time is appended to exp_name when '
+            'that folder exists already'
+        )
+    return folders
+
+
+def read_run(folder: Path) -> RunLog:
+    """Read the charts of the cache from the event files of one folder; other tags of the log are left out."""
+    accumulator = events.EventAccumulator(
+        str(folder), size_guidance=dict.fromkeys(events.DEFAULT_SIZE_GUIDANCE, 0)
+    )
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    scalars = {}
+    for text, name in _own(tags['scalars']):
+        points = sorted(accumulator.Scalars(text), key=lambda point: point.step)
+        scalars[name] = Series(
+            steps=np.array([point.step for point in points], dtype=np.int64),
+            values=np.array([point.value for point in points], dtype=np.float64),
+            wall_times=np.array([point.wall_time for point in points], dtype=np.float64),
+        )
+    histograms = {}
+    for text, name in _own(tags['histograms']):
+        histograms[name] = tuple(
+            HistogramPoint(
+                point.step, tuple(point.histogram_value.bucket_limit), tuple(point.histogram_value.bucket)
+            )
+            for point in accumulator.Histograms(text)
+        )
+    return RunLog(folder, scalars, histograms)
+
+
+def _own(tags: Iterable[str]) -> list[tuple[str, TagName]]:
+    parsed = ((text, parse_tag(text)) for text in tags)
+    return [(text, name) for text, name in parsed if name is not None]

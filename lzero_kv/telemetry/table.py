@@ -1,0 +1,61 @@
+"""The statistics of the pools as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from lzero_kv.telemetry.metrics import METRICS, POOLS, Unit
+
+
+def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Table:
+    """Return a table with one row per metric and one column per pool.
+
+    Args:
+        summary: pool name -> metric name -> number, as `KVCacheManager.get_stats_summary()` gives it. Pools
+            and metrics that METRICS and POOLS do not name are left out; a metric that a pool does not have
+            shows as a dash.
+        title: the line above the table.
+
+    Raises:
+        ValueError: the summary holds no pool, because statistics are off.
+    """
+    pools = [pool for pool in POOLS if pool in summary]
+    if not pools:
+        raise ValueError(
+            f'summary must hold one of the pools {", ".join(POOLS)}, '
+            f'got {", ".join(map(str, summary)) or "nothing"}; '
+            'write kv_cache=dict(enable_stats=True) to have statistics'
+        )
+    table = Table(title=title, title_justify='left')
+    table.add_column('metric')
+    for pool in pools:
+        table.add_column(pool, justify='right')
+    for metric in METRICS.values():
+        cells = [summary[pool].get(metric.name) for pool in pools]
+        table.add_row(
+            metric.name, *('-' if cell is None else format_value(cell, metric.unit) for cell in cells)
+        )
+    return table
+
+
+def format_value(value: float, unit: Unit) -> str:
+    """Return a number with its unit: `12,345`, `97.2 %`, `1.5 MiB`."""
+    if unit is Unit.FRACTION:
+        return f'{100 * value:.1f} %'
+    if unit is Unit.BYTES:
+        return format_bytes(value)
+    return f'{value:,.0f}'
+
+
+def format_bytes(value: float) -> str:
+    """Return a size in the largest of B, KiB, MiB, GiB that keeps it at 1 or more."""
+    if value < 1024:
+        return f'{value:.0f} B'
+    for unit in ('KiB', 'MiB'):
+        value /= 1024
+        if value < 1024:
+            return f'{value:.1f} {unit}'
+    return f'{value / 1024:.1f} GiB'

@@ -1,0 +1,181 @@
+"""Writes what the pools counted into the TensorBoard log the host already keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any, Protocol
+
+from lzero_kv.manager import KVCacheManager
+from lzero_kv.stats import CacheStats, Log2Histogram
+from lzero_kv.telemetry.metrics import (
+    HISTOGRAMS,
+    METRICS,
+    Axis,
+    Kind,
+    dashboard_layout,
+    explanation,
+    tag,
+)
+from lzero_kv.telemetry.reading import PoolReading, read_managers
+
+MANAGERS = ('acting', 'reanalysis')
+
+
+class SummaryWriter(Protocol):
+    """The part of a writer that is used; torch.utils.tensorboard and tensorboardX both have it."""
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None) -> Any: ...
+
+    def add_histogram_raw(
+        self,
+        tag: str,
+        min: Any,
+        max: Any,
+        num: Any,
+        sum: Any,
+        sum_squares: Any,
+        bucket_limits: Any,
+        bucket_counts: Any,
+        global_step: int | None = None,
+    ) -> Any: ...
+
+    def add_custom_scalars(self, layout: Any) -> Any: ...
+
+    def add_text(self, tag: str, text_string: str, global_step: int | None = None) -> Any: ...
+
+    def flush(self) -> Any: ...
+
+
+class TensorBoardSink:
+    """One chart per pool, metric and axis; a point at every `write`.
+
+    Counters (queries, hits, misses, stores, overwrites, evictions, rebuilt_tokens) hold the difference since
+    the previous point, so that a change in behaviour shows where it happens; the first point counts from the
+    start. hit_rate is that of the same interval. Gauges (entries, occupancy, bytes) hold the present value.
+    Histograms hold the interval's values. TensorBoard keeps values as float32: above 16,777,216 a count is
+    rounded.
+
+    After a `reset_stats` between two points the interval counts from the reset. It shows by a counter that
+    went down; when every counter has passed its old value again by the next point, the interval is counted
+    too low.
+
+    The layout of the Custom Scalars page and a text that explains the metrics are written at the first point.
+
+    Args:
+        writer: the host's `torch.utils.tensorboard.SummaryWriter` or `tensorboardX.SummaryWriter`. The sink
+            never closes it.
+    """
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self.writer = writer
+        self._previous: dict[str, CacheStats] = {}
+        self._described = False
+
+    def write(self, managers: Mapping[str, KVCacheManager], env_step: int, train_iter: int) -> None:
+        """Write one point for every pool.
+
+        Args:
+            managers: `acting`, the manager of the model that collects and evaluates, and `reanalysis`, that
+                of the target model, where there is one; see `read_managers`. An acting manager without
+                statistics writes nothing. Its `cache_config.histograms` says whether histograms are written.
+            env_step: environment steps collected so far.
+            train_iter: training iterations done so far.
+
+        Raises:
+            ValueError: `acting` is missing, a name is unknown or a step is negative. Nothing has been written
+                then.
+            TypeError: a step is no integer. Nothing has been written then.
+        """
+        steps = {Axis.ENV_STEP: _step('env_step', env_step), Axis.TRAIN_ITER: _step('train_iter', train_iter)}
+        if 'acting' not in managers or set(managers) - set(MANAGERS):
+            raise ValueError(
+                "managers must be named 'acting' and, for a target model, 'reanalysis', "
+                f'got {sorted(managers)}'
+            )
+        readings = read_managers(**managers)
+        if not readings:
+            return
+        if not self._described:
+            self._describe()
+        histograms = managers['acting'].cache_config.histograms
+        since = self._since_previous(readings)
+        for pool, reading in readings.items():
+            for axis, step in steps.items():
+                self._write_scalars(axis, pool, reading.with_stats(since[pool]), step)
+                if histograms:
+                    self._write_histograms(axis, pool, since[pool], step)
+        # A killed training, or a report on one that still runs, misses at most the interval in progress.
+        self.writer.flush()
+
+    def _since_previous(self, readings: Mapping[str, PoolReading]) -> dict[str, CacheStats]:
+        pools = {pool: reading.stats for pool, reading in readings.items() if pool != 'total'}
+        since = {pool: interval(stats, self._previous.get(pool)) for pool, stats in pools.items()}
+        self._previous = pools
+        # Not the difference of two totals: one model's counters may have been reset and another's not.
+        return {**since, 'total': sum(since.values(), CacheStats())}
+
+    def _write_scalars(self, axis: Axis, pool: str, reading: PoolReading, step: int) -> None:
+        values = reading.as_dict()
+        for name in METRICS:
+            self.writer.add_scalar(tag(axis, pool, name), values[name], step)
+
+    def _write_histograms(self, axis: Axis, pool: str, since: CacheStats, step: int) -> None:
+        for name in HISTOGRAMS:
+            histogram: Log2Histogram = getattr(since, name)
+            if histogram.total:
+                self.writer.add_histogram_raw(
+                    tag(axis, pool, name), **raw_histogram(histogram), global_step=step
+                )
+
+    def _describe(self) -> None:
+        self.writer.add_custom_scalars(dashboard_layout())
+        self.writer.add_text('kv_cache/metrics', explanation(), 0)
+        self._described = True
+
+
+def interval(now: CacheStats, previous: CacheStats | None) -> CacheStats:
+    """Return what was counted since `previous`; all of `now` if there is none or a reset came between."""
+    if previous is None:
+        return now.snapshot()
+    counters = [name for name, metric in METRICS.items() if metric.kind is Kind.COUNTER]
+    if any(getattr(now, name) < getattr(previous, name) for name in counters):
+        return now.snapshot()
+    return now - previous
+
+
+def raw_histogram(histogram: Log2Histogram) -> dict[str, Any]:
+    """Return the arguments of `add_histogram_raw` for a histogram that holds at least one value.
+
+    Bucket i goes to TensorBoard with its upper edge `limits[i]`. The first bucket that is drawn begins at
+    `min` and the last ends at `max`, so both are edges of the buckets and not values. The two sums, which no
+    chart shows, are those of the lower edges: the buckets do not hold the values themselves.
+
+    Raises:
+        ValueError: the histogram is empty.
+    """
+    filled = [bucket for bucket, count in enumerate(histogram.counts) if count]
+    if not filled:
+        raise ValueError('histogram must hold at least one value, got an empty one; leave its point out')
+    upper = histogram.limits
+    lower = [0, *upper[:-1]]
+    pairs = list(zip(lower, histogram.counts, strict=True))
+    return {
+        'min': lower[filled[0]],
+        'max': upper[filled[-1]],
+        'num': histogram.total,
+        'sum': sum(edge * count for edge, count in pairs),
+        'sum_squares': sum(edge * edge * count for edge, count in pairs),
+        'bucket_limits': upper,
+        'bucket_counts': histogram.counts,
+    }
+
+
+def _step(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f'{name} must be an integer, got {type(value).__name__}; count it from the start of the training'
+        )
+    if value < 0:
+        raise ValueError(f'{name} must be 0 or more, got {value}; count it from the start of the training')
+    return int(value)
