@@ -1,0 +1,38 @@
+# make help lists the targets. Variables: PYTHON (the interpreter of the set-up), VENV (the environment's folder),
+# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (test processes).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV ?= .venv
+JOBS ?= 2
+BIN := $(VENV)/bin
+
+# On two cores several threads per process wait for each other: up to ten times slower than one.
+export OMP_NUM_THREADS ?= 1
+export TORCH_INDEX_URL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## build .venv: LightZero with its compiled tree search, torch, Atari games (a second run reuses it)
+	@$(PYTHON) tools/setup_env.py --venv $(VENV)
+
+demo: setup  ## train UniZero on Pong for a few minutes with the cache on, then show what the cache did
+	@$(BIN)/python tools/demo.py
+
+test: setup lint  ## lint, import contract, and all tests that take no network
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -p no:benchmark
+
+lint: setup  ## style and import contract
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+types: setup  ## check types with pyright (installed on the first call)
+	@$(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check -r requirements/types.txt
+	$(BIN)/pyright
+
+clean:  ## remove .venv and what runs and tests left behind
+	rm -rf $(VENV) $(VENV).lock build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,374 @@
+"""Pool and manager beside their slow references: every operation is done to both, then everything is compared.
+
+The state machines of hypothesis and ``tools/fuzz.py`` choose the operations; what is compared stands here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lzero_kv.config import KVCacheConfig
+from lzero_kv.entry import KVEntry
+from lzero_kv.keys import NO_SLOT, RootKey
+from lzero_kv.layout import KVBatch, KVLayout
+from lzero_kv.manager import KVCacheManager
+from lzero_kv.pool import KVCachePool
+from lzero_kv.reference import ReferenceManager, ReferencePool
+
+# Every dimension is another number, so that a swapped axis cannot pass.
+UNIFORM = KVLayout(layers=3, heads=2, head_dim=5, tokens=7)
+RAGGED = KVLayout(layers=3, heads=2, head_dim=5, tokens=(7, 4, 9))
+
+
+class Difference(Exception):
+    """Pool or manager and reference do not agree."""
+
+
+def check(agree: bool, what: str, got: Any, expected: Any) -> None:
+    """Raise a :class:`Difference` unless ``agree``."""
+    if not agree:
+        raise Difference(f'{what}: got {got}, the reference says {expected}')
+
+
+def check_equal(what: str, got: Any, expected: Any) -> None:
+    """Raise a :class:`Difference` unless both are equal."""
+    check(got == expected, what, got, expected)
+
+
+def outcome(action: Callable[[], Any]) -> tuple[str, Any]:
+    """The name of the error that an action raises (KeyError, ValueError, ...) or '', and its result."""
+    try:
+        return '', action()
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        return type(error).__name__, None
+
+
+def blocks_of(layout: KVLayout, rows: torch.Tensor, row: int, length: int) -> list[torch.Tensor]:
+    """Keys and values of each layer of one row, its newest ``length`` tokens: ``[tokens, embed_dim]`` each."""
+    found = []
+    for layer, capacity in enumerate(layout.layer_tokens):
+        for block in (layout.keys(rows, layer)[row], layout.values(rows, layer)[row]):
+            tokens = min(length, capacity)
+            found.append(block[block.shape[0] - tokens :].reshape(tokens, layout.embed_dim))
+    return found
+
+
+@functools.cache
+def valid_elements(layout: KVLayout, length: int) -> torch.Tensor:
+    """Where in a whole row the numbers of :func:`blocks_of` are, in that order: int64."""
+    numbered = torch.arange(layout.row_elements).view(layout.batch_shape(1))
+    return torch.cat([block.reshape(-1) for block in blocks_of(layout, numbered, 0, length)])
+
+
+def same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
+    """Whether two lists of tensors are equal to the last bit."""
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def compare_pool(pool: KVCachePool, reference: ReferencePool, tensors: bool = True) -> None:
+    """Raise a :class:`Difference` unless keys, pins, counters, lengths and contents agree."""
+    keys = reference.keys()
+    check_equal('keys', set(pool.keys()), set(keys))
+    check_equal('number of entries', len(pool), len(keys))
+    check_equal('pinned', pool.pinned, reference.pinned)
+    check_equal('capacity', pool.capacity, reference.pool_size)
+    check_equal('counters', pool.stats, reference.stats)
+    slots = [pool.peek(key) for key in keys]
+    own = range(pool.first_slot, pool.first_slot + pool.capacity)
+    check(len(set(slots)) == len(slots) and all(slot in own for slot in slots), 'slots', slots, f'different, in {own}')
+    if not keys or not tensors:
+        return
+    slab = pool.slab
+    if slab is None:
+        raise Difference(f'{len(keys)} entries without a slab')
+    check_equal('lengths', slab.lengths[slots].tolist(), [reference.length(key) for key in keys])
+    check_equal(
+        'next positions', slab.next_positions[slots].tolist(), [reference.next_position(key) for key in keys]
+    )
+    rows = slab.load(slots).reshape(len(keys), -1)
+    for row, key in enumerate(keys):
+        expected = torch.cat([block.reshape(-1) for block in reference.blocks(key)])
+        got = rows[row][valid_elements(slab.layout, reference.length(key))]
+        check(torch.equal(got, expected), f'contents of {key}', got, expected)
+
+
+class HeldCopies:
+    """The latest entries handed out, with clones of them: an entry must never change under its holder."""
+
+    def __init__(self, limit: int = 5) -> None:
+        self._limit = limit
+        self._held: list[tuple[KVEntry, KVEntry]] = []
+
+    def hold(self, entry: KVEntry) -> None:
+        """Watch one more entry, and the oldest no more."""
+        self._held = [*self._held, (entry, entry.clone())][-self._limit :]
+
+    def compare(self) -> None:
+        """Raise a :class:`Difference` when a held entry has changed."""
+        for entry, clone in self._held:
+            check(same(tensors_of(entry), tensors_of(clone)), 'a held entry', entry, clone)
+
+
+def tensors_of(entry: KVEntry) -> list[torch.Tensor]:
+    """All tensors of an entry, with their padding."""
+    layers = [entry[layer] for layer in range(len(entry))]
+    return [cache._cache for layer in layers for cache in (layer._k_cache, layer._v_cache)]
+
+
+class Histories:
+    """Makes histories of random numbers, right-aligned in a strided buffer."""
+
+    def __init__(self, layout: KVLayout, seed: int) -> None:
+        self.layout = layout
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, lengths: Sequence[int], next_positions: Sequence[int], spare: int = 0) -> KVBatch:
+        """A batch whose kv is a view of a wider buffer; ``spare`` columns more than the longest history needs."""
+        numbers = np.array(lengths, np.int64), np.array(next_positions, np.int64)
+        count = len(lengths)
+        if not self.layout.uniform:
+            rows = torch.randn((count, 2 * self.layout.row_elements), generator=self._generator)
+            return KVBatch(rows[:, self.layout.row_elements :], *numbers)
+        width = min(max([1, *lengths]) + spare, self.layout.max_tokens)
+        shape = (count, 2 * self.layout.layers, width + 2, self.layout.embed_dim)
+        buffer = torch.randn(shape, generator=self._generator)
+        return KVBatch(buffer[:, :, 1 : width + 1], *numbers)
+
+    def entry(self, length: int) -> KVEntry:
+        """One history as the object that ``get`` hands out."""
+        batch = self.batch([length], [length + 3])
+        return KVEntry.from_row(self.layout, batch.kv, length, length + 3)
+
+
+def spoil(batch: KVBatch) -> None:
+    """Overwrite a batch that was handed over or handed out: nobody may see it."""
+    batch.kv.fill_(float('nan'))
+    batch.lengths.fill(-5)
+    batch.next_positions.fill(-5)
+
+
+def row_batch(entry: KVEntry, layout: KVLayout) -> KVBatch:
+    """What the reference keeps of a stored entry, built from its tensors one by one."""
+    kv = torch.zeros(layout.batch_shape(1))
+    for layer, capacity in enumerate(layout.layer_tokens):
+        own = entry[layer]
+        for cache, target in ((own._k_cache, layout.keys(kv, layer)), (own._v_cache, layout.values(kv, layer))):
+            for token in range(cache._size):
+                target[0, capacity - cache._size + token] = cache._cache[0, :, token]
+    return KVBatch(kv, np.array([entry.size]), np.array([entry.next_position]))
+
+
+class PoolTwins:
+    """A pool beside its reference."""
+
+    def __init__(self, policy: str, pool_size: int = 4, layout: KVLayout = UNIFORM, seed: int = 0) -> None:
+        self.layout = layout
+        self.pool = KVCachePool(pool_size, policy, layout=layout)
+        self.reference = ReferencePool(pool_size, policy, layout)
+        self.histories = Histories(layout, seed)
+        self.held = HeldCopies()
+
+    def compare(self) -> None:
+        """Raise a :class:`Difference` unless both agree in everything."""
+        compare_pool(self.pool, self.reference)
+        self.held.compare()
+
+    def lookup(self, keys: Sequence[Hashable]) -> None:
+        slots = self.pool.lookup(keys)
+        check_equal('hits', (slots != NO_SLOT).tolist(), self.reference.lookup(keys))
+        check_equal('slots', slots.tolist(), [self.pool.peek(key) for key in keys])
+
+    def store(self, keys: Sequence[Hashable], lengths: Sequence[int], spare: int = 0) -> None:
+        batch = self.histories.batch(lengths, [length + row for row, length in enumerate(lengths)], spare)
+        before = {key: self.pool.peek(key) for key in keys}
+        expected, _ = outcome(lambda: self.reference.store(list(keys), batch))
+        got, slots = outcome(lambda: self.pool.store(keys, batch))
+        check_equal('error of store', got, expected)
+        if slots is not None:
+            kept = [before[key] in (NO_SLOT, slot) for key, slot in zip(keys, slots.tolist(), strict=True)]
+            check(all(kept), 'slots of known keys', slots, before)
+        spoil(batch)
+
+    def load(self, keys: Sequence[Hashable]) -> None:
+        expected, theirs = outcome(lambda: self.reference.load(list(keys)))
+        got, ours = outcome(lambda: self.pool.load(keys))
+        check_equal('error of load', got, expected)
+        if ours is None or theirs is None:
+            return
+        check_equal('lengths', ours.lengths.tolist(), theirs.lengths.tolist())
+        check_equal('next positions', ours.next_positions.tolist(), theirs.next_positions.tolist())
+        for row, length in enumerate(theirs.lengths.tolist()):
+            left, right = (blocks_of(self.layout, batch.kv, row, length) for batch in (ours, theirs))
+            check(same(left, right), f'row {row} of a load', left, right)
+        spoil(ours)
+
+    def get(self, key: Hashable) -> None:
+        entry, found = self.pool.get(key), self.reference.find(key)
+        check_equal('get finds', entry is not None, found)
+        if entry is not None:
+            check_equal('size', entry.size, self.reference.length(key))
+            check_equal('next position', entry.next_position, self.reference.next_position(key))
+            got = blocks_of(self.layout, row_batch(entry, self.layout).kv, 0, entry.size)
+            check(same(got, self.reference.blocks(key)), 'entry', got, self.reference.blocks(key))
+            self.held.hold(entry)
+
+    def set(self, key: Hashable, length: int) -> None:
+        entry = self.histories.entry(length)
+        expected, _ = outcome(lambda: self.reference.store([key], row_batch(entry, self.layout)))
+        got, slot = outcome(lambda: self.pool.set(key, entry))
+        check_equal('error of set', got, expected)
+        if slot is not None:
+            check_equal('slot of set', slot, self.pool.peek(key))
+        for tensor in tensors_of(entry):
+            tensor.fill_(float('nan'))
+
+    def both(self, name: str, *arguments: Any) -> None:
+        """An operation without tensors that both have under one name: pin, unpin, discard, clear, resize, ..."""
+        expected = outcome(lambda: getattr(self.reference, name)(*arguments))
+        check_equal(f'outcome of {name}', outcome(lambda: getattr(self.pool, name)(*arguments)), expected)
+
+    def rejected_store(self, keys: Sequence[Hashable], mistake: str) -> None:
+        """A store with a mistake: an error, and (as :meth:`compare` sees) nothing changed."""
+        batch = self.histories.batch([1 + row % 4 for row in range(len(keys))], [9] * len(keys))
+        broken = BROKEN[mistake](batch, self.layout)
+        error, _ = outcome(lambda: self.pool.store(keys, broken))
+        check(bool(error), f'a store with {mistake}', 'no error', 'an error')
+
+
+BROKEN: dict[str, Callable[[KVBatch, KVLayout], KVBatch]] = {
+    'a missing row': lambda batch, layout: KVBatch(batch.kv[1:], batch.lengths, batch.next_positions),
+    'a missing length': lambda batch, layout: KVBatch(batch.kv, batch.lengths[1:], batch.next_positions),
+    'a missing position': lambda batch, layout: KVBatch(batch.kv, batch.lengths, batch.next_positions[1:]),
+    'too long a length': lambda batch, layout: KVBatch(batch.kv, batch.lengths + 10, batch.next_positions),
+    'a negative length': lambda batch, layout: KVBatch(batch.kv, batch.lengths - 9, batch.next_positions),
+    'a negative position': lambda batch, layout: KVBatch(batch.kv, batch.lengths, batch.next_positions - 10),
+    'another dtype': lambda batch, layout: KVBatch(batch.kv.double(), batch.lengths, batch.next_positions),
+    'another width': lambda batch, layout: KVBatch(batch.kv[..., 1:], batch.lengths, batch.next_positions),
+    'a swapped axis': lambda batch, layout: KVBatch(batch.kv.mT, batch.lengths, batch.next_positions),
+}
+"""Ways to break a batch."""
+
+
+class ManagerTwins:
+    """A manager beside its reference: 3 environments with 2 root slots each, and at most 9 nodes."""
+
+    ENVIRONMENTS = 3
+    MOST_NODES = 9
+
+    def __init__(self, policy: str, layout: KVLayout = UNIFORM, seed: int = 0) -> None:
+        # root slots twice (a resize holds them twice), one slot per environment of the pool of single histories
+        self.max_bytes = layout.row_bytes * (2 * 2 * self.ENVIRONMENTS + self.ENVIRONMENTS + self.MOST_NODES)
+        choices = KVCacheConfig(policy=policy, root_slots=2, max_bytes=self.max_bytes)  # type: ignore[arg-type]
+        self.layout = layout
+        self.manager = KVCacheManager({}, self.ENVIRONMENTS, layout=layout, cache_config=choices, num_simulations=1)
+        self.reference = ReferenceManager(layout, self.ENVIRONMENTS, 1, choices)
+        self.histories = Histories(layout, seed)
+        self.held = HeldCopies()
+        self._rebuilt = 0
+
+    def compare(self) -> None:
+        """Raise a :class:`Difference` unless both agree in everything."""
+        pairs = zip(self.manager.init_pools, self.reference.roots, strict=True)
+        for pool, reference in [*pairs, (self.manager.recur_pool, self.reference.nodes)]:
+            compare_pool(pool, reference)
+        check(self.manager.bytes <= self.max_bytes, 'bytes', self.manager.bytes, f'at most {self.max_bytes}')
+        roots = self.reference.roots
+        total = self.manager.get_stats_summary()['total']
+        for name in ('queries', 'hits', 'misses', 'stores', 'overwrites', 'evictions'):
+            expected = sum(getattr(pool.stats, name) for pool in [*roots, self.reference.nodes])
+            check_equal(f'total {name}', total[name], expected)
+        check_equal('rebuilt tokens', total['rebuilt_tokens'], self._rebuilt)
+        self.held.compare()
+
+    def lookup(self, keys: Sequence[Any]) -> None:
+        expected = outcome(lambda: self.reference.lookup(list(keys)))
+        error, slots = outcome(lambda: self.manager.lookup(keys))
+        check_equal('outcome of lookup', (error, None if slots is None else (slots != NO_SLOT).tolist()), expected)
+        if slots is not None:
+            check_equal('slots', slots.tolist(), self.manager.slots(keys).tolist())
+
+    def store(self, keys: Sequence[Any], lengths: Sequence[int], spare: int = 0) -> None:
+        batch = self.histories.batch(lengths, [length + 2 * row for row, length in enumerate(lengths)], spare)
+        expected, _ = outcome(lambda: self.reference.store(list(keys), batch))
+        numbers = batch.lengths, batch.next_positions
+        got, slots = outcome(lambda: self.manager.store(keys, batch.kv, *numbers))
+        check_equal('error of store', got, expected)
+        if slots is not None:
+            check_equal('slots', slots.tolist(), self.manager.slots(keys).tolist())
+        spoil(batch)
+
+    def load(self, keys: Sequence[Any], spare: int, into_buffer: bool) -> None:
+        """Load the cached ones of ``keys``, the columns that the longest needs and ``spare`` more."""
+        keys = [key for key in keys if key in self.reference.pool_of(key)]
+        slots = self.manager.slots(keys)
+        lengths = [self.reference.pool_of(key).length(key) for key in keys]
+        check_equal('lengths', self.manager.lengths(slots).tolist(), lengths)
+        newest = min(max([1, *lengths]) + spare, self.layout.max_tokens) if self.layout.uniform else None
+        if into_buffer and newest is not None:
+            buffer = torch.full((len(keys), 2 * self.layout.layers, newest + 2, self.layout.embed_dim), 0.25)
+            rows = self.manager.load(slots, newest=newest, out=buffer[:, :, 1 : newest + 1])
+            check(bool((buffer[:, :, [0, -1]] == 0.25).all()), 'columns beside out', buffer, 'untouched')
+            rows = buffer[:, :, 1 : newest + 1]
+        else:
+            rows = self.manager.load(slots, newest=newest)
+        for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
+            expected = self.reference.pool_of(key).blocks(key)
+            got = blocks_of(self.layout, rows, row, length)
+            check(same(got, expected), f'row {row} of a load', got, expected)
+        rows.fill_(float('nan'))
+
+    def set(self, key: Any, length: int) -> None:
+        entry = self.histories.entry(length)
+        reference = self.reference.pool_of(key)
+        expected, _ = outcome(lambda: reference.store([key], row_batch(entry, self.layout)))
+        if isinstance(key, RootKey):
+            got, _ = outcome(lambda: self.manager.set_init_cache(key.env_id, key, entry))
+        else:
+            got, _ = outcome(lambda: self.manager.set_recur_cache(key, entry))
+        check_equal('error of set', got, expected)
+
+    def get(self, env_id: int, key: Any) -> None:
+        """``hierarchical_get``: the environment's roots, then the nodes, in one query."""
+        entry, found = self.manager.hierarchical_get(env_id, key), self.reference.hierarchical_find(env_id, key)
+        check_equal('hierarchical_get finds', entry is not None, found)
+        if entry is not None:
+            roots = self.reference.roots[env_id]
+            reference = roots if key in roots else self.reference.nodes
+            got = blocks_of(self.layout, row_batch(entry, self.layout).kv, 0, entry.size)
+            check(same(got, reference.blocks(key)), 'entry', got, reference.blocks(key))
+            self.held.hold(entry)
+
+    def reserve_recurrent(self, entries: int, minimum: int) -> None:
+        expected = outcome(lambda: self.reference.reserve_recurrent(entries, minimum=minimum))
+        got = outcome(lambda: self.manager.reserve_recurrent(entries, minimum=minimum))
+        check_equal('outcome of reserve_recurrent', got, expected)
+
+    def pool_operation(self, name: str, keys: Sequence[Any], *arguments: Any) -> None:
+        """pin, unpin, discard or set_priorities, on the pool of each key."""
+        for key in keys:
+            reference = self.reference.pool_of(key)
+            pool = self.manager.init_pools[key.env_id] if isinstance(key, RootKey) else self.manager.recur_pool
+            expected = outcome(lambda r=reference, k=key: getattr(r, name)([k], *arguments))
+            got = outcome(lambda p=pool, k=key: getattr(p, name)([k], *arguments))
+            check_equal(f'outcome of {name}', got, expected)
+
+    def clear(self, which: str) -> None:
+        """which: 'all', 'roots' or 'nodes'."""
+        {
+            'all': self.manager.clear_all,
+            'roots': self.manager.clear_init_caches,
+            'nodes': self.manager.clear_recur_cache,
+        }[which]()
+        roots, nodes = self.reference.roots, [self.reference.nodes]
+        for pool in {'all': [*roots, *nodes], 'roots': roots, 'nodes': nodes}[which]:
+            pool.clear()
+
+    def count_rebuilt(self, tokens: int, roots: bool) -> None:
+        self.manager.count_rebuilt(tokens, roots=roots)
+        self._rebuilt += tokens
+        if not roots:
+            self.reference.nodes.stats.rebuilt_tokens += tokens

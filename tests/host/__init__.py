@@ -1,0 +1,1 @@
+"""Tests against a real LightZero installation: real policies, real models, the real compiled tree search."""

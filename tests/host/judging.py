@@ -1,0 +1,101 @@
+"""Holds recorded roots and nodes against the recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .episodes import ROOT, Node, Root
+from .models import precision, world_model_of
+from .reanalysis import Reanalysis
+from .recompute import Answer, Recompute
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+"""Largest difference of a logit that rounding explains; different histories differ by a hundred times more."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How recorded answers differ from their recomputation; one entry per root or node, in order."""
+
+    differences: np.ndarray
+    tolerance: float
+
+    @property
+    def total(self) -> int:
+        return len(self.differences)
+
+    @property
+    def wrong(self) -> int:
+        return int((self.differences > self.tolerance).sum())
+
+    @property
+    def largest(self) -> float:
+        return float(self.differences.max(initial=0.0))
+
+    def __str__(self) -> str:
+        return f"{self.wrong} of {self.total} differ by more than {self.tolerance:g}, largest difference {self.largest:.3g}"
+
+
+def judge_roots(policy: Any, roots: Iterable[Root], window: str = "shift") -> Verdict:
+    """Policy logits and predicted value of every root against its whole episode."""
+    oracle, dtype = _oracle(policy, window)
+    scalar = policy.inverse_scalar_transform_handle
+    with precision(dtype):
+        differences = []
+        for root in roots:
+            answer = oracle.root(root.observations, root.actions)
+            value = float(scalar(answer.value[None].clone()))
+            # The scalar is stretched against its logits in proportion to its size.
+            stretched = abs(value - root.predicted_value) / (1 + abs(value))
+            differences.append(max(_difference(answer.policy, root.policy), stretched))
+    return Verdict(np.array(differences), TOLERANCE[dtype])
+
+
+def judge_nodes(policy: Any, roots: Iterable[Root], window: str = "shift") -> Verdict:
+    """All answers of every node below the roots, each against its whole episode and path."""
+    oracle, dtype = _oracle(policy, window)
+    with precision(dtype):
+        trees = [(root.nodes, oracle.root(root.observations, root.actions)) for root in roots]
+        return Verdict(_tree_differences(oracle, trees), TOLERANCE[dtype])
+
+
+def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = "shift") -> Verdict:
+    """All answers of every node of a reanalysis, whose searches start from the root's own latent state alone."""
+    oracle, dtype = _oracle(policy, window)
+    with precision(dtype):
+        tops = [oracle.root([observation], []) for observation in reanalysis.observations]
+        return Verdict(_tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True)), TOLERANCE[dtype])
+
+
+def _tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], Answer]]) -> np.ndarray:
+    differences = []
+    for nodes, top in trees:
+        answers = {ROOT: top}
+        for node in nodes:
+            answer = oracle.child(answers[node.parent], node.action, torch.from_numpy(node.latent))
+            answers[node.number] = answer
+            pairs = (
+                (answer.reward, node.reward),
+                (answer.latent, node.latent),
+                (answer.value, node.value),
+                (answer.policy, node.policy),
+            )
+            differences.append(max(_difference(expected, got) for expected, got in pairs))
+    return np.array(differences)
+
+
+def _oracle(policy: Any, window: str) -> tuple[Recompute, torch.dtype]:
+    world_model = world_model_of(policy)
+    return Recompute(world_model, window), next(world_model.parameters()).dtype  # type: ignore[arg-type]
+
+
+def _difference(expected: torch.Tensor | None, got: np.ndarray) -> float:
+    if expected is None:
+        raise ValueError("expected a node below the root, got a root, which has no reward and no predicted latent state")
+    difference = np.abs(expected.detach().numpy() - got).max()
+    return float(difference) if np.isfinite(difference) else float("inf")

@@ -1,0 +1,172 @@
+"""The recomputation is right: its two forms agree, and the host agrees with it wherever the host is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from .episodes import Episodes, Root
+from .judging import judge_nodes, judge_roots
+from .models import FAMILIES, make_policy, precision, world_model_of
+from .recompute import Recompute, Token
+
+EXACT = dict(rtol=0.0, atol=1e-10)
+BOTH_POSITIONS = pytest.mark.parametrize("family", ["lunarlander", "cartpole"], ids=["learned", "rope"])
+
+
+def single(family: str, steps: int, **options: Any) -> tuple[Any, list[Root]]:
+    """A float64 policy of one environment and its roots after ``steps`` steps; the stock position correction refreshed."""
+    policy = make_policy(
+        family, kv=False, dtype=torch.float64, num_simulations=options.pop("simulations", 12), collector_env_num=1,
+        evaluator_env_num=1, **options,
+    )  # fmt: skip
+    if not FAMILIES[family].rotary:
+        world_model_of(policy).precompute_pos_emb_diff_kv()
+    return policy, Episodes(policy, [0]).run(steps)
+
+
+def tokens_of(oracle: Recompute, root: Root) -> list[Token]:
+    tokens = [Token(oracle.encode(root.observations[0]), 0)]
+    for step, (action, observation) in enumerate(zip(root.actions, root.observations[1:])):
+        tokens += [Token(oracle.embed_action(action), 2 * step + 1), Token(oracle.encode(observation), 2 * step + 2)]
+    return tokens
+
+
+@BOTH_POSITIONS
+def test_token_by_token_equals_one_causal_pass(family: str) -> None:
+    policy, roots = single(family, 3)
+    oracle, root = Recompute(world_model_of(policy)), roots[-1]
+    with precision(torch.float64), torch.no_grad():
+        replayed = oracle.root(root.observations, root.actions)
+        features, window = oracle.causal(tokens_of(oracle, root))
+        torch.testing.assert_close(replayed.policy, oracle.model.head_policy.head_module(features[-1:])[0], **EXACT)
+        assert len(replayed.window.tokens) == len(window.tokens) == 5
+        for got, expected in ((replayed.window.keys, window.keys), (replayed.window.values, window.values)):
+            for layer, other in zip(got, expected):
+                torch.testing.assert_close(torch.stack(layer), torch.stack(other), **EXACT)
+
+
+@BOTH_POSITIONS
+def test_it_equals_two_calls_of_the_host(family: str) -> None:
+    policy, roots = single(family, 2)
+    model, root = world_model_of(policy), roots[1]
+    oracle = Recompute(model)
+    with precision(torch.float64), torch.no_grad():
+        first, second = (oracle.encode(observation)[None, None] for observation in root.observations)
+        cache = model.transformer.generate_empty_keys_values(n=1, max_tokens=model.context_length)
+        model.forward({"obs_embeddings": first}, cache, start_pos=0)
+        action = torch.tensor([[int(root.actions[0])]])
+        act = model.forward({"act_tokens": action}, cache, start_pos=[1])
+        obs = model.forward({"obs_embeddings": second}, cache, start_pos=[1])
+        answer = oracle.child(oracle.root(root.observations[:1], []), root.actions[0], second.reshape(-1))
+    assert answer.reward is not None and answer.latent is not None
+    torch.testing.assert_close(answer.reward, act.logits_rewards.reshape(-1), **EXACT)
+    torch.testing.assert_close(answer.latent, act.logits_observations.reshape(-1), **EXACT)
+    torch.testing.assert_close(answer.policy, obs.logits_policy.reshape(-1), **EXACT)
+    torch.testing.assert_close(answer.value, obs.logits_value.reshape(-1), **EXACT)
+    for layer in oracle.layers:
+        keys, values = cache[layer].get()
+        torch.testing.assert_close(torch.stack(answer.window.keys[layer], 1), keys[0], **EXACT)
+        torch.testing.assert_close(torch.stack(answer.window.values[layer], 1), values[0], **EXACT)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].rotary])
+@pytest.mark.parametrize("context", [2, 4])
+def test_it_equals_the_host_through_search_and_overflow(family: str, context: int) -> None:
+    """Where the host is right: one environment, its position correction refreshed, no more nodes than its ring holds."""
+    policy, roots = single(family, 6, infer_context_length=context, simulations=6)
+    assert judge_roots(policy, roots).wrong == 0
+    verdict = judge_nodes(policy, roots)
+    assert verdict.total == 36 and verdict.wrong == 0, verdict
+
+
+def test_the_two_windows_differ_only_after_an_overflow() -> None:
+    policy, roots = single("lunarlander", 6)
+    shift, rebuild = (Recompute(world_model_of(policy), window) for window in ("shift", "rebuild"))
+    with precision(torch.float64):
+        for root in roots:
+            one, other = (oracle.root(root.observations, root.actions) for oracle in (shift, rebuild))
+            # Five tokens stay of context 8; the answer of a step is given before its window is trimmed.
+            assert torch.equal(one.policy, other.policy) is (root.step <= 3)
+            assert len(one.window.tokens) == len(other.window.tokens) == min(2 * root.step + 1, 5)
+
+
+@BOTH_POSITIONS
+def test_a_rebuilt_window_is_the_hosts_pass_over_its_raw_tokens(family: str) -> None:
+    policy, roots = single(family, 6)
+    model, root = world_model_of(policy), roots[-1]
+    oracle = Recompute(model, "rebuild")
+    with precision(torch.float64), torch.no_grad():
+        window = oracle.root(root.observations, root.actions).window
+        assert [token.position for token in window.tokens] == [6, 7, 8, 9, 10]
+        tokens = tokens_of(oracle, root)[-5:]
+        sequence = torch.stack([token.embedding for token in tokens])[None]
+        if not oracle.rotary:
+            sequence = sequence + model.pos_emb.weight[:5]
+        cache = model.transformer.generate_empty_keys_values(n=1, max_tokens=model.context_length)
+        model.transformer(sequence, cache, start_pos=[6])
+        for layer in oracle.layers:
+            keys, values = cache[layer].get()
+            torch.testing.assert_close(torch.stack(window.keys[layer], 1), keys[0], **EXACT)
+            torch.testing.assert_close(torch.stack(window.values[layer], 1), values[0], **EXACT)
+
+
+def test_a_rotated_key_stays_through_a_shift() -> None:
+    policy, roots = single("cartpole", 6)
+    oracle = Recompute(world_model_of(policy))
+    with precision(torch.float64):
+        before = oracle.root(roots[-2].observations, roots[-2].actions).window
+        after = oracle.root(roots[-1].observations, roots[-1].actions).window
+    assert [token.position for token in after.tokens] == [6, 7, 8, 9, 10]
+    for layer in oracle.layers:
+        assert torch.equal(torch.stack(after.keys[layer][:3]), torch.stack(before.keys[layer][2:]))
+
+
+@pytest.mark.parametrize("window", ["shift", "rebuild"])
+def test_a_path_from_scratch_equals_step_by_step_children(window: str) -> None:
+    policy, roots = single("lunarlander", 5, simulations=30)
+    oracle, root = Recompute(world_model_of(policy), window), roots[-1]  # type: ignore[arg-type]
+    by_number = {node.number: node for node in root.nodes}
+    paths: dict[int, list[Any]] = {0: []}
+    with precision(torch.float64):
+        answers = {0: oracle.root(root.observations, root.actions)}
+        for node in root.nodes:
+            latent = torch.from_numpy(node.latent)
+            paths[node.number] = [*paths[node.parent], (node.action, latent)]
+            answers[node.number] = oracle.child(answers[node.parent], node.action, latent)
+        deepest = max(paths, key=lambda number: len(paths[number]))
+        again = oracle.path(root.observations, root.actions, paths[deepest])
+    assert len(paths[deepest]) >= 4 and deepest in by_number
+    assert torch.equal(again.value, answers[deepest].value)
+
+
+def test_without_a_latent_the_predicted_one_is_taken() -> None:
+    policy, roots = single("lunarlander", 1)
+    oracle, root = Recompute(world_model_of(policy)), roots[0]
+    with precision(torch.float64):
+        top = oracle.root(root.observations, root.actions)
+        predicted = oracle.child(top, 1)
+        again = oracle.child(top, 1, predicted.latent)
+    assert torch.equal(predicted.value, again.value)
+
+
+def test_a_history_with_too_many_actions_is_refused() -> None:
+    policy = make_policy("tiny", kv=False)
+    with pytest.raises(ValueError, match="one action fewer than observations, got 2 and 2"):
+        Recompute(world_model_of(policy)).root([torch.zeros(7), torch.zeros(7)], [0, 1])
+
+
+def test_a_judge_sees_one_wrong_number() -> None:
+    policy, roots = single("tiny", 2)
+    node = roots[1].nodes[4]
+    value = node.value.copy()
+    value[3] += 1e-6
+    nodes = [*roots[1].nodes]
+    nodes[4] = type(node)(**{**vars(node), "value": value})
+    spoilt = type(roots[1])(**{**vars(roots[1]), "nodes": tuple(nodes)})
+    verdict = judge_nodes(policy, [spoilt])
+    assert verdict.wrong == 1
+    assert np.flatnonzero(verdict.differences > verdict.tolerance).tolist() == [4]

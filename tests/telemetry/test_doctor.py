@@ -1,0 +1,200 @@
+"""`lzero-kv doctor` as a person runs it, against the host that is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lzero_kv
+from lzero_kv.cli import main
+from lzero_kv.cli.checks import Mark, distribution_check, package_folder, rom_check
+from lzero_kv.cli.training_call import ConfigError, training_call
+
+pytest.importorskip('lzero', reason='the doctor is tested against an installed LightZero')
+
+CONFIG = """
+main_config = dict(policy=dict(model=dict(world_model_cfg=dict(embed_dim=64, {world_model}))))
+create_config = dict(policy=dict(type={policy!r}, import_names={names!r}))
+if __name__ == '__main__':
+    from lzero.entry import {entry}
+    {entry}([main_config, create_config], seed=0, max_env_step=100)
+    open('trained', 'w').close()
+"""
+REPOSITORY = str(Path(lzero_kv.__file__).parent.parent)
+PLUGIN = ['lzero.policy.unizero', 'lzero_kv.plugin']
+FLAG = 'use_new_cache_manager=True'
+
+
+def write_config(
+    folder: Path,
+    *,
+    world_model: str = FLAG,
+    policy: str = 'unizero',
+    names: tuple[str, ...] | list[str] = tuple(PLUGIN),
+    entry: str = 'train_unizero',
+) -> Path:
+    path = folder / 'my_config.py'
+    path.write_text(CONFIG.format(world_model=world_model, policy=policy, names=list(names), entry=entry))
+    return path
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, '-m', 'lzero_kv.cli', 'doctor', *map(str, arguments)]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=variables)
+
+
+def marks(output: str) -> dict[str, str]:
+    """Subject -> mark of the printed table."""
+    rows = [line.strip('│').split('│') for line in output.splitlines() if line.startswith('│')]
+    return {row[1].strip(): row[0].strip() for row in rows}
+
+
+def diagnose(capsys: pytest.CaptureFixture[str], path: Path) -> tuple[int, str]:
+    code = main(['doctor', str(path)])
+    return code, capsys.readouterr().out
+
+
+def test_the_installation_alone() -> None:
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = marks(done.stdout)
+    assert 'fail' not in found.values()
+    for subject in ('Python', 'torch', 'numpy', 'tensorboard', 'host', 'DI-engine', 'plugin', 'ale-py'):
+        assert subject in found
+    assert 'LightZero 0.2.0 (supported)' in done.stdout
+    assert done.stdout.splitlines()[-1].startswith('The plugin can engage here.')
+
+
+def test_a_config_for_which_the_plugin_engages(tmp_path: Path) -> None:
+    path = write_config(tmp_path, world_model=f"{FLAG}, kv_cache=dict(policy='lfu', max_bytes=1000000)")
+    done = run(path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'policy=lfu, max_bytes=1000000' in done.stdout
+    assert done.stdout.splitlines()[-1] == f'The plugin would engage for {path}.'
+    assert not (tmp_path / 'trained').exists()
+
+
+@pytest.mark.parametrize(
+    ('change', 'failed', 'remedy'),
+    [
+        (
+            {'world_model': ''},
+            'use_new_cache_manager',
+            'write policy.model.world_model_cfg=dict(..., use_new_',
+        ),
+        ({'world_model': 'use_new_cache_manager=False'}, 'use_new_cache_manager', 'the stock cache is used'),
+        (
+            {'names': ['lzero.policy.unizero']},
+            'import_names',
+            "write policy.import_names=['lzero.policy.unizero', 'lzero_kv.plugin']",
+        ),
+        ({'policy': 'muzero'}, 'policy', 'must be one of unizero, sampled_unizero'),
+        (
+            {'entry': 'train_muzero'},
+            'training entry',
+            'the plugin works in train_unizero and train_unizero_segment',
+        ),
+        ({'world_model': f"{FLAG}, kv_cache=dict(polcy='lru')"}, 'kv_cache', "did you mean 'policy'?"),
+    ],
+)
+def test_each_reason_for_not_engaging(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, failed: str, remedy: str
+) -> None:
+    path = write_config(tmp_path, **change)
+    code, output = diagnose(capsys, path)
+    assert code == 1
+    assert [subject for subject, mark in marks(output).items() if mark == 'fail'] == [failed]
+    assert remedy in output
+    assert output.splitlines()[-1] == f'The plugin would NOT engage for {path}: see the lines marked fail.'
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (None, 'is no file; give a config file that LightZero can run'),
+        ('x = 1', 'ended without calling a training entry'),
+        ('import no_such_module', "fails: ModuleNotFoundError: No module named 'no_such_module'"),
+        ('import sys; sys.exit(3)', 'exited with code 3 before it called a training entry'),
+        (
+            'from lzero.entry import train_unizero; train_unizero(dict())',
+            'train_unizero must be called with [main_config, create_config], got dict',
+        ),
+    ],
+)
+def test_a_file_that_is_no_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    path = tmp_path / 'my_config.py'
+    if text is not None:
+        path.write_text(text)
+    code, output = diagnose(capsys, path)
+    assert code == 1
+    assert message in output
+
+
+def test_a_config_of_the_host_is_read_as_it_would_train() -> None:
+    call = training_call(package_folder('zoo') / 'atari' / 'config' / 'atari_unizero_segment_config.py')
+    assert call.entry == 'train_unizero_segment'
+    assert call.config['policy']['model']['world_model_cfg']['num_layers'] == 2
+    assert call.create_config['policy']['type'] == 'unizero'
+
+
+def test_reading_a_config_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    import lzero.entry
+
+    before = (lzero.entry.train_unizero, list(sys.argv), list(sys.path))
+    training_call(write_config(tmp_path))
+    assert (lzero.entry.train_unizero, sys.argv, sys.path) == before
+    with pytest.raises(ConfigError):
+        training_call(tmp_path / 'missing.py')
+    assert (lzero.entry.train_unizero, sys.argv, sys.path) == before
+
+
+def test_an_unknown_release_of_the_host_is_refused_by_name(tmp_path: Path) -> None:
+    # A distribution that stands earlier on the path is the one Python reports.
+    metadata = tmp_path / 'LightZero-0.3.1.dist-info' / 'METADATA'
+    metadata.parent.mkdir()
+    metadata.write_text('Metadata-Version: 2.1\nName: LightZero\nVersion: 0.3.1\n')
+    done = run(write_config(tmp_path), PYTHONPATH=os.pathsep.join([str(tmp_path), REPOSITORY]))
+    assert done.returncode == 1
+    assert marks(done.stdout)['host'] == 'fail'
+    assert 'fail host: expected LightZero 0.2.0, found LightZero 0.3.1' in done.stdout
+    assert done.stdout.splitlines()[-1].startswith('The plugin cannot engage here')
+
+
+def test_missing_game_files_are_a_warning(tmp_path: Path) -> None:
+    package = tmp_path / 'ale_py'
+    package.mkdir()
+    (package / '__init__.py').touch()
+    done = run(PYTHONPATH=os.pathsep.join([str(tmp_path), REPOSITORY]))
+    assert done.returncode == 0
+    assert marks(done.stdout)['Atari ROM files'] == 'warn'
+    assert f'and copy ROMS/ale_py/roms/*.bin into {package / "roms"}' in done.stdout
+
+
+def test_game_files_in_a_folder_of_their_own_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'a_game_of_its_own.bin').touch()
+    before = rom_check().found
+    monkeypatch.setenv('ALE_PY_ROM_DIR', str(tmp_path))
+    check = rom_check()
+    assert check.mark is Mark.OK
+    assert check.found != before
+
+
+def test_a_missing_distribution_is_marked_as_asked() -> None:
+    check = distribution_check('no-such-distribution', Mark.WARN, 'pip install it')
+    assert (check.mark, check.found, check.remedy) == (Mark.WARN, 'not installed', 'pip install it')
+
+
+def test_the_command_line_loads_no_host() -> None:
+    code = 'import sys, lzero_kv.cli; sys.exit(any(name in sys.modules for name in ("lzero", "ding", "gym")))'
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+    # The check itself can fail.
+    assert subprocess.run([sys.executable, '-c', f'import gym; {code}'], check=False).returncode == 1

@@ -1,0 +1,1 @@
+"""The parts of `make demo`: watching a training, and showing it."""

@@ -1,0 +1,36 @@
+"""Where a training stands; light to import, so that the screen can show it before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lzero_kv import KVCacheManager
+
+
+@dataclass
+class TrainingProgress:
+    """What a training has done so far, kept up to date by `demonstration.watch.watching`."""
+
+    phase: str = 'loading torch and LightZero'
+    collected_steps: int = 0
+    evaluated_steps: int = 0
+    train_iterations: int = 0
+    returns: list[float] = field(default_factory=list)  # mean episode return of each evaluation
+    manager: KVCacheManager | None = (
+        None  # of the model that collects and evaluates; None while the cache is off
+    )
+    listener: Callable[[], None] = lambda: None  # called after every environment step and training iteration
+
+    def find_manager(self, policy: Any) -> None:
+        """Keep the cache manager behind a policy's mode functions, if it has one."""
+        try:
+            self.manager = policy.get_attribute('kv_world_models')['acting'].kv_cache_manager
+        except NotImplementedError:
+            self.manager = None
+
+    def statistics(self) -> dict[str, Any]:
+        """The manager's statistics by pool; empty while there is no manager."""
+        return self.manager.get_stats_summary() if self.manager is not None else {}

@@ -1,0 +1,71 @@
+"""Counts what a training of the host does, by wrapping four of its methods for the time of a `with` block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+from ding.envs import BaseEnvManager
+from ding.worker import BaseLearner
+from lzero.worker import MuZeroCollector, MuZeroEvaluator
+
+from demonstration.progress import TrainingProgress
+
+
+@contextmanager
+def replaced(owner: type, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Call `around(original, self, *args, **kwargs)` in the place of a method."""
+    original = vars(owner)[name]
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def watching(progress: TrainingProgress) -> Iterator[None]:
+    """Keep `progress` up to date with the trainings that run in this block (env manager: `base`)."""
+
+    def collect(original: Any, collector: Any, *args: Any, **kwargs: Any) -> Any:
+        progress.phase = 'collecting'
+        progress.find_manager(collector._policy)
+        return original(collector, *args, **kwargs)
+
+    def evaluate(original: Any, evaluator: Any, *args: Any, **kwargs: Any) -> Any:
+        progress.phase = 'evaluating'
+        progress.find_manager(evaluator._policy)
+        stop, episodes = original(evaluator, *args, **kwargs)
+        progress.returns.append(float(np.mean(episodes['eval_episode_return'])))
+        return stop, episodes
+
+    def step(original: Any, env_manager: Any, actions: dict[int, Any]) -> Any:
+        timesteps = original(env_manager, actions)
+        if progress.phase == 'collecting':
+            progress.collected_steps += len(actions)
+        else:
+            progress.evaluated_steps += len(actions)
+        progress.listener()
+        return timesteps
+
+    def train(original: Any, learner: Any, *args: Any, **kwargs: Any) -> Any:
+        progress.phase = 'training'
+        result = original(learner, *args, **kwargs)
+        progress.train_iterations += 1
+        progress.listener()
+        return result
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(MuZeroCollector, 'collect', collect))
+        stack.enter_context(replaced(MuZeroEvaluator, 'eval', evaluate))
+        stack.enter_context(replaced(BaseEnvManager, 'step', step))
+        stack.enter_context(replaced(BaseLearner, 'train', train))
+        yield
