@@ -11,12 +11,13 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types clean
+.PHONY: help setup demo test lint fuzz types docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## build .venv: LightZero with its compiled tree search, torch, Atari games (a second run reuses it)
+	@command -v $(PYTHON) >/dev/null || { echo "make setup: found no $(PYTHON), expected Python 3.11: install it, or write make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
 demo: setup  ## train UniZero on Pong for a few minutes with the cache on, then show what the cache did
@@ -27,11 +28,17 @@ test: setup lint  ## lint, import contract, and all tests that take no network
 
 lint: setup  ## style and import contract
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
+
+fuzz: setup  ## pools and manager against the slow references, 100,000 random operations and more
+	$(BIN)/python tools/fuzz.py
 
 types: setup  ## check types with pyright (installed on the first call)
 	@$(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check -r requirements/types.txt
 	$(BIN)/pyright
+
+docs: setup  ## run every command and snippet of the documentation (many minutes: the demo among them)
+	$(BIN)/python tools/run_docs.py
 
 clean:  ## remove .venv and what runs and tests left behind
 	rm -rf $(VENV) $(VENV).lock build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

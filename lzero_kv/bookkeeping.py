@@ -137,7 +137,7 @@ class SlotBook:
         evictable = len(self._order) - sum(key not in self._pinned for key in known)
         if wanted > evictable:
             raise RuntimeError(
-                f"pool '{self.name}': {len(keys)} histories, {len(keys) - len(known)} of them new, do not fit: "
+                f"pool '{self.name}': {len(keys)} histories, {len(keys) - len(known)} new, do not fit: "
                 f'of {self.pool_size} slots {len(self._free)} are free, {len(self._pinned)} pinned, and '
                 f'{evictable} others may be evicted; store fewer at once, unpin, or make the pool larger'
             )

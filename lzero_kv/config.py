@@ -20,9 +20,11 @@ class KVCacheConfig(BaseModel):
     policy: Literal['lru', 'fifo', 'lfu', 'priority'] = 'lru'
     """Which entry makes room when a pool is full: the least recently used, the first stored, the least often
     used, or the one of lowest priority (visit counts)."""
-    window: Literal['shift', 'rebuild'] = 'shift'
-    """What happens to a full context window: 'shift' drops the oldest step and shifts the kept positions as
-    the host does, 'rebuild' computes the kept tokens anew, which is exact."""
+    window: Literal['auto', 'shift', 'rebuild'] = 'auto'
+    """What happens to a full context window when its oldest step leaves. 'rebuild' computes the kept tokens
+    anew, which is exact; 'shift' keeps their keys and values and corrects the learned positions as the host
+    does, which is approximate (rotary positions need no correction). 'auto' rebuilds where a correction would
+    be needed, and shifts for rotary positions and with padding='host'."""
     padding: Literal['masked', 'host'] = 'masked'
     """How histories of different length share a batch: 'masked' hides the padding from attention, 'host' pads
     with visible zeros as the host does, for comparison with published runs."""

@@ -59,7 +59,7 @@ def digest_rows(batch: torch.Tensor | np.ndarray) -> list[int]:
         rows = batch.detach().cpu().contiguous()
         if rows.ndim:
             # numpy has no bfloat16; bytes are all that is hashed
-            rows = rows.reshape(rows.shape[0], -1).view(torch.uint8)
+            rows = rows.reshape(len(rows), rows[:1].numel()).view(torch.uint8)
         array = rows.numpy()
     elif isinstance(batch, np.ndarray):
         array = np.ascontiguousarray(batch) if batch.ndim else batch

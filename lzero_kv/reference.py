@@ -26,7 +26,8 @@ class Record:
     first_store: int
     """Stores of the pool up to and with the one that made this record."""
     blocks: list[torch.Tensor] = field(default_factory=list)
-    """Keys and values of each layer in turn: ``2 * layers`` clones ``[tokens, embed_dim]``, oldest token first."""
+    """Keys and values of each layer in turn: ``2 * layers`` clones ``[tokens, embed_dim]``, oldest token
+    first."""
     length: int = 0
     next_position: int = 0
     last_access: int = 0

@@ -49,7 +49,7 @@ def train(folder: Path, display: Display) -> None:
     main_config, create_config = config.make_config(ENV_ID, SEED, size=size)
     main_config.exp_name = str(folder / 'pong')
     with watching(display.progress):
-        train_unizero([main_config, create_config], seed=SEED, max_env_step=size.max_env_step)
+        train_unizero((main_config, create_config), seed=SEED, max_env_step=size['max_env_step'])
 
 
 def main() -> int:

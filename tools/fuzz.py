@@ -1,7 +1,9 @@
 """Pool and manager against the slow references, for many random operations of every policy.
 
-The comparison is that of the tests (tests/core/twins.py); here the operations are drawn by a seeded generator, so that
-long runs are cheap and a difference can be repeated: it is printed with its seed and the operations before it.
+The comparison is that of the tests (tests/core); here the operations are drawn by a seeded
+generator, so that
+long runs are cheap and a difference can be repeated: it is printed with its seed and the operations before
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from core.twins import BROKEN, RAGGED, UNIFORM, Difference, ManagerTwins, PoolTwins  # noqa: E402
+from core.comparing import BROKEN, RAGGED, UNIFORM, Difference  # noqa: E402  # pyright: ignore[reportMissingImports]
+from core.twins import ManagerTwins, PoolTwins  # noqa: E402  # pyright: ignore[reportMissingImports]
+
 from lzero_kv.eviction import EvictionStrategy  # noqa: E402
 from lzero_kv.keys import LatentKey, NodeKey, RootKey  # noqa: E402
 
@@ -129,6 +133,13 @@ def manager_operation(draw: Draw) -> Operation:
     return _pick(draw, choices)
 
 
+MACHINES: dict[str, tuple[Callable[..., Any], Callable[[Draw], Operation]]] = {
+    'pool': (PoolTwins, pool_operation),
+    'manager': (ManagerTwins, manager_operation),
+}
+"""What is compared, and where its operations come from."""
+
+
 def _pick(draw: Draw, choices: list[tuple[int, Operation]]) -> Operation:
     weights, operations = zip(*choices, strict=True)
     return draw.random.choices(operations, weights)[0]
@@ -145,7 +156,8 @@ def run(
     """Run ``operations`` operations of one policy.
 
     Returns:
-        The operations done, the evictions among them, and a description of the first difference ('' for none).
+        The operations done, the evictions among them, and a description of the first difference ('' for
+        none).
     """
     draw, evictions, twins = Draw(seed), 0, None
     latest: deque[Operation] = deque(maxlen=SHOWN)
@@ -180,18 +192,24 @@ def main() -> None:
     console = Console()
     table = Table('machine', 'policy', 'operations', 'evictions', 'seconds', 'differences')
     differences: list[str] = []
-    kinds = {'pool': (PoolTwins, pool_operation), 'manager': (ManagerTwins, manager_operation)}
     policies = [strategy.value for strategy in EvictionStrategy]
     with Progress(console=console) as progress:
-        task = progress.add_task('comparing', total=options.operations * len(kinds) * len(policies))
-        for kind, (twins_of, operation_of) in kinds.items():
+        task = progress.add_task('comparing', total=options.operations * len(MACHINES) * len(policies))
+        for kind, (twins_of, operation_of) in MACHINES.items():
             for policy in policies:
                 begun = time.perf_counter()
                 done, evictions, difference = run(
-                    twins_of, operation_of, policy, options.operations, options.seed, lambda: progress.advance(task)
+                    twins_of,
+                    operation_of,
+                    policy,
+                    options.operations,
+                    options.seed,
+                    lambda: progress.advance(task),
                 )
                 seconds = f'{time.perf_counter() - begun:.0f}'
-                table.add_row(kind, policy, f'{done:,}', f'{evictions:,}', seconds, '1' if difference else '0')
+                table.add_row(
+                    kind, policy, f'{done:,}', f'{evictions:,}', seconds, '1' if difference else '0'
+                )
                 differences += [f'{kind}, {difference}'] if difference else []
     console.print(table)
     for difference in differences:

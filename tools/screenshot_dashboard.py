@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument(
         '--out', type=Path, default=Path('docs/images/dashboard.png'), help='the PNG file to write'
     )
-    parser.add_argument('--width', type=int, default=1750, help='pixels')
+    parser.add_argument('--width', type=int, default=1450, help='pixels')
     parser.add_argument('--height', type=int, default=1130, help='pixels')
     arguments = parser.parse_args()
     try:
@@ -90,6 +90,8 @@ def screenshot(logdir: Path, out: Path, width: int, height: int) -> None:
         raise ValueError(f'the folder {out.parent} does not exist; create it or choose another with --out')
     with _browser(width, height) as driver, _tensorboard(logdir) as address:
         driver.get(f'{address}/#custom_scalars&_smoothingWeight=0')
+        driver.execute_script("localStorage.setItem('_ignoreYOutliers', 'false')")
+        driver.refresh()
         _wait_for_charts(driver)
         driver.save_screenshot(str(out))
     size = out.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,16 @@ def config_checks(path: Path) -> list[Check]:
     except ConfigError as error:
         return [Check(Mark.FAIL, 'config', str(path), str(error))]
     world_model = _at(call.config, 'policy', 'model', 'world_model_cfg')
-    return [
+    checks = [
         _entry_check(call),
         _policy_check(call),
         _import_check(call),
         _flag_check(world_model),
         _values_check(world_model),
     ]
+    if _at(call.create_config, 'policy', 'type') in POLICIES:
+        checks.append(_world_model_check(call))
+    return checks
 
 
 def _entry_check(call: TrainingCall) -> Check:
@@ -86,6 +90,26 @@ def _values_check(world_model: Any) -> Check:
         return Check(Mark.FAIL, 'kv_cache', ', '.join(map(str, given)) or 'defaults', str(error))
     values = ', '.join(f'{name}={getattr(config, name)}' for name in given)
     return Check(Mark.OK, 'kv_cache', values or 'defaults')
+
+
+def _world_model_check(call: TrainingCall) -> Check:
+    """Return what the adapter says to the world model that the host would build: its defaults, then the config."""
+    from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+
+    from lzero_kv.hosts.lightzero.world_model import check_world_model_config
+
+    policy = call.create_config['policy']['type']
+    importlib.import_module(f'lzero.policy.{policy}')
+    defaults = POLICY_REGISTRY.get(policy).default_config()
+    merged = deep_merge_dicts(defaults, call.config.get('policy', {})).model.world_model_cfg
+    found = ', '.join(
+        f'{name}={merged.get(name)}' for name in ('num_layers', 'num_heads', 'embed_dim', 'context_length')
+    )
+    try:
+        check_world_model_config(merged)
+    except ValueError as error:
+        return Check(Mark.FAIL, 'world model', found, str(error))
+    return Check(Mark.OK, 'world model', found)
 
 
 def _at(tree: Any, *names: str) -> Any:

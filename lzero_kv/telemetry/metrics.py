@@ -60,7 +60,10 @@ METRICS: dict[str, Metric] = {
         Metric('hits', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was in the pool.'),
         Metric('misses', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was not in the pool.'),
         Metric(
-            'hit_rate', Kind.RATIO, Unit.FRACTION, 'Hits divided by queries; 0 where nothing was queried.'
+            'hit_rate',
+            Kind.RATIO,
+            Unit.FRACTION,
+            'Hits divided by queries; no point where nothing was queried.',
         ),
         Metric('stores', Kind.COUNTER, Unit.COUNT, 'Histories whose KV was written into the pool.'),
         Metric(
@@ -76,7 +79,10 @@ METRICS: dict[str, Metric] = {
             'Entries removed by the policy because the pool was full.',
         ),
         Metric(
-            'rebuilt_tokens', Kind.COUNTER, Unit.TOKENS, 'Tokens whose KV was computed again after a miss.'
+            'rebuilt_tokens',
+            Kind.COUNTER,
+            Unit.TOKENS,
+            'Tokens whose KV was computed again: after a miss, or for a full window.',
         ),
         Metric('entries', Kind.GAUGE, Unit.ENTRIES, 'Histories held at this moment.'),
         Metric('occupancy', Kind.GAUGE, Unit.FRACTION, 'Entries divided by the capacity of the pool.'),

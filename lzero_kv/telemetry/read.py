@@ -73,14 +73,18 @@ class RunLog:
         return summary
 
     def last(self) -> dict[str, dict[str, float]]:
-        """Return the last point of every chart."""
-        charts = {
-            pool: {name: self.series(Axis.ENV_STEP, pool, name) for name in METRICS} for pool in self.pools
-        }
-        return {
-            pool: {name: float(series.values[-1]) for name, series in chart.items() if series is not None}
-            for pool, chart in charts.items()
-        }
+        """Return the last point of every pool; a metric without a value there (hit_rate without queries) is
+        left out.
+        """
+        summary: dict[str, dict[str, float]] = {}
+        for pool in self.pools:
+            found = {name: self.series(Axis.ENV_STEP, pool, name) for name in METRICS}
+            charts = {name: series for name, series in found.items() if series is not None}
+            end = max((series.steps[-1] for series in charts.values()), default=0)
+            summary[pool] = {
+                name: float(series.values[-1]) for name, series in charts.items() if series.steps[-1] == end
+            }
+        return summary
 
     def last_steps(self) -> dict[Axis, int]:
         """Return the step of the last point on each axis that was written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from lzero_kv.telemetry.metrics import (
 )
 from lzero_kv.telemetry.reading import PoolReading, read_managers
 
-MANAGERS = ('acting', 'reanalysis')
+POOLS_OF = {'acting': ('roots', 'nodes'), 'reanalysis': ('reanalysis',)}
 
 
 class SummaryWriter(Protocol):
@@ -52,13 +53,13 @@ class TensorBoardSink:
 
     Counters (queries, hits, misses, stores, overwrites, evictions, rebuilt_tokens) hold the difference since
     the previous point, so that a change in behaviour shows where it happens; the first point counts from the
-    start. hit_rate is that of the same interval. Gauges (entries, occupancy, bytes) hold the present value.
-    Histograms hold the interval's values. TensorBoard keeps values as float32: above 16,777,216 a count is
-    rounded.
+    start. hit_rate is that of the same interval and has no point where nothing was queried. Gauges (entries,
+    occupancy, bytes) hold the present value. Histograms hold the interval's values. TensorBoard keeps values
+    as float32: above 16,777,216 a count is rounded.
 
-    After a `reset_stats` between two points the interval counts from the reset. It shows by a counter that
-    went down; when every counter has passed its old value again by the next point, the interval is counted
-    too low.
+    A manager that takes another's place between two points counts from its own start. After a `reset_stats`
+    the interval counts from the reset: it shows by a counter that went down; when every counter has passed
+    its old value again by the next point, the interval is counted too low.
 
     The layout of the Custom Scalars page and a text that explains the metrics are written at the first point.
 
@@ -70,6 +71,7 @@ class TensorBoardSink:
     def __init__(self, writer: SummaryWriter) -> None:
         self.writer = writer
         self._previous: dict[str, CacheStats] = {}
+        self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
         self._described = False
 
     def write(self, managers: Mapping[str, KVCacheManager], env_step: int, train_iter: int) -> None:
@@ -88,7 +90,7 @@ class TensorBoardSink:
             TypeError: a step is no integer. Nothing has been written then.
         """
         steps = {Axis.ENV_STEP: _step('env_step', env_step), Axis.TRAIN_ITER: _step('train_iter', train_iter)}
-        if 'acting' not in managers or set(managers) - set(MANAGERS):
+        if 'acting' not in managers or set(managers) - set(POOLS_OF):
             raise ValueError(
                 "managers must be named 'acting' and, for a target model, 'reanalysis', "
                 f'got {sorted(managers)}'
@@ -99,6 +101,7 @@ class TensorBoardSink:
         if not self._described:
             self._describe()
         histograms = managers['acting'].cache_config.histograms
+        self._forget_replaced(managers)
         since = self._since_previous(readings)
         for pool, reading in readings.items():
             for axis, step in steps.items():
@@ -107,6 +110,16 @@ class TensorBoardSink:
                     self._write_histograms(axis, pool, since[pool], step)
         # A killed training, or a report on one that still runs, misses at most the interval in progress.
         self.writer.flush()
+
+    def _forget_replaced(self, managers: Mapping[str, KVCacheManager]) -> None:
+        """Let a manager that took another's place count from its own start."""
+        for name, manager in managers.items():
+            known = self._managers.get(name)
+            if known is None or known() is not manager:
+                # A weak reference: the sink must not keep the memory of a manager that was given up.
+                self._managers[name] = weakref.ref(manager)
+                for pool in POOLS_OF[name]:
+                    self._previous.pop(pool, None)
 
     def _since_previous(self, readings: Mapping[str, PoolReading]) -> dict[str, CacheStats]:
         pools = {pool: reading.stats for pool, reading in readings.items() if pool != 'total'}
@@ -118,7 +131,8 @@ class TensorBoardSink:
     def _write_scalars(self, axis: Axis, pool: str, reading: PoolReading, step: int) -> None:
         values = reading.as_dict()
         for name in METRICS:
-            self.writer.add_scalar(tag(axis, pool, name), values[name], step)
+            if name != 'hit_rate' or reading.stats.queries:
+                self.writer.add_scalar(tag(axis, pool, name), values[name], step)
 
     def _write_histograms(self, axis: Axis, pool: str, since: CacheStats, step: int) -> None:
         for name in HISTOGRAMS:

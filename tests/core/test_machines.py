@@ -6,15 +6,19 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
 from lzero_kv.keys import LatentKey, NodeKey, RootKey
 
-from .twins import BROKEN, RAGGED, UNIFORM, ManagerTwins, PoolTwins
+from .comparing import BROKEN, RAGGED, UNIFORM
+from .twins import ManagerTwins, PoolTwins
 
 POLICIES = ('fifo', 'lru', 'lfu', 'priority')
 MACHINE = settings(max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
 
 pool_keys = st.integers(0, 8)
-node_keys = st.builds(NodeKey, st.integers(0, 2), st.integers(0, 4)) | st.builds(LatentKey, st.integers(0, 1), st.just(3))
+node_keys = st.builds(NodeKey, st.integers(0, 2), st.integers(0, 4)) | st.builds(
+    LatentKey, st.integers(0, 1), st.just(3)
+)
 root_keys = st.builds(RootKey, st.integers(0, ManagerTwins.ENVIRONMENTS - 1), st.integers(0, 3))
 manager_keys = root_keys | node_keys
 unknown_environment = st.just(RootKey(ManagerTwins.ENVIRONMENTS, 1))
@@ -80,7 +84,9 @@ class PoolMachine(RuleBasedStateMachine):
         keys = self.twins.reference.keys()
         self.twins.both('set_priorities', keys, (value * 2)[: len(keys)])
 
-    @rule(keys=st.lists(pool_keys, min_size=1, max_size=4, unique=True), mistake=st.sampled_from(sorted(BROKEN)))
+    @rule(
+        keys=st.lists(pool_keys, min_size=1, max_size=4, unique=True), mistake=st.sampled_from(sorted(BROKEN))
+    )
     def rejected_store(self, keys, mistake):
         self.twins.rejected_store(keys, mistake)
 

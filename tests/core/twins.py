@@ -1,165 +1,37 @@
-"""Pool and manager beside their slow references: every operation is done to both, then everything is compared.
+"""Pool and manager beside their slow references: each operation is done to both, then all is compared.
 
 The state machines of hypothesis and ``tools/fuzz.py`` choose the operations; what is compared stands here.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
+
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.entry import KVEntry
 from lzero_kv.keys import NO_SLOT, RootKey
-from lzero_kv.layout import KVBatch, KVLayout
+from lzero_kv.layout import KVLayout
 from lzero_kv.manager import KVCacheManager
 from lzero_kv.pool import KVCachePool
 from lzero_kv.reference import ReferenceManager, ReferencePool
 
-# Every dimension is another number, so that a swapped axis cannot pass.
-UNIFORM = KVLayout(layers=3, heads=2, head_dim=5, tokens=7)
-RAGGED = KVLayout(layers=3, heads=2, head_dim=5, tokens=(7, 4, 9))
-
-
-class Difference(Exception):
-    """Pool or manager and reference do not agree."""
-
-
-def check(agree: bool, what: str, got: Any, expected: Any) -> None:
-    """Raise a :class:`Difference` unless ``agree``."""
-    if not agree:
-        raise Difference(f'{what}: got {got}, the reference says {expected}')
-
-
-def check_equal(what: str, got: Any, expected: Any) -> None:
-    """Raise a :class:`Difference` unless both are equal."""
-    check(got == expected, what, got, expected)
-
-
-def outcome(action: Callable[[], Any]) -> tuple[str, Any]:
-    """The name of the error that an action raises (KeyError, ValueError, ...) or '', and its result."""
-    try:
-        return '', action()
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        return type(error).__name__, None
-
-
-def blocks_of(layout: KVLayout, rows: torch.Tensor, row: int, length: int) -> list[torch.Tensor]:
-    """Keys and values of each layer of one row, its newest ``length`` tokens: ``[tokens, embed_dim]`` each."""
-    found = []
-    for layer, capacity in enumerate(layout.layer_tokens):
-        for block in (layout.keys(rows, layer)[row], layout.values(rows, layer)[row]):
-            tokens = min(length, capacity)
-            found.append(block[block.shape[0] - tokens :].reshape(tokens, layout.embed_dim))
-    return found
-
-
-@functools.cache
-def valid_elements(layout: KVLayout, length: int) -> torch.Tensor:
-    """Where in a whole row the numbers of :func:`blocks_of` are, in that order: int64."""
-    numbered = torch.arange(layout.row_elements).view(layout.batch_shape(1))
-    return torch.cat([block.reshape(-1) for block in blocks_of(layout, numbered, 0, length)])
-
-
-def same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
-    """Whether two lists of tensors are equal to the last bit."""
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def compare_pool(pool: KVCachePool, reference: ReferencePool, tensors: bool = True) -> None:
-    """Raise a :class:`Difference` unless keys, pins, counters, lengths and contents agree."""
-    keys = reference.keys()
-    check_equal('keys', set(pool.keys()), set(keys))
-    check_equal('number of entries', len(pool), len(keys))
-    check_equal('pinned', pool.pinned, reference.pinned)
-    check_equal('capacity', pool.capacity, reference.pool_size)
-    check_equal('counters', pool.stats, reference.stats)
-    slots = [pool.peek(key) for key in keys]
-    own = range(pool.first_slot, pool.first_slot + pool.capacity)
-    check(len(set(slots)) == len(slots) and all(slot in own for slot in slots), 'slots', slots, f'different, in {own}')
-    if not keys or not tensors:
-        return
-    slab = pool.slab
-    if slab is None:
-        raise Difference(f'{len(keys)} entries without a slab')
-    check_equal('lengths', slab.lengths[slots].tolist(), [reference.length(key) for key in keys])
-    check_equal(
-        'next positions', slab.next_positions[slots].tolist(), [reference.next_position(key) for key in keys]
-    )
-    rows = slab.load(slots).reshape(len(keys), -1)
-    for row, key in enumerate(keys):
-        expected = torch.cat([block.reshape(-1) for block in reference.blocks(key)])
-        got = rows[row][valid_elements(slab.layout, reference.length(key))]
-        check(torch.equal(got, expected), f'contents of {key}', got, expected)
-
-
-class HeldCopies:
-    """The latest entries handed out, with clones of them: an entry must never change under its holder."""
-
-    def __init__(self, limit: int = 5) -> None:
-        self._limit = limit
-        self._held: list[tuple[KVEntry, KVEntry]] = []
-
-    def hold(self, entry: KVEntry) -> None:
-        """Watch one more entry, and the oldest no more."""
-        self._held = [*self._held, (entry, entry.clone())][-self._limit :]
-
-    def compare(self) -> None:
-        """Raise a :class:`Difference` when a held entry has changed."""
-        for entry, clone in self._held:
-            check(same(tensors_of(entry), tensors_of(clone)), 'a held entry', entry, clone)
-
-
-def tensors_of(entry: KVEntry) -> list[torch.Tensor]:
-    """All tensors of an entry, with their padding."""
-    layers = [entry[layer] for layer in range(len(entry))]
-    return [cache._cache for layer in layers for cache in (layer._k_cache, layer._v_cache)]
-
-
-class Histories:
-    """Makes histories of random numbers, right-aligned in a strided buffer."""
-
-    def __init__(self, layout: KVLayout, seed: int) -> None:
-        self.layout = layout
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def batch(self, lengths: Sequence[int], next_positions: Sequence[int], spare: int = 0) -> KVBatch:
-        """A batch whose kv is a view of a wider buffer; ``spare`` columns more than the longest history needs."""
-        numbers = np.array(lengths, np.int64), np.array(next_positions, np.int64)
-        count = len(lengths)
-        if not self.layout.uniform:
-            rows = torch.randn((count, 2 * self.layout.row_elements), generator=self._generator)
-            return KVBatch(rows[:, self.layout.row_elements :], *numbers)
-        width = min(max([1, *lengths]) + spare, self.layout.max_tokens)
-        shape = (count, 2 * self.layout.layers, width + 2, self.layout.embed_dim)
-        buffer = torch.randn(shape, generator=self._generator)
-        return KVBatch(buffer[:, :, 1 : width + 1], *numbers)
-
-    def entry(self, length: int) -> KVEntry:
-        """One history as the object that ``get`` hands out."""
-        batch = self.batch([length], [length + 3])
-        return KVEntry.from_row(self.layout, batch.kv, length, length + 3)
-
-
-def spoil(batch: KVBatch) -> None:
-    """Overwrite a batch that was handed over or handed out: nobody may see it."""
-    batch.kv.fill_(float('nan'))
-    batch.lengths.fill(-5)
-    batch.next_positions.fill(-5)
-
-
-def row_batch(entry: KVEntry, layout: KVLayout) -> KVBatch:
-    """What the reference keeps of a stored entry, built from its tensors one by one."""
-    kv = torch.zeros(layout.batch_shape(1))
-    for layer, capacity in enumerate(layout.layer_tokens):
-        own = entry[layer]
-        for cache, target in ((own._k_cache, layout.keys(kv, layer)), (own._v_cache, layout.values(kv, layer))):
-            for token in range(cache._size):
-                target[0, capacity - cache._size + token] = cache._cache[0, :, token]
-    return KVBatch(kv, np.array([entry.size]), np.array([entry.next_position]))
+from .comparing import (
+    BROKEN,
+    UNIFORM,
+    HeldCopies,
+    Histories,
+    blocks_of,
+    check,
+    check_equal,
+    compare_pool,
+    outcome,
+    row_batch,
+    same,
+    spoil,
+    tensors_of,
+)
 
 
 class PoolTwins:
@@ -227,7 +99,8 @@ class PoolTwins:
             tensor.fill_(float('nan'))
 
     def both(self, name: str, *arguments: Any) -> None:
-        """An operation without tensors that both have under one name: pin, unpin, discard, clear, resize, ..."""
+        """An operation without tensors that both have under one name: pin, unpin, discard, clear, resize,
+        ..."""
         expected = outcome(lambda: getattr(self.reference, name)(*arguments))
         check_equal(f'outcome of {name}', outcome(lambda: getattr(self.pool, name)(*arguments)), expected)
 
@@ -239,20 +112,6 @@ class PoolTwins:
         check(bool(error), f'a store with {mistake}', 'no error', 'an error')
 
 
-BROKEN: dict[str, Callable[[KVBatch, KVLayout], KVBatch]] = {
-    'a missing row': lambda batch, layout: KVBatch(batch.kv[1:], batch.lengths, batch.next_positions),
-    'a missing length': lambda batch, layout: KVBatch(batch.kv, batch.lengths[1:], batch.next_positions),
-    'a missing position': lambda batch, layout: KVBatch(batch.kv, batch.lengths, batch.next_positions[1:]),
-    'too long a length': lambda batch, layout: KVBatch(batch.kv, batch.lengths + 10, batch.next_positions),
-    'a negative length': lambda batch, layout: KVBatch(batch.kv, batch.lengths - 9, batch.next_positions),
-    'a negative position': lambda batch, layout: KVBatch(batch.kv, batch.lengths, batch.next_positions - 10),
-    'another dtype': lambda batch, layout: KVBatch(batch.kv.double(), batch.lengths, batch.next_positions),
-    'another width': lambda batch, layout: KVBatch(batch.kv[..., 1:], batch.lengths, batch.next_positions),
-    'a swapped axis': lambda batch, layout: KVBatch(batch.kv.mT, batch.lengths, batch.next_positions),
-}
-"""Ways to break a batch."""
-
-
 class ManagerTwins:
     """A manager beside its reference: 3 environments with 2 root slots each, and at most 9 nodes."""
 
@@ -260,11 +119,14 @@ class ManagerTwins:
     MOST_NODES = 9
 
     def __init__(self, policy: str, layout: KVLayout = UNIFORM, seed: int = 0) -> None:
-        # root slots twice (a resize holds them twice), one slot per environment of the pool of single histories
+        # root slots twice (a resize holds them twice), one slot per environment of the pool of single
+        # histories
         self.max_bytes = layout.row_bytes * (2 * 2 * self.ENVIRONMENTS + self.ENVIRONMENTS + self.MOST_NODES)
         choices = KVCacheConfig(policy=policy, root_slots=2, max_bytes=self.max_bytes)  # type: ignore[arg-type]
         self.layout = layout
-        self.manager = KVCacheManager({}, self.ENVIRONMENTS, layout=layout, cache_config=choices, num_simulations=1)
+        self.manager = KVCacheManager(
+            {}, self.ENVIRONMENTS, layout=layout, cache_config=choices, num_simulations=1
+        )
         self.reference = ReferenceManager(layout, self.ENVIRONMENTS, 1, choices)
         self.histories = Histories(layout, seed)
         self.held = HeldCopies()
@@ -287,7 +149,9 @@ class ManagerTwins:
     def lookup(self, keys: Sequence[Any]) -> None:
         expected = outcome(lambda: self.reference.lookup(list(keys)))
         error, slots = outcome(lambda: self.manager.lookup(keys))
-        check_equal('outcome of lookup', (error, None if slots is None else (slots != NO_SLOT).tolist()), expected)
+        check_equal(
+            'outcome of lookup', (error, None if slots is None else (slots != NO_SLOT).tolist()), expected
+        )
         if slots is not None:
             check_equal('slots', slots.tolist(), self.manager.slots(keys).tolist())
 
@@ -333,7 +197,10 @@ class ManagerTwins:
 
     def get(self, env_id: int, key: Any) -> None:
         """``hierarchical_get``: the environment's roots, then the nodes, in one query."""
-        entry, found = self.manager.hierarchical_get(env_id, key), self.reference.hierarchical_find(env_id, key)
+        entry, found = (
+            self.manager.hierarchical_get(env_id, key),
+            self.reference.hierarchical_find(env_id, key),
+        )
         check_equal('hierarchical_get finds', entry is not None, found)
         if entry is not None:
             roots = self.reference.roots[env_id]
@@ -351,7 +218,9 @@ class ManagerTwins:
         """pin, unpin, discard or set_priorities, on the pool of each key."""
         for key in keys:
             reference = self.reference.pool_of(key)
-            pool = self.manager.init_pools[key.env_id] if isinstance(key, RootKey) else self.manager.recur_pool
+            pool = (
+                self.manager.init_pools[key.env_id] if isinstance(key, RootKey) else self.manager.recur_pool
+            )
             expected = outcome(lambda r=reference, k=key: getattr(r, name)([k], *arguments))
             got = outcome(lambda p=pool, k=key: getattr(p, name)([k], *arguments))
             check_equal(f'outcome of {name}', got, expected)

@@ -1,13 +1,15 @@
-"""Deterministic episodes driven through a real policy, exactly as LightZero's collectors and evaluator drive it.
+"""Deterministic episodes driven through a real policy, exactly as LightZero's collectors and evaluator
+drive it.
 
-Everything random is keyed by (environment, episode, step): observations, root noise and the chosen action. So the history of
-an environment is the same whichever cache serves it, whichever environments are ready, and wherever it stands in a batch.
+Everything random is keyed by (environment, episode, step): observations, root noise and the chosen action.
+So the history of an environment is the same whichever cache serves it, whichever environments are ready,
+and wherever it stands in a batch.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,28 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .models import precision, world_model_of
+from .models import world_model_of
+from .precision import precision
+from .recorder import Node, Recorder, replaced
 from .repeatable_tree import host_trees, repeatable
-
-ROOT = 0  # node number of the root; the node that the i-th simulation (from 0) expands is i + 1
-
-
-@dataclass(frozen=True)
-class Node:
-    """What the world model answered when a search expanded one node. Arrays are float, without batch axis."""
-
-    number: int
-    parent: int
-    action: np.ndarray
-    """The action on the way from the parent: a scalar, or [action dimensions] when continuous."""
-    reward: np.ndarray
-    """Logits [support]."""
-    value: np.ndarray
-    """Logits [support]."""
-    policy: np.ndarray
-    """Logits [actions], or mean and sigma [2 * action dimensions]."""
-    latent: np.ndarray
-    """The predicted latent state [embed]."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +51,9 @@ class Root:
 class Episodes:
     """Environments that never influence each other, and the policy that plays them.
 
-    ``identities`` names the stream each environment id plays (its own number by default), so that one stream can be
-    played alone. ``lengths`` gives the steps of each stream's episodes, cyclically; None for endless ones. ``mode`` is
-    'collect' or 'eval'. With ``record`` false, roots carry no nodes.
+    ``identities`` names the stream each environment id plays (its own number by default), so that one
+    stream can be played alone. ``lengths`` gives the steps of each stream's episodes, cyclically; None for
+    endless ones. ``mode`` is 'collect' or 'eval'. With ``record`` false, roots carry no nodes.
     """
 
     def __init__(
@@ -77,8 +61,8 @@ class Episodes:
         policy: Any,
         identities: Sequence[int],
         *,
-        lengths: dict[int, Sequence[int]] | None = None,
-        mode: str = "collect",
+        lengths: Mapping[int, Sequence[int]] | None = None,
+        mode: str = 'collect',
         seed: int = 0,
         record: bool = True,
         timesteps: bool = True,
@@ -102,7 +86,7 @@ class Episodes:
 
     @property
     def _interface(self) -> Any:
-        return self.policy.collect_mode if self.mode == "collect" else self.policy.eval_mode
+        return self.policy.collect_mode if self.mode == 'collect' else self.policy.eval_mode
 
     def reset(self, *args: Any, **kwargs: Any) -> None:
         """The reset of the policy's mode; the host calls it with nothing, with [env], or after every step."""
@@ -110,20 +94,24 @@ class Episodes:
             self._interface.reset(*args, **kwargs)
 
     def run(self, schedule: int | Sequence[Collection[int]]) -> list[Root]:
-        """Play the steps of ``schedule``: the environments ready at each step, or a number of steps with all of them."""
+        """Play the steps of ``schedule``: the environments ready at each step, or a number of steps with
+        all of them.
+        """
         if isinstance(schedule, int):
             schedule = [range(len(self.identities))] * schedule
         return [root for ready in schedule for root in self.step(ready)]
 
     def step(self, ready: Collection[int] | None = None) -> list[Root]:
-        """One call of the policy for the environments ``ready`` (all by default), then one step of each of them."""
+        """One call of the policy for the environments ``ready`` (all by default), then one step of each of
+        them.
+        """
         ready_set = set(range(len(self.identities)) if ready is None else ready)
         rows = list(ready_set)  # the order in which the host, too, walks through the set
         config = self.policy._cfg
         observation = torch.stack([self.observations[env][-1] for env in rows])
         masks = [np.ones(config.model.action_space_size, dtype=np.int8) for _ in rows]
         to_play = [np.array(-1) for _ in rows]
-        recorder = Recorder(world_model_of(self.policy), sampled=config.type == "sampled_unizero")
+        recorder = Recorder(world_model_of(self.policy), sampled=config.type == 'sampled_unizero')
         with ExitStack() as stack:
             stack.enter_context(precision(self.dtype))
             stack.enter_context(self._scripted(rows))
@@ -132,11 +120,12 @@ class Episodes:
             if self.record:
                 stack.enter_context(recorder.attached())
             times = dict(ready_env_id=ready_set, timestep=[self._timestep(env) for env in rows])
-            if self.mode == "collect":
+            if self.mode == 'collect':
                 output = self._interface.forward(observation, masks, 1.0, to_play, 0.0, **times)
             else:
                 output = self._interface.forward(observation, masks, to_play, **times)
-        roots = [self._root(env, output[env], tuple(nodes)) for env, nodes in zip(rows, recorder.nodes(len(rows)))]
+        nodes = recorder.nodes(len(rows))
+        roots = [self._root(env, output[env], tuple(nodes[row])) for row, env in enumerate(rows)]
         for root in roots:
             self._advance(root)
         return roots
@@ -147,11 +136,11 @@ class Episodes:
             episode=self.episode[env],
             observations=tuple(self.observations[env]),
             actions=tuple(self.actions[env]),
-            action=output["action"],
-            visits=tuple(output["visit_count_distributions"]),
-            searched_value=float(output["searched_value"]),
-            predicted_value=float(np.asarray(output["predicted_value"]).reshape(())),
-            policy=np.asarray(output["predicted_policy_logits"], dtype=np.float64),
+            action=output['action'],
+            visits=tuple(output['visit_count_distributions']),
+            searched_value=float(output['searched_value']),
+            predicted_value=float(np.asarray(output['predicted_value']).reshape(())),
+            policy=np.asarray(output['predicted_policy_logits'], dtype=np.float64),
             nodes=nodes,
         )
 
@@ -174,108 +163,28 @@ class Episodes:
 
     def _timestep(self, env: int) -> np.ndarray:
         step = len(self.actions[env]) if self.timesteps else -1
-        # The evaluator passes every observation after the first through a conversion to float32, its timestep included.
-        return np.array(step, dtype=np.float32 if self.mode == "eval" and self.actions[env] else np.int64)
+        # The evaluator converts every observation after the first to float32, its timestep included.
+        return np.array(step, dtype=np.float32 if self.mode == 'eval' and self.actions[env] else np.int64)
 
     def _generator(self, env: int, purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.identities[env], self.episode[env], len(self.actions[env]), purpose])
+        return np.random.default_rng(
+            [self.seed, self.identities[env], self.episode[env], len(self.actions[env]), purpose]
+        )
 
     @contextmanager
     def _scripted(self, rows: Sequence[int]) -> Iterator[None]:
         """Root noise and chosen actions from the script; the host asks for both in the order of the rows."""
-        module = importlib.import_module(f"lzero.policy.{self.policy._cfg.type}")
+        module = importlib.import_module(f'lzero.policy.{self.policy._cfg.type}')
         noise = iter([self._generator(env, 1) for env in rows])
         choice = iter([self._generator(env, 2) for env in rows])
 
-        def select_action(visits: Sequence[int], temperature: float = 1, deterministic: bool = True) -> tuple[int, float]:
+        def select_action(
+            visits: Sequence[int], temperature: float = 1, deterministic: bool = True
+        ) -> tuple[int, float]:
             return int(next(choice).integers(len(visits))), 0.0
 
-        with replaced(np.random, "dirichlet", lambda alphas: next(noise).dirichlet(alphas)):
-            with replaced(module, "select_action", select_action):
-                yield
-
-
-class Recorder:
-    """Every node one search expands, whichever cache runs it.
-
-    The stock search is recorded from outside: the tree's traverse names the parents, the world model's recurrent inference
-    gives the answers. A world model of the cache manager calls ``world_model.on_node_expanded(fields)`` once per simulation,
-    when that attribute is not None, with a dict of: ``parents`` (int [B]: node numbers, 0 the root, i + 1 the node of
-    simulation i), ``actions`` [B] or [B, dimensions], ``reward`` [B, support], ``value`` [B, support],
-    ``policy`` [B, actions], ``latent`` [B, embed] or [B, 1, embed] and ``env_ids`` [B]; rows as in the search.
-    """
-
-    def __init__(self, world_model: Any, *, sampled: bool) -> None:
-        self._model = world_model
-        self._tree = host_trees()[sampled]
-        self._rows: list[dict[str, np.ndarray]] = []
-
-    def nodes(self, rows: int) -> list[list[Node]]:
-        """Per row of the search, its nodes in order of expansion."""
-        return [[self._node(number, fields, row) for number, fields in enumerate(self._rows, 1)] for row in range(rows)]
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        if getattr(self._model.config, "use_new_cache_manager", False):
-            with replaced(self._model, "on_node_expanded", self._expanded):
-                yield
-        else:
-            with self._watching():
-                yield
-
-    def _expanded(self, fields: dict[str, Any]) -> None:
-        arrays = {name: _array(value) for name, value in fields.items() if name not in ("simulation", "env_ids")}
-        self._rows.append(arrays)
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        traverse: Callable[..., Any] = self._tree.batch_traverse
-        infer: Callable[..., Any] = self._model.forward_recurrent_inference
-        parents: list[int] = []
-
-        def batch_traverse(*args: Any) -> Any:
-            leaves = traverse(*args)
-            parents[:] = leaves[0]
-            return leaves
-
-        def forward_recurrent_inference(history: Any, *args: Any, **kwargs: Any) -> Any:
-            answer = infer(history, *args, **kwargs)
-            _, latent, reward, policy, value = answer
-            self._expanded(
-                dict(parents=list(parents), actions=history[-1][1], reward=reward, value=value, policy=policy, latent=latent)
-            )
-            return answer
-
-        with replaced(self._tree, "batch_traverse", batch_traverse):
-            with replaced(self._model, "forward_recurrent_inference", forward_recurrent_inference):
-                yield
-
-    def _node(self, number: int, fields: dict[str, np.ndarray], row: int) -> Node:
-        def logits(name: str) -> np.ndarray:
-            return fields[name][row].reshape(-1)
-
-        return Node(
-            number=number,
-            parent=int(fields["parents"][row]),
-            action=fields["actions"][row].squeeze(),
-            reward=logits("reward"),
-            value=logits("value"),
-            policy=logits("policy"),
-            latent=logits("latent"),
-        )
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """``owner.name`` is ``value`` within the block; an attribute that only the class had is removed again."""
-    own = name in vars(owner)
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before) if own else delattr(owner, name)
-
-
-def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy().copy() if isinstance(value, torch.Tensor) else np.array(value)
+        with (
+            replaced(np.random, 'dirichlet', lambda alphas: next(noise).dirichlet(alphas)),
+            replaced(module, 'select_action', select_action),
+        ):
+            yield

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .episodes import ROOT, Node, Root
-from .models import precision, world_model_of
+from .episodes import Root
+from .models import world_model_of
+from .precision import precision
 from .reanalysis import Reanalysis
 from .recompute import Answer, Recompute
+from .recorder import ROOT, Node
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
-"""Largest difference of a logit that rounding explains; different histories differ by a hundred times more."""
+"""Largest difference of a logit that rounding explains; different histories differ by a hundred times more.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,11 @@ class Verdict:
         return float(self.differences.max(initial=0.0))
 
     def __str__(self) -> str:
-        return f"{self.wrong} of {self.total} differ by more than {self.tolerance:g}, largest difference {self.largest:.3g}"
+        found = f'{self.wrong} of {self.total} differ by more than {self.tolerance:g}'
+        return f'{found}, largest difference {self.largest:.3g}'
 
 
-def judge_roots(policy: Any, roots: Iterable[Root], window: str = "shift") -> Verdict:
+def judge_roots(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Verdict:
     """Policy logits and predicted value of every root against its whole episode."""
     oracle, dtype = _oracle(policy, window)
     scalar = policy.inverse_scalar_transform_handle
@@ -56,7 +60,7 @@ def judge_roots(policy: Any, roots: Iterable[Root], window: str = "shift") -> Ve
     return Verdict(np.array(differences), TOLERANCE[dtype])
 
 
-def judge_nodes(policy: Any, roots: Iterable[Root], window: str = "shift") -> Verdict:
+def judge_nodes(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Verdict:
     """All answers of every node below the roots, each against its whole episode and path."""
     oracle, dtype = _oracle(policy, window)
     with precision(dtype):
@@ -64,8 +68,10 @@ def judge_nodes(policy: Any, roots: Iterable[Root], window: str = "shift") -> Ve
         return Verdict(_tree_differences(oracle, trees), TOLERANCE[dtype])
 
 
-def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = "shift") -> Verdict:
-    """All answers of every node of a reanalysis, whose searches start from the root's own latent state alone."""
+def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift') -> Verdict:
+    """All answers of every node of a reanalysis, whose searches start from the root's own latent state
+    alone.
+    """
     oracle, dtype = _oracle(policy, window)
     with precision(dtype):
         tops = [oracle.root([observation], []) for observation in reanalysis.observations]
@@ -91,11 +97,13 @@ def _tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], A
 
 def _oracle(policy: Any, window: str) -> tuple[Recompute, torch.dtype]:
     world_model = world_model_of(policy)
-    return Recompute(world_model, window), next(world_model.parameters()).dtype  # type: ignore[arg-type]
+    return Recompute(world_model, window), next(world_model.parameters()).dtype
 
 
 def _difference(expected: torch.Tensor | None, got: np.ndarray) -> float:
     if expected is None:
-        raise ValueError("expected a node below the root, got a root, which has no reward and no predicted latent state")
+        raise ValueError(
+            'expected a node below the root, got a root, which has no reward and no predicted latent state'
+        )
     difference = np.abs(expected.detach().numpy() - got).max()
-    return float(difference) if np.isfinite(difference) else float("inf")
+    return float(difference) if np.isfinite(difference) else float('inf')

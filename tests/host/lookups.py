@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from .episodes import ROOT, replaced
 from .models import world_model_of
+from .recorder import ROOT, replaced
 from .repeatable_tree import host_trees
 
 
 class StockLookups:
-    """Counts the lookups of the stock cache below the roots, and those answered with another node's keys and values.
+    """Counts the lookups of the stock cache below the roots, and those answered with another node's keys
+    and values.
 
     A probe of the stock world model's own methods, so it says nothing about attention, padding or positions.
     """
@@ -23,7 +24,7 @@ class StockLookups:
         self.total = 0
         self.wrong = 0
         self._model = world_model_of(policy)
-        self._tree = host_trees()[1 if policy._cfg.type == "sampled_unizero" else 0]
+        self._tree = host_trees()[1 if policy._cfg.type == 'sampled_unizero' else 0]
         self._stored: dict[tuple[int, int], tuple[int, list[torch.Tensor]]] = {}
         self._parents: list[int] = []
         self._row = 0
@@ -34,7 +35,10 @@ class StockLookups:
         model = self._model
         traverse = self._tree.batch_traverse
         retrieve = model.retrieve_or_generate_kvcache
-        store_root, store_node = model.custom_copy_kv_cache_to_shared_init_envs, model.custom_copy_kv_cache_to_shared_recur
+        store_root, store_node = (
+            model.custom_copy_kv_cache_to_shared_init_envs,
+            model.custom_copy_kv_cache_to_shared_recur,
+        )
 
         def batch_traverse(*args: Any) -> Any:
             leaves = traverse(*args)
@@ -62,10 +66,10 @@ class StockLookups:
 
         with ExitStack() as stack:
             for owner, name, function in (
-                (self._tree, "batch_traverse", batch_traverse),
-                (model, "custom_copy_kv_cache_to_shared_init_envs", root),
-                (model, "custom_copy_kv_cache_to_shared_recur", node),
-                (model, "retrieve_or_generate_kvcache", retrieve_and_count),
+                (self._tree, 'batch_traverse', batch_traverse),
+                (model, 'custom_copy_kv_cache_to_shared_init_envs', root),
+                (model, 'custom_copy_kv_cache_to_shared_recur', node),
+                (model, 'retrieve_or_generate_kvcache', retrieve_and_count),
             ):
                 stack.enter_context(replaced(owner, name, function))
             yield
@@ -78,4 +82,4 @@ def _contents(keys_values: Any) -> tuple[int, list[torch.Tensor]]:
 
 
 def _equal(one: tuple[int, list[torch.Tensor]], other: tuple[int, list[torch.Tensor]]) -> bool:
-    return one[0] == other[0] and all(torch.equal(a, b) for a, b in zip(one[1], other[1]))
+    return one[0] == other[0] and all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))

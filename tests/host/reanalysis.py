@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .episodes import Node, Recorder, replaced
-from .models import precision
+from .precision import precision
+from .recorder import Node, Recorder, replaced
 from .repeatable_tree import host_trees, repeatable
 
-MATRIX_PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "linear", "_scaled_dot_product")
+MATRIX_PRODUCTS = ('addmm', 'mm', 'bmm', 'baddbmm', 'linear', '_scaled_dot_product')
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class _CountProducts(TorchDispatchMode):
 
 
 def reanalyze(policy: Any, segments: int, *, seed: int = 0) -> Reanalysis:
-    """Reanalyse ``segments`` synthetic game segments, each longer than the unroll, with the policy's target model.
+    """Reanalyse ``segments`` synthetic game segments, each longer than the unroll, with the policy's target
+    model.
 
-    Of 'unizero' policies only: the host's reanalysis for 'sampled_unizero' calls its search without a timestep and fails.
+    Of 'unizero' policies only: the host's reanalysis for 'sampled_unizero' calls its search without a
+    timestep and fails.
     """
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 
@@ -70,7 +72,7 @@ def reanalyze(policy: Any, segments: int, *, seed: int = 0) -> Reanalysis:
 
 
 def _segment(config: Any, length: int, seed: int, number: int) -> Any:
-    import gymnasium
+    from gymnasium.spaces import Discrete
     from lzero.mcts.buffer.game_segment import GameSegment
 
     draw = np.random.default_rng([seed, number])
@@ -79,7 +81,7 @@ def _segment(config: Any, length: int, seed: int, number: int) -> Any:
     dtype = np.float64 if torch.get_default_dtype() == torch.float64 else np.float32
     stack = config.model.frame_stack_num
     frames = draw.standard_normal((stack + length, *frame)).astype(np.float32).astype(dtype)
-    game = GameSegment(gymnasium.spaces.Discrete(config.model.action_space_size), length, config)
+    game = GameSegment(Discrete(config.model.action_space_size), length, config)
     game.reset(list(frames[:stack]))
     for step in range(length):
         legal = np.ones(config.model.action_space_size, dtype=np.int8)
@@ -96,5 +98,5 @@ def _keyed_noise(seed: int) -> Iterator[None]:
     def dirichlet(alphas: Any) -> np.ndarray:
         return np.random.default_rng([seed, next(calls)]).dirichlet(alphas)
 
-    with replaced(np.random, "dirichlet", dirichlet):
+    with replaced(np.random, 'dirichlet', dirichlet):
         yield

@@ -1,22 +1,23 @@
 """What the world model must answer for a node, recomputed from the node's own history.
 
-No batch, no cache, no padding: one token after another through the host's own modules, with every window rule spelled out.
-Slow and obvious on purpose; it is what the tests hold an engine against.
+No batch, no cache, no padding: one token after another through the host's own modules, with every window
+rule spelled out. Slow and obvious on purpose; it is what the tests hold an engine against.
 
-A history is a sequence of tokens: observation, action, observation, and so on. The window keeps ``kept = max(1, W - 3)``
-tokens between steps (W is the host's ``context_length``). A step appends an action and an observation token; while more than
-``kept`` tokens remain, the oldest step (two tokens) is dropped. What happens to the tokens that stay depends on ``window``:
+A history is a sequence of tokens: observation, action, observation, and so on. The window keeps ``kept =
+max(1, W - 3)`` tokens between steps (W is the host's ``context_length``). A step appends an action and an
+observation token; while more than ``kept`` tokens remain, the oldest step (two tokens) is dropped. What
+happens to the tokens that stay depends on ``window``:
 
 ``shift``
-    With learned positions a token that moves from window position p to p - 2 gets
-    ``key(pos_emb[p - 2]) - key(pos_emb[p])`` added to its key in every layer, likewise for values: the host's rule, with the
+    With learned positions a token that moves from window position p to p - 2 gets ``key(pos_emb[p - 2]) -
+    key(pos_emb[p])`` added to its key in every layer, likewise for values: the host's rule, with the
     weights of now. With RoPE nothing changes, a token keeps the rotation of its logical position.
 ``rebuild``
-    The tokens that stay are run again, in one causal pass without what was dropped, at window positions 0, 1, 2 (learned)
-    or at their logical positions (RoPE).
+    The tokens that stay are run again, in one causal pass without what was dropped, at window positions 0,
+    1, 2 (learned) or at their logical positions (RoPE).
 
-Logical positions: the observation of step t stands at 2t, the action after it at 2t + 1. A node at depth d below a root of
-step t is reached by the action at 2(t + d) - 1 and carries its latent state at 2(t + d).
+Logical positions: the observation of step t stands at 2t, the action after it at 2t + 1. A node at depth d
+below a root of step t is reached by the action at 2(t + d) - 1 and carries its latent state at 2(t + d).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -63,7 +64,9 @@ class Answer:
 class Recompute:
     """Answers of ``world_model`` for whole histories; reads its weights anew at every call."""
 
-    def __init__(self, world_model: Any, window: Literal["shift", "rebuild"] = "shift") -> None:
+    def __init__(self, world_model: Any, window: str = 'shift') -> None:
+        if window not in ('shift', 'rebuild'):
+            raise ValueError(f"expected window 'shift' or 'rebuild', got {window!r}")
         self.model = world_model
         self.rule = window
         self.kept = max(1, world_model.context_length - 3)
@@ -73,14 +76,20 @@ class Recompute:
         self.rotary = bool(world_model.config.rotary_emb)
 
     @torch.no_grad()
-    def root(self, observations: Sequence[torch.Tensor], actions: Sequence[Any], first_step: int = 0) -> Answer:
-        """The root after an episode of ``observations`` (each unbatched) and the ``actions`` between them, one fewer."""
+    def root(
+        self, observations: Sequence[torch.Tensor], actions: Sequence[Any], first_step: int = 0
+    ) -> Answer:
+        """The root after an episode of ``observations`` (each unbatched) and the ``actions`` between them,
+        one fewer.
+        """
         if len(observations) != len(actions) + 1:
-            raise ValueError(f"expected one action fewer than observations, got {len(actions)} and {len(observations)}")
+            raise ValueError(
+                f'expected one action fewer than observations, got {len(actions)} and {len(observations)}'
+            )
         window = Window((), ((),) * len(self.layers), ((),) * len(self.layers))
         position = 2 * first_step
         window, out = self._append(window, Token(self.encode(observations[0]), position))
-        for action, observation in zip(actions, observations[1:]):
+        for action, observation in zip(actions, observations[1:], strict=True):
             window, _ = self._append(window, Token(self.embed_action(action), position + 1))
             window, out = self._append(window, Token(self.encode(observation), position + 2))
             window = self._trim(window)
@@ -89,7 +98,9 @@ class Recompute:
 
     @torch.no_grad()
     def child(self, parent: Answer, action: Any, latent: torch.Tensor | None = None) -> Answer:
-        """The node that ``action`` leads to. ``latent`` [embed] is its latent state; None takes the predicted one."""
+        """The node that ``action`` leads to. ``latent`` [embed] is its latent state; None takes the
+        predicted one.
+        """
         position = parent.window.tokens[-1].position
         window, out = self._append(parent.window, Token(self.embed_action(action), position + 1))
         reward = self.model.head_rewards.head_module(out[None])[0]
@@ -99,9 +110,14 @@ class Recompute:
 
     @torch.no_grad()
     def path(
-        self, observations: Sequence[torch.Tensor], actions: Sequence[Any], path: Sequence[tuple[Any, torch.Tensor | None]]
+        self,
+        observations: Sequence[torch.Tensor],
+        actions: Sequence[Any],
+        path: Sequence[tuple[Any, torch.Tensor | None]],
     ) -> Answer:
-        """The node at the end of ``path``, (action, latent) pairs below the root of the history; from scratch."""
+        """The node at the end of ``path``, (action, latent) pairs below the root of the history; from
+        scratch.
+        """
         node = self.root(observations, actions)
         for action, latent in path:
             node = self.child(node, action, latent)
@@ -121,7 +137,9 @@ class Recompute:
 
     @torch.no_grad()
     def causal(self, tokens: Sequence[Token]) -> tuple[torch.Tensor, Window]:
-        """The second form: all tokens at once at window positions 0, 1, 2. Returns their features [tokens, embed] and window."""
+        """The second form: all tokens at once at window positions 0, 1, 2. Returns their features [tokens,
+        embed] and window.
+        """
         x = torch.stack([token.embedding for token in tokens])
         if not self.rotary:
             x = x + self.model.pos_emb.weight[: len(tokens)]
@@ -133,11 +151,13 @@ class Recompute:
                 for project in (block.attn.query, block.attn.key, block.attn.value)
             )
             if self.rotary:
-                query = torch.stack([self._rotate(q, token.position) for q, token in zip(query, tokens)])
-                key = torch.stack([self._rotate(k, token.position) for k, token in zip(key, tokens)])
-            scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(self.head_dim)
+                query = torch.stack(
+                    [self._rotate(query[i], token.position) for i, token in enumerate(tokens)]
+                )
+                key = torch.stack([self._rotate(key[i], token.position) for i, token in enumerate(tokens)])
+            scores = torch.einsum('qhd,khd->hqk', query, key) / math.sqrt(self.head_dim)
             weights = scores.masked_fill(future, -math.inf).softmax(-1)
-            x = self._residual(block, x, torch.einsum("hqk,khd->qhd", weights, value).flatten(1))
+            x = self._residual(block, x, torch.einsum('hqk,khd->qhd', weights, value).flatten(1))
             keys.append(tuple(key))
             values.append(tuple(value))
         return self.model.transformer.ln_f(x), Window(tuple(tokens), tuple(keys), tuple(values))
@@ -175,7 +195,7 @@ class Recompute:
         trimmed = window
         while len(trimmed.tokens) > self.kept:
             trimmed = self._drop_oldest_step(trimmed)
-        if trimmed is not window and self.rule == "rebuild":
+        if trimmed is not window and self.rule == 'rebuild':
             return self.causal(trimmed.tokens)[1]
         return trimmed
 
@@ -186,7 +206,9 @@ class Recompute:
             for layer, block in enumerate(self.model.transformer.blocks):
                 for new in range(len(window.tokens) - 2):
                     keys[layer][new] = keys[layer][new] + self._position_change(block.attn.key, new + 2, new)
-                    values[layer][new] = values[layer][new] + self._position_change(block.attn.value, new + 2, new)
+                    values[layer][new] = values[layer][new] + self._position_change(
+                        block.attn.value, new + 2, new
+                    )
         return Window(window.tokens[2:], tuple(map(tuple, keys)), tuple(map(tuple, values)))
 
     def _position_change(self, project: Any, old: int, new: int) -> torch.Tensor:
@@ -208,5 +230,5 @@ class Recompute:
     def _policy(self, out: torch.Tensor) -> torch.Tensor:
         logits = self.model.head_policy.head_module(out[None])
         if isinstance(logits, dict):  # a continuous policy
-            return torch.cat((logits["mu"], logits["sigma"]), dim=-1)[0]
+            return torch.cat((logits['mu'], logits['sigma']), dim=-1)[0]
         return logits[0]

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from .episodes import Episodes, replaced
-from .models import FAMILIES, make_policy, world_model_of
+from .episodes import Episodes
+from .families import FAMILIES
+from .models import make_policy, world_model_of
+from .recorder import replaced
 
 
 def policy_of(environments: int, **options: object) -> object:
-    return make_policy("tiny", kv=False, collector_env_num=environments, evaluator_env_num=1, **{"num_simulations": 8, **options})
+    return make_policy(
+        'tiny',
+        kv=False,
+        collector_env_num=environments,
+        evaluator_env_num=1,
+        **{'num_simulations': 8, **options},
+    )
 
 
 def test_two_plays_are_equal() -> None:
@@ -33,7 +41,9 @@ def test_a_stream_is_the_same_alone_and_among_others() -> None:
 
 def test_streams_seeds_and_episodes_differ() -> None:
     first = Episodes(policy_of(2), [0, 1], lengths={0: [2]}).run(3)
-    seen = [root.observations[-1] for root in first] + [Episodes(policy_of(1), [0], seed=1).run(1)[0].observations[-1]]
+    seen = [root.observations[-1] for root in first] + [
+        Episodes(policy_of(1), [0], seed=1).run(1)[0].observations[-1]
+    ]
     assert len({tuple(observation.tolist()) for observation in seen}) == len(seen)
 
 
@@ -46,10 +56,19 @@ def test_episodes_end_after_their_lengths() -> None:
 
 def test_an_environment_that_is_not_ready_waits() -> None:
     roots = Episodes(policy_of(3), range(3)).run([{0, 1, 2}, {0, 2}, {0, 1, 2}])
-    assert [(root.env, root.step) for root in roots] == [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1), (0, 2), (1, 1), (2, 2)]
+    assert [(root.env, root.step) for root in roots] == [
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (0, 1),
+        (2, 1),
+        (0, 2),
+        (1, 1),
+        (2, 2),
+    ]
 
 
-@pytest.mark.parametrize("family", ["tiny", "lunarlander_continuous"])
+@pytest.mark.parametrize('family', ['tiny', 'lunarlander_continuous'])
 def test_every_expanded_node_is_recorded(family: str) -> None:
     shape = FAMILIES[family]
     policy = make_policy(family, kv=False, num_simulations=8, collector_env_num=2, evaluator_env_num=1)
@@ -72,7 +91,7 @@ def test_the_host_is_left_as_found() -> None:
     before = (np.random.dirichlet, module.select_action, host_trees()[0].batch_traverse)
     Episodes(policy, [0]).run(1)
     assert (np.random.dirichlet, module.select_action, host_trees()[0].batch_traverse) == before
-    assert "forward_recurrent_inference" not in vars(world_model_of(policy))
+    assert 'forward_recurrent_inference' not in vars(world_model_of(policy))
 
 
 def test_replaced_restores_after_an_error() -> None:
@@ -80,7 +99,7 @@ def test_replaced_restores_after_an_error() -> None:
         setting = 1
 
     host = Host()
-    with pytest.raises(KeyError), replaced(host, "setting", 2):
+    with pytest.raises(KeyError), replaced(host, 'setting', 2):
         assert host.setting == 2
         raise KeyError
-    assert host.setting == 1 and "setting" not in vars(host)
+    assert host.setting == 1 and 'setting' not in vars(host)

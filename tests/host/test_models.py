@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from .episodes import Episodes
-from .models import FAMILIES, collect_model, copy_weights, make_policy, precision, world_model_of
+from .families import FAMILIES
+from .models import collect_model, copy_weights, make_policy, world_model_of
+from .precision import precision
 
-SMALL = dict(num_simulations=3, collector_env_num=2, evaluator_env_num=1)
+SMALL: dict[str, Any] = dict(num_simulations=3, collector_env_num=2, evaluator_env_num=1)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize('name', FAMILIES)
 def test_a_family_is_built_as_described(name: str) -> None:
     family = FAMILIES[name]
     policy = make_policy(name, kv=False)
     world_model = world_model_of(policy)
     config = world_model.config
-    assert (config.num_layers, config.num_heads, config.embed_dim) == (family.layers, family.heads, family.embed)
-    assert (config.context_length, config.env_num) == (family.context, max(family.collectors, family.evaluators))
+    assert (config.num_layers, config.num_heads, config.embed_dim) == (
+        family.layers,
+        family.heads,
+        family.embed,
+    )
+    assert (config.context_length, config.env_num) == (
+        family.context,
+        max(family.collectors, family.evaluators),
+    )
     assert policy._cfg.num_simulations == family.simulations
     assert bool(config.rotary_emb) is family.rotary
     assert not collect_model(policy).training
-    dimensions = [family.layers, family.heads, family.embed // family.heads, family.context, family.actions, family.embed]
-    if name != "tiny":
-        assert len(set(dimensions)) == len(dimensions), "two dimensions are the same number"
+    dimensions = [
+        family.layers,
+        family.heads,
+        family.embed // family.heads,
+        family.context,
+        family.actions,
+        family.embed,
+    ]
+    if name != 'tiny':
+        assert len(set(dimensions)) == len(dimensions), 'two dimensions are the same number'
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mode", ["collect", "eval"])
+@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('mode', ['collect', 'eval'])
 def test_a_family_plays_in_both_precisions(name: str, mode: str) -> None:
     visits = []
     for dtype in (torch.float32, torch.float64):
@@ -42,20 +59,24 @@ def test_a_family_plays_in_both_precisions(name: str, mode: str) -> None:
 
 
 def test_no_weight_is_left_at_zero_and_the_seed_decides() -> None:
-    one, same, other = (collect_model(make_policy("tiny", kv=False, seed=seed)).state_dict() for seed in (1, 1, 2))
-    names = [name for name, _ in collect_model(make_policy("tiny", kv=False)).named_parameters()]
+    one, same, other = (
+        collect_model(make_policy('tiny', kv=False, seed=seed)).state_dict() for seed in (1, 1, 2)
+    )
+    names = [name for name, _ in collect_model(make_policy('tiny', kv=False)).named_parameters()]
     assert all(one[name].abs().min() > 0 for name in names)
     assert all(torch.equal(one[name], same[name]) for name in names)
     assert not any(torch.equal(one[name], other[name]) for name in names)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_copied_weights_are_the_same_weights(dtype: torch.dtype) -> None:
-    source, target = make_policy("tiny", kv=False, seed=1), make_policy("tiny", kv=False, seed=2, dtype=dtype)
+    source, target = make_policy('tiny', kv=False, seed=1), make_policy('tiny', kv=False, seed=2, dtype=dtype)
     copy_weights(source, target)
     expected = collect_model(source).state_dict()
     for model in (collect_model(target), target._target_model):
-        assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in _named(model).items())
+        assert all(
+            torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in _named(model).items()
+        )
 
 
 def test_precision_is_restored_after_an_error() -> None:
@@ -71,7 +92,7 @@ def test_precision_is_restored_after_an_error() -> None:
 
 
 def test_a_copied_memory_model_encodes_with_its_own_weights() -> None:
-    model = collect_model(make_policy("memory", kv=False, dtype=torch.float64, **SMALL))
+    model = collect_model(make_policy('memory', kv=False, dtype=torch.float64, **SMALL))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,4 +102,4 @@ def test_a_copied_memory_model_encodes_with_its_own_weights() -> None:
 
 
 def _named(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("_orig_mod."): tensor for name, tensor in model.state_dict().items()}
+    return {name.removeprefix('_orig_mod.'): tensor for name, tensor in model.state_dict().items()}

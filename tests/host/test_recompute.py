@@ -9,20 +9,29 @@ import pytest
 import torch
 
 from .episodes import Episodes, Root
+from .families import FAMILIES
 from .judging import judge_nodes, judge_roots
-from .models import FAMILIES, make_policy, precision, world_model_of
+from .models import make_policy, world_model_of
+from .precision import precision
 from .recompute import Recompute, Token
 
-EXACT = dict(rtol=0.0, atol=1e-10)
-BOTH_POSITIONS = pytest.mark.parametrize("family", ["lunarlander", "cartpole"], ids=["learned", "rope"])
+EXACT: dict[str, Any] = dict(rtol=0.0, atol=1e-10)
+BOTH_POSITIONS = pytest.mark.parametrize('family', ['lunarlander', 'cartpole'], ids=['learned', 'rope'])
 
 
 def single(family: str, steps: int, **options: Any) -> tuple[Any, list[Root]]:
-    """A float64 policy of one environment and its roots after ``steps`` steps; the stock position correction refreshed."""
+    """A float64 policy of one environment and its roots after ``steps`` steps; the stock position
+    correction refreshed.
+    """
     policy = make_policy(
-        family, kv=False, dtype=torch.float64, num_simulations=options.pop("simulations", 12), collector_env_num=1,
-        evaluator_env_num=1, **options,
-    )  # fmt: skip
+        family,
+        kv=False,
+        dtype=torch.float64,
+        num_simulations=options.pop('simulations', 12),
+        collector_env_num=1,
+        evaluator_env_num=1,
+        **options,
+    )
     if not FAMILIES[family].rotary:
         world_model_of(policy).precompute_pos_emb_diff_kv()
     return policy, Episodes(policy, [0]).run(steps)
@@ -30,8 +39,11 @@ def single(family: str, steps: int, **options: Any) -> tuple[Any, list[Root]]:
 
 def tokens_of(oracle: Recompute, root: Root) -> list[Token]:
     tokens = [Token(oracle.encode(root.observations[0]), 0)]
-    for step, (action, observation) in enumerate(zip(root.actions, root.observations[1:])):
-        tokens += [Token(oracle.embed_action(action), 2 * step + 1), Token(oracle.encode(observation), 2 * step + 2)]
+    for step, (action, observation) in enumerate(zip(root.actions, root.observations[1:], strict=True)):
+        tokens += [
+            Token(oracle.embed_action(action), 2 * step + 1),
+            Token(oracle.encode(observation), 2 * step + 2),
+        ]
     return tokens
 
 
@@ -42,10 +54,12 @@ def test_token_by_token_equals_one_causal_pass(family: str) -> None:
     with precision(torch.float64), torch.no_grad():
         replayed = oracle.root(root.observations, root.actions)
         features, window = oracle.causal(tokens_of(oracle, root))
-        torch.testing.assert_close(replayed.policy, oracle.model.head_policy.head_module(features[-1:])[0], **EXACT)
+        torch.testing.assert_close(
+            replayed.policy, oracle.model.head_policy.head_module(features[-1:])[0], **EXACT
+        )
         assert len(replayed.window.tokens) == len(window.tokens) == 5
         for got, expected in ((replayed.window.keys, window.keys), (replayed.window.values, window.values)):
-            for layer, other in zip(got, expected):
+            for layer, other in zip(got, expected, strict=True):
                 torch.testing.assert_close(torch.stack(layer), torch.stack(other), **EXACT)
 
 
@@ -57,10 +71,10 @@ def test_it_equals_two_calls_of_the_host(family: str) -> None:
     with precision(torch.float64), torch.no_grad():
         first, second = (oracle.encode(observation)[None, None] for observation in root.observations)
         cache = model.transformer.generate_empty_keys_values(n=1, max_tokens=model.context_length)
-        model.forward({"obs_embeddings": first}, cache, start_pos=0)
+        model.forward({'obs_embeddings': first}, cache, start_pos=0)
         action = torch.tensor([[int(root.actions[0])]])
-        act = model.forward({"act_tokens": action}, cache, start_pos=[1])
-        obs = model.forward({"obs_embeddings": second}, cache, start_pos=[1])
+        act = model.forward({'act_tokens': action}, cache, start_pos=[1])
+        obs = model.forward({'obs_embeddings': second}, cache, start_pos=[1])
         answer = oracle.child(oracle.root(root.observations[:1], []), root.actions[0], second.reshape(-1))
     assert answer.reward is not None and answer.latent is not None
     torch.testing.assert_close(answer.reward, act.logits_rewards.reshape(-1), **EXACT)
@@ -73,10 +87,12 @@ def test_it_equals_two_calls_of_the_host(family: str) -> None:
         torch.testing.assert_close(torch.stack(answer.window.values[layer], 1), values[0], **EXACT)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].rotary])
-@pytest.mark.parametrize("context", [2, 4])
+@pytest.mark.parametrize('family', [name for name in FAMILIES if not FAMILIES[name].rotary])
+@pytest.mark.parametrize('context', [2, 4])
 def test_it_equals_the_host_through_search_and_overflow(family: str, context: int) -> None:
-    """Where the host is right: one environment, its position correction refreshed, no more nodes than its ring holds."""
+    """Where the host is right: one environment, its position correction refreshed, no more nodes than its
+    ring holds.
+    """
     policy, roots = single(family, 6, infer_context_length=context, simulations=6)
     assert judge_roots(policy, roots).wrong == 0
     verdict = judge_nodes(policy, roots)
@@ -84,8 +100,8 @@ def test_it_equals_the_host_through_search_and_overflow(family: str, context: in
 
 
 def test_the_two_windows_differ_only_after_an_overflow() -> None:
-    policy, roots = single("lunarlander", 6)
-    shift, rebuild = (Recompute(world_model_of(policy), window) for window in ("shift", "rebuild"))
+    policy, roots = single('lunarlander', 6)
+    shift, rebuild = (Recompute(world_model_of(policy), window) for window in ('shift', 'rebuild'))
     with precision(torch.float64):
         for root in roots:
             one, other = (oracle.root(root.observations, root.actions) for oracle in (shift, rebuild))
@@ -98,7 +114,7 @@ def test_the_two_windows_differ_only_after_an_overflow() -> None:
 def test_a_rebuilt_window_is_the_hosts_pass_over_its_raw_tokens(family: str) -> None:
     policy, roots = single(family, 6)
     model, root = world_model_of(policy), roots[-1]
-    oracle = Recompute(model, "rebuild")
+    oracle = Recompute(model, 'rebuild')
     with precision(torch.float64), torch.no_grad():
         window = oracle.root(root.observations, root.actions).window
         assert [token.position for token in window.tokens] == [6, 7, 8, 9, 10]
@@ -115,7 +131,7 @@ def test_a_rebuilt_window_is_the_hosts_pass_over_its_raw_tokens(family: str) -> 
 
 
 def test_a_rotated_key_stays_through_a_shift() -> None:
-    policy, roots = single("cartpole", 6)
+    policy, roots = single('cartpole', 6)
     oracle = Recompute(world_model_of(policy))
     with precision(torch.float64):
         before = oracle.root(roots[-2].observations, roots[-2].actions).window
@@ -125,10 +141,10 @@ def test_a_rotated_key_stays_through_a_shift() -> None:
         assert torch.equal(torch.stack(after.keys[layer][:3]), torch.stack(before.keys[layer][2:]))
 
 
-@pytest.mark.parametrize("window", ["shift", "rebuild"])
+@pytest.mark.parametrize('window', ['shift', 'rebuild'])
 def test_a_path_from_scratch_equals_step_by_step_children(window: str) -> None:
-    policy, roots = single("lunarlander", 5, simulations=30)
-    oracle, root = Recompute(world_model_of(policy), window), roots[-1]  # type: ignore[arg-type]
+    policy, roots = single('lunarlander', 5, simulations=30)
+    oracle, root = Recompute(world_model_of(policy), window), roots[-1]
     by_number = {node.number: node for node in root.nodes}
     paths: dict[int, list[Any]] = {0: []}
     with precision(torch.float64):
@@ -144,7 +160,7 @@ def test_a_path_from_scratch_equals_step_by_step_children(window: str) -> None:
 
 
 def test_without_a_latent_the_predicted_one_is_taken() -> None:
-    policy, roots = single("lunarlander", 1)
+    policy, roots = single('lunarlander', 1)
     oracle, root = Recompute(world_model_of(policy)), roots[0]
     with precision(torch.float64):
         top = oracle.root(root.observations, root.actions)
@@ -154,19 +170,19 @@ def test_without_a_latent_the_predicted_one_is_taken() -> None:
 
 
 def test_a_history_with_too_many_actions_is_refused() -> None:
-    policy = make_policy("tiny", kv=False)
-    with pytest.raises(ValueError, match="one action fewer than observations, got 2 and 2"):
+    policy = make_policy('tiny', kv=False)
+    with pytest.raises(ValueError, match='one action fewer than observations, got 2 and 2'):
         Recompute(world_model_of(policy)).root([torch.zeros(7), torch.zeros(7)], [0, 1])
 
 
 def test_a_judge_sees_one_wrong_number() -> None:
-    policy, roots = single("tiny", 2)
+    policy, roots = single('tiny', 2)
     node = roots[1].nodes[4]
     value = node.value.copy()
     value[3] += 1e-6
     nodes = [*roots[1].nodes]
-    nodes[4] = type(node)(**{**vars(node), "value": value})
-    spoilt = type(roots[1])(**{**vars(roots[1]), "nodes": tuple(nodes)})
+    nodes[4] = type(node)(**{**vars(node), 'value': value})
+    spoilt = type(roots[1])(**{**vars(roots[1]), 'nodes': tuple(nodes)})
     verdict = judge_nodes(policy, [spoilt])
     assert verdict.wrong == 1
     assert np.flatnonzero(verdict.differences > verdict.tolerance).tolist() == [4]

@@ -23,7 +23,9 @@ def tied_search(tree: ModuleType) -> list[list[int]]:
     for simulation in range(SIMULATIONS):
         results = tree.ResultsWrapper(num=ROOTS)
         to_play = tree.batch_traverse(roots, 19652, 1.25, DISCOUNT, bounds, results, [-1] * ROOTS)[3]
-        tree.batch_backpropagate(simulation + 1, DISCOUNT, [0.0] * ROOTS, [0.0] * ROOTS, logits, bounds, results, to_play)
+        tree.batch_backpropagate(
+            simulation + 1, DISCOUNT, [0.0] * ROOTS, [0.0] * ROOTS, logits, bounds, results, to_play
+        )
     return roots.get_distributions()
 
 
@@ -39,7 +41,7 @@ def test_tied_searches_agree_inside_and_differ_outside() -> None:
     with repeatable(tree):
         first, second = tied_search(tree), tied_search(tree)
     assert first == second
-    assert first[0] == first[1] == first[2], "equal roots must be searched equally"
+    assert first[0] == first[1] == first[2], 'equal roots must be searched equally'
     # The seed is the microsecond of the clock, so one repetition may agree by luck; twenty cannot.
     assert any(tied_search(tree) != first for _ in range(20))
 
@@ -67,5 +69,5 @@ def test_the_table_is_restored_after_an_error() -> None:
 def test_an_extension_without_rand_is_refused() -> None:
     import xxhash._xxhash as other
 
-    with pytest.raises(RuntimeError, match="found no pointer"), repeatable(other):
+    with pytest.raises(RuntimeError, match='found no pointer'), repeatable(other):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from pathlib import Path
 from types import ModuleType
 
@@ -78,6 +79,23 @@ def test_hit_rate_is_that_of_the_interval(tmp_path: Path) -> None:
         assert rate.values.tolist() == pytest.approx((hits.values / queries.values).tolist(), abs=1e-6)
 
 
+def test_no_hit_rate_where_nothing_was_queried(tmp_path: Path) -> None:
+    manager = make_manager()
+    with torch.utils.tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        sink = TensorBoardSink(writer)
+        env_step(manager, 0)
+        sink.write({'acting': manager}, 10, 1)
+        sink.write({'acting': manager}, 20, 2)
+    log = read_run(tmp_path)
+    queries, rate = (log.series(Axis.ENV_STEP, 'nodes', name) for name in ('queries', 'hit_rate'))
+    assert queries is not None
+    assert rate is not None
+    assert (queries.steps.tolist(), queries.values.tolist()) == ([10, 20], [20, 0])
+    assert rate.steps.tolist() == [10]
+    assert 'hit_rate' not in log.last()['nodes']
+    assert log.totals()['nodes']['hit_rate'] == pytest.approx(rate.values[0])
+
+
 def test_total_is_the_sum_of_the_pools(tmp_path: Path) -> None:
     write_points(tmp_path)
     last = read_run(tmp_path).last()
@@ -142,6 +160,21 @@ def test_a_reset_of_one_model_leaves_the_total_right(tmp_path: Path) -> None:
     total, *pools = [series.values.tolist() for series in parts if series is not None]
     assert pools == [[12, 4], [60, 20], [96, 96]]
     assert total == [168, 120]
+
+
+def test_a_manager_in_the_place_of_another_counts_from_its_start(tmp_path: Path) -> None:
+    with torch.utils.tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        sink = TensorBoardSink(writer)
+        for point in range(3):
+            manager = make_manager()
+            env_step(manager, 0)
+            sink.write({'acting': manager}, 10 * point, point)
+            given_up = weakref.ref(manager)
+            del manager
+            assert given_up() is None
+    queries = read_run(tmp_path).series(Axis.ENV_STEP, 'nodes', 'queries')
+    assert queries is not None
+    assert queries.values.tolist() == [20, 20, 20]
 
 
 def test_target_model_reports_as_reanalysis(tmp_path: Path) -> None:

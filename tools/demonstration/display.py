@@ -38,6 +38,7 @@ class Display:
         self.console = Console(file=screen, width=None if screen.isatty() else PLAIN_WIDTH)
         self.started = time.monotonic()
         self._drawn = 0.0
+        self._hit_rates = ''
         self._line: tuple[float, str] = (0.0, '')
         self._bars = Progress(
             TextColumn('  {task.description:<20}'), BarColumn(36), MofNCompleteColumn(), console=self.console
@@ -75,8 +76,6 @@ class Display:
         if not self.console.is_terminal and (now - last > LINE_SECONDS or phase != self.progress.phase):
             self._print_line()
 
-    _hit_rates = ''
-
     def _picture(self) -> Group:
         self._bars.update(self._env_steps, completed=self.progress.collected_steps)
         self._bars.update(self._iterations, completed=self.progress.train_iterations)
@@ -105,10 +104,9 @@ def hit_rates(summary: Mapping[str, Any]) -> str:
 
 def show_failure(console: Console, error: Exception, log: Path) -> None:
     """Say why the training ended, and where to look."""
-    sys.stderr.flush()
     tail = log.read_text(encoding='utf-8', errors='replace').splitlines()[-TAIL_LINES:]
-    trace = ''.join(traceback.format_exception(error))
-    log.open('a', encoding='utf-8').write(trace)
+    with log.open('a', encoding='utf-8') as file:
+        traceback.print_exception(error, file=file)
     console.print(
         '\n'.join(('', *tail, f'The demo failed: {type(error).__name__}: {error}')),
         highlight=False,

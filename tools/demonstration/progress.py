@@ -32,5 +32,6 @@ class TrainingProgress:
             self.manager = None
 
     def statistics(self) -> dict[str, Any]:
-        """The manager's statistics by pool; empty while there is no manager."""
-        return self.manager.get_stats_summary() if self.manager is not None else {}
+        """The manager's statistics by pool; empty while there is no manager, or one that keeps none."""
+        summary = self.manager.get_stats_summary() if self.manager is not None else {}
+        return summary if summary.get('stats_enabled') else {}

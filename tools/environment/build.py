@@ -31,9 +31,10 @@ def digests(stages: list[Stage]) -> dict[str, str]:
 def read_state(folder: Path) -> dict[str, str]:
     """The digests of the finished stages; empty when none is remembered or the file is damaged."""
     try:
-        return json.loads((folder / STATE_NAME).read_text())
+        state = json.loads((folder / STATE_NAME).read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return {}
+    return state if isinstance(state, dict) else {}
 
 
 def write_state(folder: Path, state: dict[str, str]) -> None:

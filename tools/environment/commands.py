@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import IO
@@ -65,10 +64,11 @@ class Console:
         self.stream.write(f'  {title:<62}')
         self.stream.flush()
 
-    def refresh(self, latest: str) -> None:
-        """Redraw the line of a running stage; does nothing where the output is not a terminal."""
+    def refresh(self, output: list[str]) -> None:
+        """Redraw the line of a running stage with its last output; does nothing without a terminal."""
         if not self.live:
             return
+        latest = output[-1].strip() if output else ''
         width = shutil.get_terminal_size().columns - 1
         line = f'  {self.title:<62}{time.monotonic() - self.started:5.0f} s  {latest}'
         self.stream.write('\r\x1b[K' + line[:width])
@@ -98,36 +98,28 @@ def run_logged(command: list[str], log: Path, console: Console, *, cwd: Path, ke
     keep_open: a file descriptor that the command inherits, or -1. A lock held on it lives as long as the
     command, even when this process is killed. Raises SetupError if the command fails.
     """
-    output: list[str] = []
-    inherited = (keep_open,) if keep_open >= 0 else ()
     environment = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PIP_USER': '0'}
     environment.pop('PYTHONPATH', None)
     with log.open('a', encoding='utf-8') as file:
         file.write('$ ' + ' '.join(command) + '\n')
         file.flush()
-        process = subprocess.Popen(
-            command, cwd=cwd, env=environment, pass_fds=inherited, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
-
-        def read() -> None:
-            for line in process.stdout or ():
-                file.write(line)
-                output.append(line.rstrip())
-
-        reader = threading.Thread(target=read, daemon=True)
-        reader.start()
-        try:
-            while True:
+        start = file.tell()
+        with subprocess.Popen(
+            command, cwd=cwd, env=environment, pass_fds=(keep_open,) if keep_open >= 0 else (),
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+        ) as process:  # fmt: skip
+            while process.poll() is None:
+                console.refresh(lines_after(log, start))
                 try:
-                    status = process.wait(timeout=REFRESH_SECONDS)
-                    break
+                    process.wait(timeout=REFRESH_SECONDS)
                 except subprocess.TimeoutExpired:
-                    console.refresh(output[-1].strip() if output else '')
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-        finally:
-            reader.join(timeout=5)
-    if status != 0:
-        raise SetupError(explain(command, status, output, log))
+                    continue
+    if process.returncode != 0:
+        raise SetupError(explain(command, process.returncode, lines_after(log, start), log))
+
+
+def lines_after(log: Path, start: int) -> list[str]:
+    """The lines of a log from byte `start` on."""
+    with log.open('rb') as file:
+        file.seek(start)
+        return file.read().decode('utf-8', errors='replace').splitlines()

@@ -1,14 +1,15 @@
 """Finds parents for callers that know a node only by its latent state."""
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from lzero_kv.keys import digest_rows
-from lzero_kv.manager import KVCacheManager
 
 from .nodes import ROOT, SearchNodes
-from .outputs import StepOutputs
+from .outputs import StepOutputs, check_actions
 
 
 class NodesByLatent:
@@ -22,8 +23,9 @@ class NodesByLatent:
         root_latents: ``[B, 1, embed]``.
     """
 
-    def __init__(self, nodes: SearchNodes, root_latents: np.ndarray, manager: KVCacheManager) -> None:
+    def __init__(self, world_model: Any, nodes: SearchNodes, root_latents: np.ndarray) -> None:
         self._nodes = nodes
+        self._world_model = world_model
         self._numbers: dict[tuple[int, int], int] = {}
         self._name(root_latents, ROOT)
 
@@ -35,8 +37,11 @@ class NodesByLatent:
             actions: as in :meth:`SearchNodes.expand`.
 
         Raises:
-            ValueError: a latent state belongs to no node of its row.
+            ValueError: a latent state belongs to no node of its row, or there is not one possible action for each row.
+                Nothing is changed.
+            RuntimeError: the model predicts nan or inf.
         """
+        check_actions(self._world_model, actions, len(latents))
         digests = list(enumerate(digest_rows(latents)))
         unknown = [row for row, digest in digests if (row, digest) not in self._numbers]
         if unknown:
@@ -46,6 +51,8 @@ class NodesByLatent:
             )
         parents = np.array([self._numbers[row, digest] for row, digest in digests], dtype=np.int64)
         outputs = self._nodes.expand(parents, actions)
+        if not all(torch.isfinite(part).all() for part in (outputs.hidden, outputs.latent, outputs.reward)):
+            raise RuntimeError('expected finite predictions, got nan or inf; check the weights of the world model')
         self._name(outputs.latent, self._nodes.expanded)
         return outputs
 

@@ -13,7 +13,7 @@ from lzero_kv.manager import KVCacheManager
 from lzero_kv.window import TOKENS_PER_STEP, Window
 
 from .positions import positions_of
-from .transformer import append_token, causal_pass, position_shift
+from .transformer import additive_mask, append_token, causal_pass, position_shift
 
 WindowTokens = Callable[[np.ndarray], torch.Tensor]
 """Rows (int64 ``[N]``) to the raw embeddings of their newest ``kept`` tokens, ``[N, kept, embed]``."""
@@ -28,8 +28,11 @@ class Flights:
         self.positions = positions_of(world_model)
         self.transformer = world_model.transformer
         self.host_padding = config.padding == 'host'
-        self.exact_window = config.window == 'rebuild'
-        self._learned = None if world_model.config.rotary_emb else world_model.pos_emb
+        rotary = world_model.config.rotary_emb
+        self.exact_window = config.window == 'rebuild' or (
+            config.window == 'auto' and not rotary and not self.host_padding
+        )
+        self._learned = None if rotary else world_model.pos_emb
         self._buffer: torch.Tensor | None = None
 
     def load(self, slots: np.ndarray) -> Flight:
@@ -139,7 +142,7 @@ class Flight:
         mask = None
         if int(visible.min()) < widest:
             inside = np.arange(widest)[None, :] >= widest - visible[:, None]
-            mask = torch.from_numpy(inside).to(x.device)
+            mask = additive_mask(inside, x)
         hidden = append_token(
             flights.transformer, self.buffer, (own + 1 - widest, own), placed, mask, rotation, flights.host_padding
         )

@@ -25,6 +25,7 @@ class LastSteps:
         self.first_id = first_id
         self.environments = environments
         self._steps: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._timesteps: dict[int, int] = {}
 
     def manager_id(self, env_id: int) -> int:
         """The manager's number of an environment of this phase.
@@ -45,15 +46,26 @@ class LastSteps:
         last = [torch.zeros_like(new) if step is None else step[0] for step, new in zip(steps, observations)]
         return torch.stack(last), [NO_ACTION if step is None else step[1] for step in steps]
 
-    def remember(self, env_id: int, observation: torch.Tensor, action: Any) -> None:
-        """Note what an environment was shown and what was chosen."""
+    def restarted(self, env_ids: Sequence[int], timesteps: Sequence[int]) -> list[int]:
+        """Environments whose timestep is 0 again: another episode began and nobody said that the last one ended.
+
+        A 0 after a 0 says nothing: the host's segment collector repeats the timesteps with which its call began.
+        """
+        return [
+            env_id for env_id, timestep in zip(env_ids, timesteps) if timestep == 0 < self._timesteps.get(int(env_id), 0)
+        ]
+
+    def remember(self, env_id: int, observation: torch.Tensor, action: Any, timestep: int) -> None:
+        """Note what an environment was shown, at which timestep (negative: unknown), and what was chosen."""
         self._steps[int(env_id)] = observation, action
+        self._timesteps[int(env_id)] = timestep
 
     def forget(self, env_ids: Sequence[int] | None = None) -> list[int]:
         """Forget environments (None: all) whose episode ended; gives back their numbers at the manager."""
         ended = range(self.environments) if env_ids is None else env_ids
         for env_id in ended:
             self._steps.pop(int(env_id), None)
+            self._timesteps.pop(int(env_id), None)
         return [self.manager_id(env_id) for env_id in ended]
 
 
@@ -95,12 +107,13 @@ class KVPolicy(UniZeroPolicy):
         steps = self._last_steps[phase]
         env_ids = [int(env_id) for env_id in (range(len(data)) if ready_env_id is None else ready_env_id)]
         manager_ids = [steps.manager_id(env_id) for env_id in env_ids]
-        self._end(phase, [env_id for env_id, begins in zip(env_ids, beginning(timestep, len(data))) if begins])
+        timesteps = reported_timesteps(timestep, len(data))
+        self._end(phase, steps.restarted(env_ids, timesteps))
         self.last_batch_obs, self.last_batch_action = steps.of(env_ids, data)
 
         def remember(output: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-            for env_id, observation in zip(env_ids, data):
-                steps.remember(env_id, observation, output[env_id]['action'])
+            for env_id, observation, timestep in zip(env_ids, data, timesteps):
+                steps.remember(env_id, observation, output[env_id]['action'], timestep)
             return output
 
         self._serving = True  # the host resets its shared batch while it runs, which ends no episode
@@ -130,8 +143,8 @@ class KVPolicy(UniZeroPolicy):
         self._model.world_model.end_episodes(self._last_steps[phase].forget(env_ids))
 
 
-def beginning(timestep: Any, rows: int) -> list[bool]:
-    """Which rows are at the first step of an episode, as far as the environments tell."""
+def reported_timesteps(timestep: Any, rows: int) -> list[int]:
+    """The step of its episode that each row is at, -1 where the environments do not tell."""
     if timestep is None or np.ndim(timestep) == 0 or len(timestep) != rows:
-        return [False] * rows
-    return [int(np.asarray(step).reshape(-1)[0]) == 0 for step in timestep]
+        return [-1] * rows
+    return [int(np.asarray(step).reshape(-1)[0]) for step in timestep]

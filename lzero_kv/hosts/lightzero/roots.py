@@ -64,7 +64,9 @@ class RootInference:
             timesteps: int64 ``[B]``, step of the episode, negative where the environment does not tell.
 
         Raises:
-            ValueError: non-finite latent states, unknown environments, or inputs of different lengths. Nothing is stored.
+            ValueError: non-finite latent states, unknown environments or actions, or inputs of different lengths.
+                Nothing is stored.
+            RuntimeError: the transformer gives nan or inf. Nothing is stored.
         """
         first = np.array([is_first_step(action) for action in last_actions])
         self._check(env_ids, last_observations, last_actions, observations, first)
@@ -82,6 +84,7 @@ class RootInference:
             flight.append(actions, absent=first)
         flight.next_positions = np.where(first, 2 * np.maximum(timesteps, 0), flight.next_positions)
         hidden = flight.append(latents[:, 0])
+        self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._world_model, hidden)
         self._remember(env_ids, first, last_digests, last_actions, observations, digests, flight, actions, latents)
         tokens = torch.stack([self._window_tokens(env_id, digest) for env_id, digest in zip(env_ids, digests)])
@@ -119,6 +122,15 @@ class RootInference:
                 f'check their observations and the weights of the encoder. Nothing was stored'
             )
         return latents
+
+    def _check_finite(self, hidden: torch.Tensor, env_ids: Sequence[int]) -> None:
+        finite = torch.isfinite(hidden).all(dim=1).tolist()
+        if not all(finite):
+            broken = [env_id for env_id, ok in zip(env_ids, finite) if not ok]
+            raise RuntimeError(
+                f'expected finite predictions, got nan or inf at the roots of environments {broken}; '
+                f'check the weights of the world model. Nothing was stored'
+            )
 
     def _load(
         self, env_ids: Sequence[int], last_digests: list[int], first: np.ndarray, last_observations: torch.Tensor,

@@ -36,23 +36,24 @@ def cached_search(
         nodes = model.world_model.begin_search(latent_state_roots, timestep, config.num_simulations)
         bounds = tree.MinMaxStatsList(rows)
         bounds.set_delta(config.value_delta_max)
-        for simulation in range(config.num_simulations):
-            results = tree.ResultsWrapper(num=rows)
-            players = to_play if config.env_type == 'not_board_games' else list(to_play)
-            arguments = [roots, config.pb_c_base, config.pb_c_init, config.discount_factor, bounds, results, players]
-            parents, _, actions, players = tree.batch_traverse(*arguments, *([continuous] if sampled else []))
-            actions = torch.from_numpy(np.asarray(actions)).to(config.device)
-            output = nodes.expand(np.asarray(parents), actions if continuous else actions.long())
-            value, reward = (
-                to_detach_cpu_numpy(mcts.inverse_scalar_transform_handle(logits.squeeze(1))).reshape(-1)
-                for logits in (output.value, output.reward)
-            )
-            policy = to_detach_cpu_numpy(output.policy.squeeze(1))
-            check_finite(simulation, value=value, reward=reward, policy=policy)
-            tree.batch_backpropagate(
-                simulation + 1, config.discount_factor, reward.tolist(), value.tolist(), policy.tolist(), bounds, results,
-                players,
-            )
+        with model.world_model.clean_on_failure():
+            for simulation in range(config.num_simulations):
+                results = tree.ResultsWrapper(num=rows)
+                players = to_play if config.env_type == 'not_board_games' else list(to_play)
+                arguments = [roots, config.pb_c_base, config.pb_c_init, config.discount_factor, bounds, results, players]
+                parents, _, actions, players = tree.batch_traverse(*arguments, *([continuous] if sampled else []))
+                actions = torch.from_numpy(np.asarray(actions)).to(config.device)
+                output = nodes.expand(np.asarray(parents), actions if continuous else actions.long())
+                value, reward = (
+                    to_detach_cpu_numpy(mcts.inverse_scalar_transform_handle(logits.squeeze(1))).reshape(-1)
+                    for logits in (output.value, output.reward)
+                )
+                policy = to_detach_cpu_numpy(output.policy.squeeze(1))
+                check_finite(simulation, value=value, reward=reward, policy=policy)
+                tree.batch_backpropagate(
+                    simulation + 1, config.discount_factor, reward.tolist(), value.tolist(), policy.tolist(), bounds,
+                    results, players,
+                )
 
 
 def check_finite(simulation: int, **predictions: np.ndarray) -> None:

@@ -35,7 +35,7 @@ def append_token(
         buffer: ``[B, 2 * layers, tokens, embed]``, written in place at column ``columns[1]``.
         columns: ``(first, own)``: the token attends to ``first .. own``, both included, and is written to ``own``.
         x: ``[B, embed]``, embeddings with their learned position, where positions are learned.
-        mask: bool ``[B, own - first + 1]``, True where a column belongs to the row; None when all do.
+        mask: ``[B, own - first + 1]`` of :func:`additive_mask`; None when every column belongs to its row.
         rotation: complex ``[B, head_dim / 2]`` rotary factors, None where positions are learned.
         host_arithmetic: use the host's own sequence of operators for attention, to the last bit, instead of the fused one.
 
@@ -80,23 +80,29 @@ def causal_pass(
     visible = np.tril(np.ones((steps, steps), dtype=bool))[None] & inside[:, None, :]
     # A column outside the row sees itself, so that no softmax runs over nothing.
     visible |= np.eye(steps, dtype=bool)[None]
-    mask = torch.from_numpy(visible).to(x.device)[:, None]
-    last = len(transformer.blocks) - 1
-    for layer, block in enumerate(transformer.blocks):
+    mask = additive_mask(visible, x)[:, None]
+    blocks = []
+    for block in transformer.blocks:
         attention = block.attn
         normed = block.ln1(x)
         keys, values = attention.key(normed), attention.value(normed)
         if rotation is not None:
             keys = rotate(keys, rotation, attention.num_heads)
-        out[:, 2 * layer], out[:, 2 * layer + 1] = keys, values
-        if layer == last:
-            break
+        blocks += [keys, values]
+        if len(blocks) == out.shape[1]:
+            break  # what follows the last layer's keys and values is not asked for
         query = attention.query(normed)
         if rotation is not None:
             query = rotate(query, rotation, attention.num_heads)
         x = _residual(block, x, attention.proj(_attend(query, keys, values, attention.num_heads, mask, False)))
+    torch.stack(blocks, dim=1, out=out)
     if not inside.all():
         out.masked_fill_(torch.from_numpy(~inside).to(x.device)[:, None, :, None], 0.)
+
+
+def additive_mask(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    """0 where attention may look (bool ``visible``), -inf elsewhere, in the dtype and on the device of ``like``."""
+    return torch.from_numpy(np.where(visible, np.float32(0), np.float32('-inf'))).to(like)
 
 
 def position_shift(transformer: Any, positions: nn.Embedding, kept: int) -> torch.Tensor:
@@ -145,7 +151,7 @@ def _attend(
     if host_arithmetic:
         scores = (query @ keys.transpose(-2, -1)) * (1.0 / math.sqrt(head_dim))
         if mask is not None:
-            scores = scores.masked_fill(~mask, float('-inf'))
+            scores = scores + mask
         attended = F.softmax(scores, dim=-1) @ values
     else:
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)

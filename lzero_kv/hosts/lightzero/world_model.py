@@ -75,25 +75,33 @@ class KVWorldModel(WorldModel):
     def engine(self) -> Engine:
         """The engine, made for the dtype and device that the weights have now."""
         if self._engine is None:
-            weight = self.transformer.ln_f.weight
-            layout = KVLayout(
-                layers=self.num_layers, heads=self.num_heads, head_dim=self.embed_dim // self.num_heads,
-                tokens=Window(self.context_length).kept, dtype=weight.dtype, device=weight.device,
-            )
-            manager = KVCacheManager(
-                self.config, self._env_num, self.cache_config.enable_stats, layout=layout, cache_config=self.cache_config,
-                num_simulations=self._num_simulations,
-            )
+            manager = self._make_manager()
             self.keys_values_wm_list = manager.keys_values_wm_list
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
             flights = Flights(self, manager, self.cache_config)
             self._engine = Engine(manager, flights, RootInference(self, manager, flights))
         return self._engine
 
+    def _make_manager(self) -> KVCacheManager:
+        weight = self.transformer.ln_f.weight
+        layout = KVLayout(
+            layers=self.num_layers, heads=self.num_heads, head_dim=self.embed_dim // self.num_heads,
+            tokens=Window(self.context_length).kept, dtype=weight.dtype, device=weight.device,
+        )
+        return KVCacheManager(
+            self.config, self._env_num, self.cache_config.enable_stats, layout=layout, cache_config=self.cache_config,
+            num_simulations=self._num_simulations,
+        )
+
     def expect(self, environments: int, num_simulations: int) -> None:
-        """Size the pools for a policy: all its collection and evaluation environments, its simulations per search."""
+        """Size the pools for a policy: all its collection and evaluation environments, its simulations per search.
+
+        Raises:
+            ValueError: the cache's configuration has no room for them.
+        """
         self._env_num, self._num_simulations = environments, num_simulations
         self._engine = None
+        self._make_manager()  # allocates nothing; a configuration that cannot serve is refused here, not in training
 
     @contextmanager
     def serving(self, env_ids: Sequence[int]) -> Iterator[None]:
@@ -123,14 +131,14 @@ class KVWorldModel(WorldModel):
             return super().forward_initial_inference(obs_act_dict, start_pos)
         env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
         engine = self.engine
-        engine.by_latent = engine.latest = None
-        engine.manager.clear_recur_cache()
-        with self._clean_on_failure(engine):
-            engine.latest, outputs = engine.roots.infer(
+        with self.clean_on_failure():
+            roots, outputs = engine.roots.infer(
                 env_ids, obs_act_dict['obs'], obs_act_dict['action'], observations,
                 timesteps_of(start_pos, len(observations)),
             )
-        self.latent_state = engine.latest.latents
+        engine.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
+        engine.by_latent, engine.latest = None, roots
+        self.latent_state = roots.latents
         return outputs.hidden, self.latent_state, outputs.reward, outputs.policy, outputs.value
 
     @torch.no_grad()
@@ -144,11 +152,10 @@ class KVWorldModel(WorldModel):
         """
         latents, actions = state_action_history[-1]
         engine = self.engine
-        with self._clean_on_failure(engine):
+        with self.clean_on_failure():
             if engine.by_latent is None or simulation_index == 0:
-                engine.by_latent = NodesByLatent(
-                    self.begin_search(latents, start_pos, self._num_simulations), latents, engine.manager
-                )
+                nodes = self.begin_search(latents, start_pos, self._num_simulations)
+                engine.by_latent = NodesByLatent(self, nodes, latents)
             outputs = engine.by_latent.expand(latents, actions)
         self.latent_state = outputs.latent
         return outputs.hidden, outputs.latent, outputs.reward, outputs.policy, outputs.value
@@ -164,12 +171,15 @@ class KVWorldModel(WorldModel):
             num_simulations: children each root will get at most.
 
         Raises:
+            ValueError: a latent state is nan or infinite. Nothing is changed.
             RuntimeError: the nodes of two simulations do not fit into ``max_bytes``.
         """
         engine, rows = self.engine, len(root_latents)
         latest = None if self.reanalyze_phase else engine.latest
         if latest is not None and not same_latents(latest.latents, root_latents):
             latest = None
+        if latest is None:
+            check_finite_latents(root_latents)
         own = 0 if latest is not None else rows
         engine.manager.clear_recur_cache()
         engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
@@ -191,12 +201,29 @@ class KVWorldModel(WorldModel):
         return RootBatch(keys, latents, latents, lengths, next_positions)
 
     @contextmanager
-    def _clean_on_failure(self, engine: Engine) -> Iterator[None]:
+    def clean_on_failure(self) -> Iterator[None]:
+        """Within the block a failure leaves no number behind that a later mask could not hide: 0 * nan is nan.
+
+        What is refused (ValueError) was refused before anything was stored, and pools stay as they are. What fails on
+        the way (RuntimeError, such as nan from broken weights) empties them; environments stay in their episodes.
+        """
+        engine = self.engine
         try:
             yield
-        except Exception:
+        except Exception as error:
             engine.flights.forget_buffer()
+            if isinstance(error, RuntimeError):
+                engine.latest = engine.by_latent = None
+                self.clear_caches()
+                self._blank(engine.manager)
             raise
+
+    @staticmethod
+    def _blank(manager: KVCacheManager) -> None:
+        slab = manager.slab
+        if slab.bytes:
+            row = torch.zeros(manager.layout.batch_shape(1), dtype=manager.layout.dtype, device=manager.layout.device)
+            slab.store(np.arange(slab.slots), row.expand(slab.slots, *row.shape[1:]))
 
     def clear_caches(self) -> None:
         """Drop all keys and values, as after an update of the weights; environments stay in their episodes."""
@@ -225,7 +252,12 @@ class KVWorldModel(WorldModel):
 
     def _apply(self, *args: Any, **kwargs: Any) -> KVWorldModel:
         super()._apply(*args, **kwargs)
-        self._engine = None  # pools follow the weights to their new dtype and device
+        if self._engine is not None:
+            layout, weight = self._engine.manager.layout, self.transformer.ln_f.weight
+            if (layout.dtype, layout.device) != (weight.dtype, weight.device):
+                self._engine = None  # pools follow the weights to their new dtype and device
+            else:
+                self.clear_caches()  # the host moves its target model to where it is before every sample
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -272,9 +304,23 @@ def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
     values = values.reshape(-1)
     if len(values) == 1:
         values = np.repeat(values, rows)
-    if len(values) < rows:
+    if len(values) != rows:
         raise ValueError(f'expected a timestep for each of {rows} rows, got {len(values)}')
-    return values[:rows]
+    return values
+
+
+def check_finite_latents(latents: np.ndarray | torch.Tensor) -> None:
+    """Refuse latent states ``[B, 1, embed]`` that are nan or infinite.
+
+    Raises:
+        ValueError: names the rows.
+    """
+    finite = torch.isfinite(torch.as_tensor(latents)).flatten(1).all(dim=1)
+    if not finite.all():
+        raise ValueError(
+            f'expected finite latent states, got nan or inf in rows {(~finite).nonzero().flatten().tolist()}; '
+            f'check the observations and the weights of the encoder. Nothing was stored'
+        )
 
 
 def same_latents(latents: torch.Tensor, given: np.ndarray) -> bool:

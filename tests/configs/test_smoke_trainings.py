@@ -1,0 +1,30 @@
+"""Each config trains to its end in the smoke size, with real environments and the compiled tree search."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lzero_kv.telemetry.read import find_runs, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = [path.stem for path in sorted((ROOT / 'configs').glob('*_config.py'))]
+
+
+@pytest.mark.parametrize('config', CONFIGS)
+def test_the_smoke_size_trains_with_the_cache(config: str, tmp_path: Path) -> None:
+    script = ROOT / 'configs' / f'{config}.py'
+    run = subprocess.run(
+        [sys.executable, str(script), '--smoke'], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    (folder,) = find_runs(tmp_path)
+    totals = read_run(folder).totals()
+    assert totals['roots']['queries'] > 0
+    assert totals['nodes']['hits'] > 0
+    assert list(tmp_path.rglob('ckpt_best.pth.tar')) != []

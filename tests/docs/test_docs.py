@@ -1,0 +1,52 @@
+"""The pages keep their word: snippets run, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import run_docs
+
+PAGES = run_docs.pages()
+LINK = re.compile(r'\]\(([^)#]+?)(?:#[^)]*)?\)')
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_python_snippets_run(page: Path) -> None:
+    run_docs.run_snippets(page)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = [link for link in LINK.findall(page.read_text(encoding='utf-8')) if not link.startswith('http')]
+    missing = [target for target in targets if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_make_targets_in_the_pages_exist() -> None:
+    makefile = (run_docs.ROOT / 'Makefile').read_text(encoding='utf-8')
+    targets = set(re.findall(r'^([a-z-]+):', makefile, re.MULTILINE))
+    named = {command.split()[1] for page in PAGES for command in run_docs.commands(page) if command.startswith('make ')}
+    assert named
+    assert named <= targets
+
+
+def test_files_that_commands_name_exist() -> None:
+    named = {
+        word
+        for page in PAGES
+        for command in run_docs.commands(page)
+        for word in command.split()
+        if word.endswith('.py')
+    }
+    assert named
+    assert not [name for name in named if not (run_docs.ROOT / name).is_file()]
+
+
+def test_a_failing_snippet_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / 'page.md'
+    page.write_text('```python\nraise SystemExit(3)\n```\n', encoding='utf-8')
+    with pytest.raises(subprocess.CalledProcessError):
+        run_docs.run_snippets(page)

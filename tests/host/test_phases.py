@@ -1,0 +1,244 @@
+"""Collection, evaluation, ends of episodes and cleared caches in the middle of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from .episodes import Episodes, replaced
+from .judging import judge_nodes, judge_roots
+from .models import make_policy, world_model_of
+from .plays import assert_same_play, of_environment
+
+WINDOW_STEPS = 3  # observations with the actions between them: five tokens of which three are kept
+EVALUATED = 10  # streams of evaluation are numbered from here
+
+
+def small_policy(family: str = 'tiny', **options: Any) -> Any:
+    defaults = dict(
+        kv=True, kv_cache=dict(window='rebuild'), dtype=torch.float64, num_simulations=6,
+        collector_env_num=3, evaluator_env_num=2, infer_context_length=WINDOW_STEPS,
+    )  # fmt: skip
+    return make_policy(family, **{**defaults, **options})
+
+
+def root_statistics(policy: Any) -> Any:
+    return world_model_of(policy).kv_cache_manager.stats_snapshot()['roots']
+
+
+@pytest.mark.parametrize('window', ['shift', 'rebuild'])
+@pytest.mark.parametrize('family', ['tiny', 'cartpole', 'lunarlander_continuous'])
+@pytest.mark.parametrize('environments', [(3, 2), (2, 3), (1, 4)])
+def test_interleaved_phases_leave_each_other_their_contexts(
+    environments: tuple[int, int], family: str, window: str
+) -> None:
+    def begin(policy: Any) -> tuple[Episodes, Episodes]:
+        lengths = {0: [3, 4], EVALUATED: [2, 5]}
+        collected, evaluated = range(environments[0]), range(EVALUATED, EVALUATED + environments[1])
+        return Episodes(policy, collected, lengths=lengths), Episodes(policy, evaluated, lengths=lengths, mode='eval')
+
+    options = dict(
+        collector_env_num=environments[0], evaluator_env_num=environments[1], kv_cache=dict(window=window)
+    )
+    (collection, _), (_, evaluation) = begin(small_policy(family, **options)), begin(small_policy(family, **options))
+    undisturbed = collection.run(6), evaluation.run(5)
+
+    policy = small_policy(family, **options)
+    collection, evaluation = begin(policy)
+    collected, evaluated = [], []
+    for collect_steps, eval_steps in ((2, 1), (1, 3), (2, 1), (1, 0)):
+        collected += collection.run(collect_steps)
+        evaluated += evaluation.run(eval_steps)
+    assert_same_play(collected, undisturbed[0])
+    assert_same_play(evaluated, undisturbed[1])
+    assert root_statistics(policy).misses == 0
+
+
+@pytest.mark.parametrize('family', ['tiny', 'cartpole'])
+def test_the_end_of_an_episode_touches_that_environment_only(family: str) -> None:
+    endless = Episodes(small_policy(family), range(3)).run(6)
+    policy = small_policy(family)
+    roots = Episodes(policy, range(3), lengths={1: [2, 3]}).run(6)
+    for env in (0, 2):
+        assert_same_play(of_environment(roots, env), of_environment(endless, env))
+    assert [root.step for root in of_environment(roots, 1)] == [0, 1, 0, 1, 2, 0]
+    verdict = judge_roots(policy, roots, 'rebuild')
+    assert verdict.wrong == 0, str(verdict)
+    assert root_statistics(policy).misses == 0
+
+
+@pytest.mark.parametrize('window', ['shift', 'rebuild'])
+def test_any_number_of_ready_environments(window: str) -> None:
+    """8, 7, 8, 3 and 8 are ready: each plays as it does alone, and none loses its context."""
+    options = dict(collector_env_num=8, num_simulations=4, kv_cache=dict(window=window))
+    everyone = set(range(8))
+    schedule = [everyone, everyone - {2}, everyone, {1, 4, 6}, everyone]
+    policy = small_policy(**options)
+    roots = Episodes(policy, range(8)).run(schedule)
+    for env in range(8):
+        alone = Episodes(small_policy(**options), [env]).run(sum(env in ready for ready in schedule))
+        assert_same_play(of_environment(roots, env), alone)
+    assert root_statistics(policy).misses == 0
+
+
+def clear_roots(policy: Any) -> None:
+    for store in world_model_of(policy).past_kv_cache_init_infer_envs:
+        store.clear()
+
+
+def clear_nodes(policy: Any) -> None:
+    world_model_of(policy).past_kv_cache_recurrent_infer.clear()
+
+
+def clear_list(policy: Any) -> None:
+    world_model_of(policy).keys_values_wm_list.clear()
+
+
+def clear_everything(policy: Any) -> None:
+    policy.recompute_pos_emb_diff_and_clear_cache()
+
+
+Clear = Callable[[Any], None]
+CLEARS = [clear_roots, clear_nodes, clear_list, clear_everything]
+ROOT_CLEARS = {clear_roots, clear_everything}
+
+
+def play_and_clear(policy: Any, clear: Clear | None, steps: int) -> tuple[list[Any], Episodes, Any]:
+    """``steps`` steps, a clear, one more step; the roots, the episodes, and what was counted in the last step."""
+    episodes = Episodes(policy, range(3))
+    roots = episodes.run(steps)
+    before = root_statistics(policy)
+    if clear is not None:
+        clear(policy)
+    roots += episodes.run(1)
+    return roots, episodes, root_statistics(policy) - before
+
+
+@pytest.mark.parametrize('clear', CLEARS, ids=lambda clear: clear.__name__)
+@pytest.mark.parametrize('steps', [1, 2, 6])
+@pytest.mark.parametrize('family', ['tiny', 'cartpole', 'lunarlander_continuous'])
+def test_a_clear_between_two_steps_changes_no_answer(family: str, steps: int, clear: Clear) -> None:
+    expected, undisturbed, plain = play_and_clear(small_policy(family), None, steps)
+    policy = small_policy(family)
+    roots, episodes, since = play_and_clear(policy, clear, steps)
+    assert_same_play(roots, expected)
+    window = min(2 * steps - 1, 2 * WINDOW_STEPS - 3)
+    lost = clear in ROOT_CLEARS
+    assert since.misses == 3 * lost
+    assert since.rebuilt_tokens - plain.rebuilt_tokens == 3 * window * lost
+    assert_same_play(episodes.run(3), undisturbed.run(3))
+
+
+@pytest.mark.parametrize('clear', [clear_roots, clear_everything], ids=lambda clear: clear.__name__)
+@pytest.mark.parametrize('steps', [1, 2, 6])
+@pytest.mark.parametrize('family', ['tiny', 'cartpole'])
+def test_a_cleared_root_is_that_of_its_whole_window(family: str, steps: int, clear: Clear) -> None:
+    """A shifted window keeps traces of steps that left it; what is rebuilt is the window alone, as window='rebuild'."""
+    policy = small_policy(family, kv_cache=dict(window='shift'))
+    roots, _, since = play_and_clear(policy, clear, steps)
+    verdict = judge_roots(policy, roots[-3:], 'rebuild')
+    assert verdict.wrong == 0, str(verdict)
+    assert (since.misses, since.rebuilt_tokens) == (3, 3 * min(2 * steps - 1, 2 * WINDOW_STEPS - 3))
+    if steps == 1:  # nothing has left the window yet
+        assert judge_roots(policy, roots, 'shift').wrong == 0
+        assert judge_nodes(policy, roots, 'shift').wrong == 0
+
+
+def test_a_clear_of_one_phase_is_counted_and_harms_none() -> None:
+    """The host's evaluator and collectors clear through the same names."""
+    policy, quiet = small_policy(), small_policy()
+    plays = []
+    for played, clear in ((policy, True), (quiet, False)):
+        collection = Episodes(played, range(3))
+        evaluation = Episodes(played, range(EVALUATED, EVALUATED + 2), mode='eval')
+        roots = collection.run(3) + evaluation.run(3)
+        if clear:
+            clear_roots(played)
+        plays.append(roots + collection.run(2) + evaluation.run(2))
+    assert_same_play(*plays)
+    assert root_statistics(policy).misses == 3 + 2
+    assert root_statistics(policy).rebuilt_tokens > root_statistics(quiet).rebuilt_tokens
+
+
+@pytest.mark.parametrize('window', ['shift', 'rebuild'])
+@pytest.mark.parametrize('family', ['tiny', 'cartpole'])
+@pytest.mark.parametrize('clear', [clear_nodes, clear_roots, clear_list], ids=lambda clear: clear.__name__)
+def test_a_clear_within_a_search_changes_no_answer(clear: Clear, family: str, window: str) -> None:
+    options = dict(num_simulations=12, infer_context_length=4, kv_cache=dict(window=window))
+    expected = Episodes(small_policy(family, **options), range(3), record=False).run(1)
+    policy = small_policy(family, **options)
+
+    def on_node_expanded(fields: dict[str, Any]) -> None:
+        if fields['simulation'] in (3, 7, 8, 11):
+            clear(policy)
+
+    with replaced(world_model_of(policy), 'on_node_expanded', on_node_expanded):
+        roots = Episodes(policy, range(3), record=False).run(1)
+    assert_same_play(roots, expected)
+    nodes = world_model_of(policy).kv_cache_manager.stats_snapshot()['nodes']
+    if clear is not clear_list:
+        assert nodes.rebuilt_tokens > 0
+
+
+def test_the_hosts_regular_clear_loses_nothing() -> None:
+    """Its collectors report every step with its number, and expect caches to be dropped every 200 steps."""
+    policy, quiet = small_policy(), small_policy()
+    episodes, undisturbed = Episodes(policy, range(3)), Episodes(quiet, range(3))
+    roots = episodes.run(3)
+    episodes.reset(env_id=1, current_steps=200, reset_init_data=False)
+    assert_same_play(roots + episodes.run(3), undisturbed.run(6))
+    assert root_statistics(policy).misses == 0
+
+
+class StaleTimesteps(Episodes):
+    """Passes timesteps as the host's segment collector does: read when a call of ``collect`` begins, then frozen."""
+
+    frozen: dict[int, int] | None = None
+
+    def begin_collect_call(self) -> None:
+        self.frozen = {env: len(actions) for env, actions in enumerate(self.actions)}
+
+    def _timestep(self, env: int) -> np.ndarray:
+        return np.array(len(self.actions[env]) if self.frozen is None else self.frozen[env])
+
+
+@pytest.mark.parametrize('family', ['tiny', 'cartpole'])
+@pytest.mark.parametrize('lengths', [{}, {1: [4, 5, 3], 2: [7]}], ids=['endless', 'ends'])
+def test_stale_timesteps_disturb_nothing(lengths: dict[int, list[int]], family: str) -> None:
+    honest = Episodes(small_policy(family), range(3), lengths=lengths).run(11)
+    policy = small_policy(family)
+    stale = StaleTimesteps(policy, range(3), lengths=lengths)
+    roots = []
+    for steps in (3, 5, 1, 2):
+        stale.begin_collect_call()
+        roots += stale.run(steps)
+    assert_same_play(roots, honest)
+    assert root_statistics(policy).misses == 0
+
+
+class Unreported(Episodes):
+    """Episodes end without a word; only the timestep tells that another one begins."""
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def test_a_timestep_of_zero_begins_another_episode() -> None:
+    policy = small_policy('cartpole')
+    roots = Unreported(policy, range(3), lengths={1: [2, 4]}).run(5)
+    verdict = judge_roots(policy, roots, 'rebuild')
+    assert verdict.wrong == 0, str(verdict)
+    assert_same_play(roots, Episodes(small_policy('cartpole'), range(3), lengths={1: [2, 4]}).run(5))
+
+
+def test_an_environment_that_the_policy_does_not_have_is_refused() -> None:
+    policy = small_policy()
+    episodes, undisturbed = Episodes(policy, range(3)), Episodes(small_policy(), range(3))
+    roots = episodes.run(2)
+    with pytest.raises(ValueError, match=r'expected environment ids in \[0, 3\), got 3; write the real'):
+        Episodes(policy, range(4)).run(1)
+    assert [root.visits for root in roots] == [root.visits for root in undisturbed.run(2)]
