@@ -14,6 +14,7 @@ from lzero_kv.config import KVCacheConfig
 PLUGIN = 'lzero_kv.plugin'
 FLAG = 'use_new_cache_manager'
 ENTRIES = ('train_unizero', 'train_unizero_segment')
+SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
 POLICIES = ('unizero', 'sampled_unizero')
 
 
@@ -93,18 +94,17 @@ def _values_check(world_model: Any) -> Check:
 
 
 def _world_model_check(call: TrainingCall) -> Check:
-    """Return what the adapter says to the world model that the host would build: its defaults, then the config."""
+    """Return what the adapter says to the world model that the host would build, defaults included."""
     from ding.utils import POLICY_REGISTRY, deep_merge_dicts
+    from easydict import EasyDict
 
     from lzero_kv.hosts.lightzero.world_model import check_world_model_config
 
     policy = call.create_config['policy']['type']
     importlib.import_module(f'lzero.policy.{policy}')
     defaults = POLICY_REGISTRY.get(policy).default_config()
-    merged = deep_merge_dicts(defaults, call.config.get('policy', {})).model.world_model_cfg
-    found = ', '.join(
-        f'{name}={merged.get(name)}' for name in ('num_layers', 'num_heads', 'embed_dim', 'context_length')
-    )
+    merged = EasyDict(deep_merge_dicts(defaults, call.config.get('policy', {})))['model']['world_model_cfg']
+    found = ', '.join(f'{name}={merged.get(name)}' for name in SHOWN)
     try:
         check_world_model_config(merged)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import setup_env
 from environment import build, commands, installed
 from environment.build import claim_folder, digests, read_state, require_space, unfinished, write_state
 from environment.commands import Console, SetupError, explain, run_logged
-from environment.stages import STATE_NAME, Environment, Stage, all_stages
+from environment.stages import STATE_NAME, Environment, Stage, all_stages, has_project
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,6 +137,16 @@ class TestStages:
         with pytest.raises(SetupError, match=r'did not make it, and will not change it'):
             claim_folder(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ['pyvenv.cfg']
+
+    def test_only_this_folder_installed_in_place_counts_as_the_project(
+        self, environment: Environment
+    ) -> None:
+        record = environment.site_packages / 'lzero_kv-0.0.0.dist-info' / 'direct_url.json'
+        record.parent.mkdir(parents=True)
+        assert not has_project(environment)
+        for editable, folder, holds in [(True, ROOT, True), (False, ROOT, False), (True, ROOT.parent, False)]:
+            record.write_text(json.dumps({'url': folder.as_uri(), 'dir_info': {'editable': editable}}))
+            assert has_project(environment) is holds
 
     def test_the_memory_is_read_back(self, tmp_path: Path) -> None:
         write_state(tmp_path, {'venv': 'ab'})

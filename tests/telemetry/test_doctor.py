@@ -99,6 +99,7 @@ def test_a_config_for_which_the_plugin_engages(tmp_path: Path) -> None:
             'training entry',
             'the plugin works in train_unizero and train_unizero_segment',
         ),
+        ({'world_model': f'{FLAG}, tokens_per_block=3'}, 'world model', 'tokens_per_block=3: expected 2'),
         ({'world_model': f"{FLAG}, kv_cache=dict(polcy='lru')"}, 'kv_cache', "did you mean 'policy'?"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -150,7 +151,10 @@ def install_project(environment: Environment) -> None:
 
 
 def has_project(environment: Environment) -> bool:
-    return (environment.folder / 'bin' / 'lzero-kv').is_file()
+    """True when the installed project is this folder, in place: a plain `pip install .` puts a copy there."""
+    expected = {'url': ROOT.as_uri(), 'dir_info': {'editable': True}}
+    records = environment.site_packages.glob('lzero_kv-*.dist-info/direct_url.json')
+    return [json.loads(record.read_text()) for record in records] == [expected]
 
 
 def check(environment: Environment) -> None:

@@ -181,8 +181,9 @@ class SearchNodes:
         self._tokens[:, first] = action
         self._tokens[:, first + 1] = latent
         if self._windows is not None:
-            self._windows[simulation, :, :-2] = self._windows[parents, self._rows, 2:]
-            self._windows[simulation, :, -2:] = first, first + 1
+            own = np.broadcast_to(np.array([first, first + 1], dtype=np.int32), (len(parents), 2))
+            shown = np.concatenate([self._windows[parents, self._rows], own], axis=1)
+            self._windows[simulation] = shown[:, 2:]
 
     def _window_tokens(self, rows: np.ndarray, nodes: np.ndarray) -> torch.Tensor:
         """Raw embeddings ``[N, kept, embed]`` of the windows of ``nodes``."""

@@ -1,0 +1,78 @@
+"""Operators dispatched for the cache in one simulation: a small number that does not grow with depth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .episodes import Episodes
+from .families import FAMILIES
+from .models import make_policy
+
+VIEWS = {
+    'alias', 'as_strided', 'detach', 'expand', 'permute', 'select', 'slice', 'split', 'squeeze', 't', 'transpose',
+    'unbind', 'unsqueeze', 'view', '_unsafe_view',
+}  # fmt: skip
+CACHE = {'index_select', 'index_copy_', 'copy_', 'add_', 'addcmul_', 'index', 'stack', 'masked_fill_', 'zeros', 'new_zeros', 'cat'}
+SIMULATIONS = 6
+STOCK = {2: 132, 4: 264, 8: 528}
+"""Operators of stock's cache work in one simulation, by layers."""
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def per_simulation(layers: int, window: str, environments: int = 4) -> Counter[str]:
+    """Operators of one simulation once windows are full: a search of twice the simulations minus one of them."""
+    family = replace(FAMILIES['tiny'], layers=layers)
+    policy = make_policy(
+        family, kv=True, kv_cache=dict(window=window), num_simulations=2 * SIMULATIONS, collector_env_num=environments
+    )
+    episodes = Episodes(policy, range(environments), record=False)
+    episodes.run(4)
+    counted = []
+    for simulations in (SIMULATIONS, 2 * SIMULATIONS):
+        policy._mcts_collect._cfg.num_simulations = simulations
+        with Operators() as operators:
+            episodes.step()
+        counted.append(operators.counts)
+    short, long = counted
+    return Counter({name: round((long[name] - short[name]) / SIMULATIONS) for name in long})
+
+
+@pytest.mark.parametrize('window', ['shift', 'rebuild'])
+def test_cache_work_is_a_handful_of_operators_at_any_depth(window: str) -> None:
+    work = {}
+    for layers in STOCK:
+        counts = per_simulation(layers, window)
+        work[layers] = sum(counts[name] for name in CACHE)
+        assert counts['index_select'] == 1, 'one gather'
+        assert counts['index_copy_'] == 1, 'one scatter'
+    assert len(set(work.values())) == 1, work
+    assert work[2] <= 12, work
+
+
+def test_what_is_not_cache_work_is_the_models_own() -> None:
+    """With shifted windows, everything else is what two tokens cost in the host's modules and its value transforms."""
+    counts = per_simulation(2, 'shift')
+    rest = {name: count for name, count in counts.items() if count and name not in CACHE}
+    # Each token in each of two layers: query, key, value, projection, two of the MLP; then four heads of two each.
+    assert rest['addmm'] == 2 * 2 * 6 + 4 * 2
+    assert rest['native_layer_norm'] == 2 * (2 * 2 + 1)
+    attention = [name for name in rest if 'scaled_dot_product' in name]
+    assert sum(rest[name] for name in attention) == 2 * 2
