@@ -25,14 +25,14 @@ SIZE = {
     'collector_env_num': 4,
     'evaluator_env_num': 2,
     'num_simulations': 25,
-    'max_env_step': 960,  # four collections of four episodes: four points in every chart
-    'max_episode_steps': 60,
+    'max_env_step': 960,  # three collections of four episodes: three points in every chart
+    'max_episode_steps': 80,
     'batch_size': 16,
     'num_unroll_steps': 10,
     'num_heads': 8,
     'embed_dim': 256,
     'replay_ratio': 0.05,
-    'eval_freq': 24,  # training iterations: at the start and half-way
+    'eval_freq': 24,  # training iterations: at the start and before the last collection
 }
 
 

@@ -26,6 +26,8 @@ CONSTRUCTORS = {
 HOT = {
     'lzero.mcts.tree_search.mcts_ctree.UniZeroMCTSCtree.search',
     'lzero.mcts.tree_search.mcts_ctree_sampled.SampledUniZeroMCTSCtree.search',
+    'lzero.mcts.buffer.game_buffer_sampled_unizero.SampledUniZeroGameBuffer.sample',
+    'lzero.mcts.buffer.game_buffer_sampled_unizero.SampledUniZeroGameBuffer._compute_target_policy_reanalyzed',
     'lzero.worker.muzero_collector.MuZeroCollector._output_log',
     'lzero.worker.muzero_segment_collector.MuZeroSegmentCollector._output_log',
 }

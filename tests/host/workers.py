@@ -25,8 +25,11 @@ COLLECT = dict(temperature=1.0, epsilon=0.0)
 
 def task_policy(task: str, **options: Any) -> Any:
     """A policy for a real environment; ``options`` as of ``make_policy``."""
-    policy = dict(n_episode=3, num_segments=3, game_segment_length=20, num_unroll_steps=3, td_steps=2)
-    return make_policy(TASKS[task], policy={**policy, **options.pop('policy', {})}, **{'kv': True, **options})
+    policy = dict(n_episode=3, num_segments=3, game_segment_length=20, num_unroll_steps=5, td_steps=2)
+    policy |= options.pop('policy', {})
+    return make_policy(
+        TASKS[task], policy=policy, world_model=dict(num_unroll_steps=5), **{'kv': True, **options}
+    )
 
 
 @dataclass

@@ -116,9 +116,11 @@ def _replace_searches() -> None:
     from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree
 
     from .reporting import replace_collector_logs
+    from .sampled_reanalysis import replace_sampled_reanalysis
     for search, tree in ((UniZeroMCTSCtree, mz_tree), (SampledUniZeroMCTSCtree, smz_tree)):
         _hot_seams.set(search, 'search', _searching(search.search, tree))
     replace_collector_logs(_hot_seams.set)
+    replace_sampled_reanalysis(_hot_seams.set)
 
 
 def _searching(original: Any, tree: Any) -> Any:

@@ -128,6 +128,8 @@ class KVWorldModel(WorldModel):
         """
         observations = obs_act_dict['current_obs']
         if observations is None:
+            if np.ndim(start_pos) == 0:  # the host's replay buffer for sampled actions passes no timesteps
+                start_pos = np.full(len(obs_act_dict['action']), start_pos)
             return super().forward_initial_inference(obs_act_dict, start_pos)
         env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
         engine = self.engine
