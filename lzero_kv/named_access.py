@@ -118,6 +118,12 @@ class NamedAccess:
         else:
             self._rebuilt_roots += tokens
 
+    def count_window(self, tokens: int, *, env_id: int | None = None) -> None:
+        """Count tokens that were recomputed because a full window moved: of a root of an environment, else of nodes."""
+        if self.enable_stats:
+            pool = self.recur_pool if env_id is None else self.init_pools[self._env(env_id)]
+            pool.stats.window_tokens += tokens
+
     def stats_snapshot(self) -> dict[str, CacheStats]:
         """Copies of the counters of all root pools together ('roots') and of the recurrent pool ('nodes')."""
         roots = sum((pool.stats for pool in self.init_pools), CacheStats(rebuilt_tokens=self._rebuilt_roots))

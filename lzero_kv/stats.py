@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-_COUNTERS = ('queries', 'hits', 'misses', 'stores', 'overwrites', 'evictions', 'rebuilt_tokens')
+_COUNTERS = ('queries', 'hits', 'misses', 'stores', 'overwrites', 'evictions', 'rebuilt_tokens', 'window_tokens')
 
 
 class Log2Histogram:
@@ -82,6 +82,8 @@ class CacheStats:
     """Entries that had to make room for another."""
     rebuilt_tokens: int = 0
     """Tokens recomputed because their history was not found."""
+    window_tokens: int = 0
+    """Tokens recomputed because a full window dropped its oldest step (``window='rebuild'``); no miss."""
     lifetime: Log2Histogram = field(default_factory=Log2Histogram)
     """Stores of the pool between an entry's first store and its removal (eviction, discard or clear)."""
     reuse_distance: Log2Histogram = field(default_factory=Log2Histogram)

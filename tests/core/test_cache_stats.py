@@ -72,7 +72,7 @@ def test_as_dict_has_numbers_only():
     numbers = CacheStats(queries=8, hits=6, misses=2, rebuilt_tokens=11).as_dict()
     assert set(numbers) == {
         *('queries', 'hits', 'misses', 'hit_rate', 'miss_rate'),
-        *('stores', 'overwrites', 'evictions', 'rebuilt_tokens'),
+        *('stores', 'overwrites', 'evictions', 'rebuilt_tokens', 'window_tokens'),
     }
     assert all(type(value) in (int, float) for value in numbers.values())
 

@@ -70,7 +70,7 @@ class SearchNodes:
         reward, latent = predict_reward_latent(self._world_model, flight.append(embedded))
         outputs = predict_policy_value(self._world_model, flight.append(latent))
         self._record(simulation, parents, embedded, latent)
-        flight.slide(self._shift, lambda rows: self._count(self._window_tokens(rows, np.full(len(rows), simulation))))
+        flight.slide(self._shift, lambda rows: self._moved_windows(rows, simulation))
         flight.store([NodeKey(row, simulation) for row in range(len(parents))])
         self._lengths[simulation] = flight.lengths
         self.expanded = simulation
@@ -190,8 +190,10 @@ class SearchNodes:
         columns = torch.from_numpy(self._windows[nodes, rows].astype(np.int64))
         return self._tokens[torch.from_numpy(rows)[:, None], columns]
 
-    def _count(self, tokens: torch.Tensor) -> torch.Tensor:
-        self._manager.count_rebuilt(tokens.shape[0] * tokens.shape[1], roots=False)
+    def _moved_windows(self, rows: np.ndarray, simulation: int) -> torch.Tensor:
+        """Raw tokens of windows that are full and dropped their oldest step."""
+        tokens = self._window_tokens(rows, np.full(len(rows), simulation))
+        self._manager.count_window(tokens.shape[0] * tokens.shape[1])
         return tokens
 
     def _visit(self, simulation: int) -> None:

@@ -91,7 +91,13 @@ class RootInference:
         keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests)]
         for env_id in env_ids:
             self._manager.init_pools[env_id].clear()  # a root's predecessor is never asked for again
-        flight.slide(shift, lambda rows: self._count(tokens[torch.from_numpy(rows)]))
+
+        def moved_windows(rows: np.ndarray) -> torch.Tensor:
+            for row in rows:
+                self._manager.count_window(tokens.shape[1], env_id=env_ids[row])
+            return tokens[torch.from_numpy(rows)]
+
+        flight.slide(shift, moved_windows)
         flight.store(keys)
         return RootBatch(keys, latents, tokens, flight.lengths, flight.next_positions), outputs
 
@@ -158,7 +164,8 @@ class RootInference:
             kv = torch.empty_like(flight.buffer[:len(missed), :, :kept])
             self._flights.recompute(tokens, lengths, positions, kv)
             flight.fill(np.array(missed), kv, lengths, positions)
-            self._manager.count_rebuilt(int(lengths.sum()), roots=True)
+            for row, length in zip(missed, lengths.tolist()):
+                self._manager.count_rebuilt(length, roots=True, env_id=env_ids[row])
         return flight
 
     def _context(self, env_id: int, digest: int, observation: torch.Tensor, timestep: int) -> RootContext:
@@ -207,9 +214,6 @@ class RootInference:
         context = self.contexts.get(env_id, digest)
         return right_aligned(list(context.tokens), self._flights.window.kept)
 
-    def _count(self, tokens: torch.Tensor) -> torch.Tensor:
-        self._manager.count_rebuilt(tokens.shape[0] * tokens.shape[1], roots=True)
-        return tokens
 
 
 def is_first_step(action: Any) -> bool:

@@ -199,7 +199,6 @@ class KVWorldModel(WorldModel):
         engine.flights.recompute(latents, lengths, next_positions, kv[:, :, kept - 1:])
         keys = [NodeKey(row, 0) for row in range(rows)]
         engine.manager.store(keys, kv, lengths, next_positions)
-        engine.manager.count_rebuilt(rows, roots=False)
         return RootBatch(keys, latents, latents, lengths, next_positions)
 
     @contextmanager
