@@ -1,9 +1,11 @@
-"""Time of one environment step (root inference and search): stock against the manager, same weights and observations.
+"""Time of one environment step (root inference and search): stock against the manager, same weights and
+observations.
 
     python benchmarks/search_time.py --shape atari --steps 12
 
-The contestants take turns in one process; the table gives medians, the spread between quartiles, and the ratio to stock. The
-last line is one JSON document. CPU only, one thread unless OMP_NUM_THREADS says otherwise.
+The contestants take turns in one process; the table gives medians, the spread between quartiles, and the
+ratio to stock. The last line is one JSON document. CPU only, one thread unless OMP_NUM_THREADS says
+otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
+
 from tests.host.episodes import Episodes
 from tests.host.families import Family
 from tests.host.models import make_policy
@@ -47,14 +50,16 @@ def main(shape: Literal['atari', 'memory', 'lunarlander', 'cartpole'] = 'atari',
         steps: environment steps that are timed.
     """
     family = SHAPES[shape]
-    with redirect_stdout(Path(os.devnull).open('w')):
+    with Path(os.devnull).open('w') as quiet, redirect_stdout(quiet):
         players = {
             name: Episodes(
-                make_policy(family, kv=options is not None, kv_cache=options, collector_env_num=8, evaluator_env_num=1),
-                range(8), record=False, timesteps=family.timesteps,
+                make_policy(family, kv=options is not None, kv_cache=options, collector_env_num=8),
+                range(8),
+                record=False,
+                timesteps=family.timesteps,
             )
             for name, options in CONTESTANTS.items()
-        }  # fmt: skip
+        }
         seconds: dict[str, list[float]] = {name: [] for name in players}
         for _ in range(WARM_UP + steps):
             for name, episodes in players.items():
@@ -62,7 +67,9 @@ def main(shape: Literal['atari', 'memory', 'lunarlander', 'cartpole'] = 'atari',
                 episodes.step()
                 seconds[name].append(time.perf_counter() - begun)
     timed = {name: np.array(values[WARM_UP:]) * 1000 for name, values in seconds.items()}
-    table = Table('cache', 'median ms', 'quartiles', 'times as fast as stock', title=f'{shape}, {steps} steps')
+    table = Table(
+        'cache', 'median ms', 'quartiles', 'times as fast as stock', title=f'{shape}, {steps} steps'
+    )
     results = {}
     for name, values in timed.items():
         low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
@@ -70,7 +77,11 @@ def main(shape: Literal['atari', 'memory', 'lunarlander', 'cartpole'] = 'atari',
         results[name] = {'median_ms': round(float(median), 3), 'ratio': round(ratio, 3)}
         table.add_row(name, f'{median:.1f}', f'{low:.1f} to {high:.1f}', f'{ratio:.2f}')
     Console().print(table)
-    print(json.dumps({'shape': shape, 'steps': steps, 'threads': os.environ['OMP_NUM_THREADS'], 'caches': results}))
+    print(
+        json.dumps(
+            {'shape': shape, 'steps': steps, 'threads': os.environ['OMP_NUM_THREADS'], 'caches': results}
+        )
+    )
 
 
 if __name__ == '__main__':

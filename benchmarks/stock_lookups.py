@@ -2,9 +2,10 @@
 
     python benchmarks/stock_lookups.py
 
-Eight environments of random observations, a small model with random weights, two searches each. A lookup is wrong when the
-keys and values that are served differ from those that were stored for the node's parent. Beside it: how many nodes of the
-same episodes the manager answers differently from a recomputation of the node's own history.
+Eight environments of random observations, a small model with random weights, two searches each. A lookup is
+wrong when the keys and values that are served differ from those that were stored for the node's parent.
+Beside it: how many nodes of the same episodes the manager answers differently from a recomputation of the
+    node's own history.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.table import Table
+
 from tests.host.episodes import Episodes
 from tests.host.judging import judge_nodes
 from tests.host.lookups import StockLookups
@@ -43,9 +45,14 @@ def stock(family: str, simulations: int) -> tuple[int, int]:
 
 
 def managed(family: str, simulations: int) -> tuple[int, int]:
-    """Nodes that the manager answers differently from their recomputation, of the last step's searches; and all."""
+    """Nodes that the manager answers differently from their recomputation, of the last step's searches; and
+    all."""
     policy = make_policy(
-        family, kv=True, kv_cache=dict(window='rebuild'), num_simulations=simulations, collector_env_num=ENVIRONMENTS
+        family,
+        kv=True,
+        kv_cache=dict(window='rebuild'),
+        num_simulations=simulations,
+        collector_env_num=ENVIRONMENTS,
     )
     roots = Episodes(policy, range(ENVIRONMENTS)).run(STEPS)[-ENVIRONMENTS:]
     verdict = judge_nodes(policy, roots, 'rebuild')
@@ -55,10 +62,9 @@ def managed(family: str, simulations: int) -> tuple[int, int]:
 def main() -> None:
     """Print one row for each family and number of simulations."""
     table = Table('model', 'simulations', 'stock: wrong lookups', '', 'manager: wrong nodes')
-    log = Path(os.devnull).open('w')
     for family in FAMILIES:
         for simulations in SIMULATIONS:
-            with redirect_stdout(log):
+            with Path(os.devnull).open('w') as quiet, redirect_stdout(quiet):
                 wrong, total = stock(family, simulations)
                 off, nodes = managed(family, simulations)
             table.add_row(

@@ -119,7 +119,8 @@ class NamedAccess:
             self._rebuilt_roots += tokens
 
     def count_window(self, tokens: int, *, env_id: int | None = None) -> None:
-        """Count tokens that were recomputed because a full window moved: of a root of an environment, else of nodes."""
+        """Count tokens that were recomputed because a full window moved: of a root of an environment, else of
+        nodes."""
         if self.enable_stats:
             pool = self.recur_pool if env_id is None else self.init_pools[self._env(env_id)]
             pool.stats.window_tokens += tokens

@@ -2,6 +2,7 @@
 
 It is the only module of the package whose import changes anything.
 """
+
 from lzero_kv import install
 
 install()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-_COUNTERS = ('queries', 'hits', 'misses', 'stores', 'overwrites', 'evictions', 'rebuilt_tokens', 'window_tokens')
+_COUNTERS = (
+    *('queries', 'hits', 'misses', 'stores', 'overwrites', 'evictions'),
+    *('rebuilt_tokens', 'window_tokens'),
+)
 
 
 class Log2Histogram:

@@ -1,9 +1,10 @@
 """The sliding window over a history of tokens: how long it gets, and what leaves it.
 
-A step of a world model is two tokens, an action and an observation. A history starts with one observation and grows by
-whole steps, so its length is always odd. ``kept`` tokens survive a step; ``kept + 2`` are in flight while the next step is
-computed.
+A step of a world model is two tokens, an action and an observation. A history starts with one observation and
+grows by whole steps, so its length is always odd. ``kept`` tokens survive a step; ``kept + 2`` are in flight
+while the next step is computed.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ class Window:
 
     Args:
         context_length: even number of tokens, at least 2. LightZero drops the oldest step as soon as
-            ``context_length - 1`` tokens are reached, which leaves ``context_length - 3``; a context length of 2 keeps
-            the newest observation alone.
+            ``context_length - 1`` tokens are reached, which leaves ``context_length - 3``; a context length
+            of 2 keeps the newest observation alone.
 
     Raises:
         ValueError: the context length is odd or smaller than one step.
@@ -54,6 +55,7 @@ class Window:
         """What is left of histories of ``lengths`` tokens (int64 ``[B]``, the new step included).
 
         Returns:
-            The lengths that are kept (int64 ``[B]``) and which histories lost their oldest step (bool ``[B]``).
+            The lengths that are kept (int64 ``[B]``) and which histories lost their oldest step (bool
+            ``[B]``).
         """
         return np.minimum(lengths, self.kept), lengths > self.kept

@@ -1,8 +1,10 @@
-"""Run the documentation: `make docs` runs every command and every snippet of README.md, CONTRIBUTING.md and docs/.
+"""Run the documentation: `make docs` runs every command and every snippet of README.md, CONTRIBUTING.md and
+docs/.
 
-Python snippets of one page share a namespace and run in order. Commands run in the order of the pages, in the project's folder
-with `.venv/bin` in front of PATH. `make test` and `make docs` themselves are left out: the first is what CI runs, the second
-is this.
+Python snippets of one page share a namespace and run in order. Commands run in the order of the pages, in the
+project's folder with `.venv/bin` in front of PATH. Left out: `make test`, which is what CI runs; `make docs`,
+which is this; and `pip install .`, which would replace the editable install, and has a test of its own in
+tests/packaging.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.MULTILINE | re.DOTALL)
-NOT_HERE = {'make test', 'make docs'}
+NOT_HERE = {'make test', 'make docs', 'pip install .'}
 CONFIGS = """
 from easydict import EasyDict
 import atari_unizero_kv_config
@@ -49,7 +51,11 @@ def blocks(page: Path) -> Iterator[Block]:
 def commands(page: Path) -> list[str]:
     """Shell commands of a page, one per line."""
     return [
-        line.strip() for block in blocks(page) if block.language == 'bash' for line in block.text.splitlines() if line.strip()
+        line.strip()
+        for block in blocks(page)
+        if block.language == 'bash'
+        for line in block.text.splitlines()
+        if line.strip()
     ]
 
 
@@ -67,7 +73,9 @@ def run_snippets(page: Path) -> None:
     """
     if program := snippets(page):
         path = os.pathsep.join([str(ROOT), str(ROOT / 'configs')])
-        subprocess.run([sys.executable, '-c', program], check=True, cwd=ROOT, env={**os.environ, 'PYTHONPATH': path})
+        subprocess.run(
+            [sys.executable, '-c', program], check=True, cwd=ROOT, env={**os.environ, 'PYTHONPATH': path}
+        )
 
 
 def main() -> int:
@@ -82,7 +90,9 @@ def main() -> int:
             done.add(command)
             print(f'{page.name}: {command}', flush=True)
             begun = time.perf_counter()
-            finished = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True)
+            finished = subprocess.run(
+                command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
+            )
             if finished.returncode:
                 print(finished.stdout[-4000:], finished.stderr[-4000:], sep='\n')
                 print(f'failed with exit status {finished.returncode}')

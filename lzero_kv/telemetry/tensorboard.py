@@ -53,8 +53,9 @@ class TensorBoardSink:
 
     Counters (queries, hits, misses, stores, overwrites, evictions, rebuilt_tokens, window_tokens) hold the
     difference since the previous point, so that a change in behaviour shows where it happens; the first point
-    counts from the start. hit_rate is that of the same interval and has no point where nothing was queried. Gauges (entries,
-    occupancy, bytes) hold the present value. Histograms hold the interval's values. TensorBoard keeps values
+    counts from the start. hit_rate is that of the same interval and has no point where nothing was queried.
+    Gauges (entries, occupancy, bytes) hold the present value. Histograms hold the interval's values.
+    TensorBoard keeps values
     as float32: above 16,777,216 a count is rounded.
 
     A manager that takes another's place between two points counts from its own start. After a `reset_stats`

@@ -28,7 +28,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_make_targets_in_the_pages_exist() -> None:
     makefile = (run_docs.ROOT / 'Makefile').read_text(encoding='utf-8')
     targets = set(re.findall(r'^([a-z-]+):', makefile, re.MULTILINE))
-    named = {command.split()[1] for page in PAGES for command in run_docs.commands(page) if command.startswith('make ')}
+    named = {
+        command.split()[1]
+        for page in PAGES
+        for command in run_docs.commands(page)
+        if command.startswith('make ')
+    }
     assert named
     assert named <= targets
 

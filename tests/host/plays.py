@@ -21,13 +21,17 @@ def of_environment(roots: Iterable[Root], env: int) -> list[Root]:
 def assert_same_play(
     roots: Sequence[Root], expected: Sequence[Root], tolerance: float = FLOAT64_TOLERANCE
 ) -> float:
-    """Both plays saw and did the same, searched the same trees, and got the same answers; the largest difference."""
+    """Both plays saw and did the same, searched the same trees, and got the same answers; the largest
+    difference."""
     largest = 0.0
     for root, other in zip(roots, expected, strict=True):
         assert torch.equal(root.observations[-1], other.observations[-1]) and root.step == other.step
         assert np.array_equal(root.action, other.action)
         assert root.visits == other.visits
-        differences = [np.abs(root.policy - other.policy).max(), abs(root.searched_value - other.searched_value)]
+        differences = [
+            np.abs(root.policy - other.policy).max(),
+            abs(root.searched_value - other.searched_value),
+        ]
         for node, twin in zip(root.nodes, other.nodes, strict=True):
             assert node.parent == twin.parent
             differences += [

@@ -2,8 +2,9 @@
 
     python -m tests.host.pong_training (stock | off) RESULT.json
 
-Runs in the current directory. ``stock`` is the host as its authors ship it; ``off`` imports the plugin and writes the flag
-as False. The tree breaks ties by order instead of by the clock, else no two trainings are equal.
+Runs in the current directory. ``stock`` is the host as its authors ship it; ``off`` imports the plugin and
+writes the flag as False. The tree breaks ties by order instead of by the clock, else no two trainings are
+equal.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def train(mode: str) -> dict[str, Any]:
     events = EventAccumulator('pong/log/serial', size_guidance=dict(scalars=0))
     events.Reload()
     scalars = {
-        tag: [(point.step, float(point.value).hex()) for point in events.Scalars(tag)] for tag in events.Tags()['scalars']
+        tag: [(point.step, float(point.value).hex()) for point in events.Scalars(tag)]
+        for tag in events.Tags()['scalars']
     }
     state = policy.learn_mode.state_dict()
     weights = {

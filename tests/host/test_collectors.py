@@ -39,7 +39,7 @@ def test_every_continued_step_of_cartpole_finds_its_root(collector: str, manager
             workers.collect(iteration)
             workers.evaluate(iteration)
     assert workers.rows.wrong == []
-    assert workers.rows.continued > 100
+    assert workers.rows.continued > 60
     assert root_statistics(policy).misses == 0
     assert root_statistics(policy).hits >= workers.rows.continued
 
@@ -102,7 +102,9 @@ def filled_buffer(task: str, policy: Any, segments: Any) -> Any:
 @pytest.mark.parametrize('task', TASKS)
 @pytest.mark.parametrize('ratio', [0.5, 1])
 def test_a_training_step_on_reanalysed_data(task: str, ratio: float) -> None:
-    policy = task_policy(task, **{**TWO_ENVIRONMENTS, 'policy': dict(TWO_ENVIRONMENTS['policy'], reanalyze_ratio=ratio)})
+    policy = task_policy(
+        task, **{**TWO_ENVIRONMENTS, 'policy': dict(TWO_ENVIRONMENTS['policy'], reanalyze_ratio=ratio)}
+    )
     with Workers(policy, task, 'segment', 'base') as workers:
         buffer = filled_buffer(task, policy, workers.collect())
         manager = policy._target_model.world_model.kv_cache_manager
@@ -122,8 +124,36 @@ def test_a_training_step_on_reanalysed_data(task: str, ratio: float) -> None:
     assert [point.value for point in charted] == [searched.queries]
 
 
+@pytest.mark.parametrize('task', TASKS)
+def test_the_whole_buffer_is_reanalysed(task: str) -> None:
+    """As the host's segment training does between updates: new visits, with the actions that they belong
+    to."""
+    sizes = dict(reanalyze_batch_size=3, reanalyze_partition=1.0, reanalyze_ratio=0)
+    policy = task_policy(task, **{**TWO_ENVIRONMENTS, 'policy': TWO_ENVIRONMENTS['policy'] | sizes})
+    with Workers(policy, task, 'segment', 'base') as workers:
+        segments = workers.collect()
+    buffer = filled_buffer(task, policy, segments)
+    before = [np.array(segment.child_visit_segment) for segment in segments[0]]
+    actions = (
+        [np.array(segment.root_sampled_actions) for segment in segments[0]] if task == 'pendulum' else []
+    )
+    buffer.reanalyze_buffer(3, policy)
+    moved = [
+        (np.array(segment.child_visit_segment) != old).any(1) for segment, old in zip(segments[0], before)
+    ]
+    assert sum(map(sum, moved)) > 0
+    for segment in segments[0]:
+        np.testing.assert_allclose(np.array(segment.child_visit_segment).sum(axis=1), 1.0)
+    for segment, old, renewed in zip(segments[0], actions, moved):
+        new = np.array(segment.root_sampled_actions)
+        assert new.shape == old.shape
+        drawn = (new != old).any(axis=(1, 2))
+        assert drawn[renewed[: len(drawn)]].all() if len(drawn) else True
+
+
 class Watch:
-    """What the host's reanalysis gave to its search: observations, root policies, and the noise of each root."""
+    """What the host's reanalysis gave to its search: observations, root policies, and the noise of each
+    root."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -141,7 +171,8 @@ class Watch:
 
 
 def slow_searches(watch: Watch, buffer: Any, scalar: Any, window: Any) -> tuple[np.ndarray, list[Any]]:
-    """One root after the other, every node recomputed from the root's observation: visits and sampled actions."""
+    """One root after the other, every node recomputed from the root's observation: visits and sampled
+    actions."""
     config = search_config(buffer)
     visits, sampled = [], []
     for observation, logits, noise in zip(watch.observations, watch.policies, watch.noises, strict=True):
@@ -161,7 +192,12 @@ def search_config(buffer: Any) -> Any:
 
 
 def slow_search(
-    oracle: Recompute, config: Any, scalar: Any, observation: torch.Tensor, logits: torch.Tensor, noise: np.ndarray
+    oracle: Recompute,
+    config: Any,
+    scalar: Any,
+    observation: torch.Tensor,
+    logits: torch.Tensor,
+    noise: np.ndarray,
 ) -> Any:
     sizes, continuous = config.model, config.model.continuous_action_space
     tree = host_trees()[continuous]
@@ -181,9 +217,18 @@ def slow_search(
         parents, _, actions, players = tree.batch_traverse(roots, *weights, *([True] if continuous else []))
         node = oracle.child(nodes[parents[0]], np.asarray(actions[0]))
         nodes.append(node)
-        reward, value = (scalar(part[None].clone()).reshape(-1).tolist() for part in (node.reward, node.value))
+        reward, value = (
+            scalar(part[None].clone()).reshape(-1).tolist() for part in (node.reward, node.value)
+        )
         tree.batch_backpropagate(
-            simulation + 1, config.discount_factor, reward, value, [node.policy.tolist()], bounds, results, players
+            simulation + 1,
+            config.discount_factor,
+            reward,
+            value,
+            [node.policy.tolist()],
+            bounds,
+            results,
+            players,
         )
     return roots
 
@@ -195,7 +240,9 @@ def test_reanalysed_targets_are_those_of_searching_each_root_alone(task: str, wi
     single = task_policy(task, **TWO_ENVIRONMENTS)
     with Workers(single, task, 'segment', 'base') as workers:
         segments = workers.collect()
-    options = dict(TWO_ENVIRONMENTS, policy=dict(reanalyze_ratio=0.5), num_simulations=20, kv_cache=dict(window=window))
+    options = dict(
+        TWO_ENVIRONMENTS, policy=dict(reanalyze_ratio=0.5), num_simulations=20, kv_cache=dict(window=window)
+    )
     policy = task_policy(task, dtype=torch.float64, **options)
     for segment in segments[0]:
         segment.obs_segment = segment.obs_segment.astype(np.float64)
@@ -211,7 +258,7 @@ def test_reanalysed_targets_are_those_of_searching_each_root_alone(task: str, wi
     sequences, steps = buffer.reanalyze_num, policy._cfg.num_unroll_steps + 1
     reanalysed = targets[2][:sequences].reshape(sequences * steps, -1)
     outside = ~reanalysed.any(axis=1)  # behind the end of a segment the host puts zeros
-    assert outside.mean() < 0.5
+    assert (~outside).sum() >= sequences
     expected = visits / visits.sum(axis=1, keepdims=True)
     assert np.array_equal(reanalysed[~outside], expected[~outside])
     if task == 'pendulum':

@@ -24,7 +24,11 @@ ENVIRONMENTS = 2
 
 def small_policy(family: str = 'tiny', **options: Any) -> Any:
     defaults = dict(
-        kv=True, num_simulations=6, collector_env_num=ENVIRONMENTS, evaluator_env_num=1, infer_context_length=3
+        kv=True,
+        num_simulations=6,
+        collector_env_num=ENVIRONMENTS,
+        evaluator_env_num=1,
+        infer_context_length=3,
     )
     return make_policy(family, **{**defaults, **options})
 
@@ -34,7 +38,9 @@ def first_answer(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, to
     observations = torch.randn(2, 7, generator=torch.Generator().manual_seed(3)).to(dtype)
     timesteps = [np.array(0), np.array(0)]
     root = model.initial_inference(torch.zeros(2, 7, dtype=dtype), [-1, -1], observations, timesteps)
-    child = model.recurrent_inference([(root.latent_state.numpy(), torch.tensor([1, 3]))], 0, [1, 1], timesteps)
+    child = model.recurrent_inference(
+        [(root.latent_state.numpy(), torch.tensor([1, 3]))], 0, [1, 1], timesteps
+    )
     return dict(
         latent=root.latent_state, policy=root.policy_logits, value=root.value, child_latent=child.latent_state,
         child_reward=child.reward, child_policy=child.policy_logits, child_value=child.value,
@@ -69,7 +75,10 @@ def test_a_copy_has_an_empty_cache_of_its_own_and_predicts_the_same(how: str) ->
     assert twin.world_model.kv_cache_manager.stats_snapshot()['roots'].queries == 0
     answer = first_answer(twin)
     assert entries(model) == kept > 0
-    for store in (*twin.world_model.past_kv_cache_init_infer_envs, twin.world_model.past_kv_cache_recurrent_infer):
+    for store in (
+        *twin.world_model.past_kv_cache_init_infer_envs,
+        twin.world_model.past_kv_cache_recurrent_infer,
+    ):
         store.clear()
     assert (entries(twin), entries(model)) == (0, kept)
     assert_equal(first_answer(model), answer)
@@ -124,7 +133,10 @@ def test_the_state_dict_is_that_of_the_stock_model(family: str) -> None:
 
 
 def shapes(state: dict[str, Any]) -> dict[str, dict[str, torch.Size]]:
-    return {part: {name: tensor.shape for name, tensor in state[part].items()} for part in ('model', 'target_model')}
+    return {
+        part: {name: tensor.shape for name, tensor in state[part].items()}
+        for part in ('model', 'target_model')
+    }
 
 
 @pytest.mark.parametrize('source, target', [(True, False), (False, True), (True, True)])
@@ -182,7 +194,8 @@ def test_moving_to_the_same_device_keeps_pools_statistics_and_contexts() -> None
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
 @pytest.mark.parametrize('steps', [1, 2, 7])
 def test_new_weights_in_the_middle_of_an_episode(steps: int, window: str) -> None:
-    """The next root is that of the same window under the new weights, computed again from raw observations."""
+    """The next root is that of the same window under the new weights, computed again from raw
+    observations."""
     policy = small_policy(kv_cache=dict(window=window), dtype=torch.float64)
     episodes = Episodes(policy, range(ENVIRONMENTS))
     episodes.run(steps)
@@ -194,7 +207,11 @@ def test_new_weights_in_the_middle_of_an_episode(steps: int, window: str) -> Non
     since = world_model_of(policy).kv_cache_manager.stats_snapshot()['roots'] - before
     window_tokens = min(2 * steps - 1, world_model_of(policy).context_length - 3)
     assert since.misses == ENVIRONMENTS
-    slid = 0 if window == 'shift' or 2 * steps + 1 <= world_model_of(policy).context_length - 3 else window_tokens
+    slid = (
+        0
+        if window == 'shift' or 2 * steps + 1 <= world_model_of(policy).context_length - 3
+        else window_tokens
+    )
     assert since.rebuilt_tokens == ENVIRONMENTS * window_tokens
     assert since.window_tokens == ENVIRONMENTS * slid
 

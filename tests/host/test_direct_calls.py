@@ -15,7 +15,7 @@ import torch
 import lzero_kv
 
 from .episodes import Episodes
-from .models import collect_model, load_weights, make_policy, random_weights, world_model_of
+from .models import collect_model, load_weights, make_policy, world_model_of
 from .plays import assert_same_play
 from .precision import precision
 from .recompute import Recompute
@@ -25,7 +25,9 @@ SIZES = dict(collector_env_num=ROWS, evaluator_env_num=1, infer_context_length=3
 
 
 def small_policy(family: str = 'tiny', **options: Any) -> Any:
-    return make_policy(family, **{**SIZES, 'kv': True, 'num_simulations': 8, 'kv_cache': dict(window='rebuild'), **options})
+    return make_policy(
+        family, **{**SIZES, 'kv': True, 'num_simulations': 8, 'kv_cache': dict(window='rebuild'), **options}
+    )
 
 
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
@@ -47,7 +49,8 @@ def test_the_hosts_own_search_loop_gives_the_same_search(family: str, window: st
 
 @dataclass
 class Caller:
-    """Two environments whose model is called as the host calls it, with the history that a test may compare with."""
+    """Two environments whose model is called as the host calls it, with the history that a test may compare
+    with."""
 
     model: Any
     seed: int = 0
@@ -78,7 +81,10 @@ class Caller:
 
     def child(self, latents: np.ndarray, actions: Any, simulation: int) -> Any:
         return self.model.recurrent_inference(
-            [(latents, torch.as_tensor(actions))], simulation, [1] * ROWS, [np.array(len(self.observations) - 1)] * ROWS
+            [(latents, torch.as_tensor(actions))],
+            simulation,
+            [1] * ROWS,
+            [np.array(len(self.observations) - 1)] * ROWS,
         )
 
     def state(self) -> tuple[Any, ...]:
@@ -97,7 +103,8 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 def new_caller(family: str = 'tiny', **options: Any) -> Caller:
-    """A caller with a model that no policy holds; only what the world model's own configuration says is known to it."""
+    """A caller with a model that no policy holds; only what the world model's own configuration says is known
+    to it."""
     from lzero.model.unizero_model import UniZeroModel
 
     template = small_policy(family, **options)
@@ -218,7 +225,10 @@ def test_a_bad_root_inference_is_refused_and_changes_nothing(name: str) -> None:
     with pytest.raises(bad.error, match=bad.message):
         bad.call(caller, answer)
     assert caller.state() == before
-    assert_same(caller.child(answer.latent_state.numpy(), [2, 2], 2), undisturbed.child(expected.latent_state.numpy(), [2, 2], 2))
+    assert_same(
+        caller.child(answer.latent_state.numpy(), [2, 2], 2),
+        undisturbed.child(expected.latent_state.numpy(), [2, 2], 2),
+    )
     assert_same(caller.root(), undisturbed.root())
 
 
@@ -230,7 +240,10 @@ def test_a_bad_recurrent_inference_is_refused_and_changes_nothing(name: str) -> 
     with pytest.raises(bad.error, match=bad.message):
         bad.call(caller, answer)
     assert caller.state() == before
-    assert_same(caller.child(answer.latent_state.numpy(), [2, 2], 2), undisturbed.child(expected.latent_state.numpy(), [2, 2], 2))
+    assert_same(
+        caller.child(answer.latent_state.numpy(), [2, 2], 2),
+        undisturbed.child(expected.latent_state.numpy(), [2, 2], 2),
+    )
     assert_same(caller.root(), undisturbed.root())
 
 

@@ -1,4 +1,5 @@
-"""With the plugin imported and the flag off, a training on real Pong equals one of the stock host to the last bit."""
+"""With the plugin imported and the flag off, a training on real Pong equals one of the stock host to the last
+bit."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ TIMING = {
     for chart in ('evaluator_iter', 'evaluator_step')
     for name in ('evaluate_time', 'avg_envstep_per_sec', 'avg_time_per_episode')
 } | {'Buffer/memory_usage/process'}
-"""What the host measures with the clock, and the memory of its whole process: different in two runs of stock, too."""
+"""What the host measures with the clock, and the memory of its whole process: different in two runs of stock,
+too."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,8 +32,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     for mode in ('stock', 'off'):
         folder = tmp_path_factory.mktemp(mode)
         command = [sys.executable, '-m', 'tests.host.pong_training', mode, str(folder / 'result.json')]
-        log = (folder / 'output').open('w')
-        runs[mode] = folder, subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        with (folder / 'output').open('w') as log:
+            runs[mode] = (
+                folder,
+                subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log),
+            )
     results = {}
     for mode, (folder, process) in runs.items():
         if process.wait(timeout=600):
@@ -57,7 +62,9 @@ def test_all_scalars_are_equal_to_the_last_bit(results: dict[str, dict[str, Any]
 def test_all_weights_are_equal_to_the_last_bit(results: dict[str, dict[str, Any]]) -> None:
     stock, off = results['stock']['weights'], results['off']['weights']
     assert stock == off
-    assert sum(stock[f'model.{name}'] != stock[f'target_model.{name}'] for name in names(stock)) > 10  # it trained
+    assert (
+        sum(stock[f'model.{name}'] != stock[f'target_model.{name}'] for name in names(stock)) > 10
+    )  # it trained
 
 
 def names(weights: dict[str, str]) -> list[str]:

@@ -35,7 +35,8 @@ def test_searches_equal_stock_to_the_last_bit(family: str) -> None:
 
 
 def test_rotary_searches_equal_stock_once_its_positions_are_right() -> None:
-    """Stock puts the first simulated step two positions too far: it counts the depth of the child, not of the parent."""
+    """Stock puts the first simulated step two positions too far: it counts the depth of the child, not of the
+    parent."""
     stock, managed = build('cartpole', kv=False), build('cartpole', kv=True)
     world_model = world_model_of(stock)
     infer = world_model.forward_recurrent_inference
@@ -49,7 +50,8 @@ def test_rotary_searches_equal_stock_once_its_positions_are_right() -> None:
 
 
 def test_masked_padding_answers_differently_where_rows_differ_in_length() -> None:
-    """The comparison above can fail: stock's visible zeros change answers as soon as rows differ in length."""
+    """The comparison above can fail: stock's visible zeros change answers as soon as rows differ in
+    length."""
     stock = build('tiny', kv=False)
     world_model_of(stock).precompute_pos_emb_diff_kv()
     masked = make_policy(

@@ -17,7 +17,19 @@ VIEWS = {
     'alias', 'as_strided', 'detach', 'expand', 'permute', 'select', 'slice', 'split', 'squeeze', 't', 'transpose',
     'unbind', 'unsqueeze', 'view', '_unsafe_view',
 }  # fmt: skip
-CACHE = {'index_select', 'index_copy_', 'copy_', 'add_', 'addcmul_', 'index', 'stack', 'masked_fill_', 'zeros', 'new_zeros', 'cat'}
+CACHE = {
+    'index_select',
+    'index_copy_',
+    'copy_',
+    'add_',
+    'addcmul_',
+    'index',
+    'stack',
+    'masked_fill_',
+    'zeros',
+    'new_zeros',
+    'cat',
+}
 SIMULATIONS = 6
 STOCK = {2: 132, 4: 264, 8: 528}
 """Operators of stock's cache work in one simulation, by layers."""
@@ -38,10 +50,15 @@ class Operators(TorchDispatchMode):
 
 
 def per_simulation(layers: int, window: str, environments: int = 4) -> Counter[str]:
-    """Operators of one simulation once windows are full: a search of twice the simulations minus one of them."""
+    """Operators of one simulation once windows are full: a search of twice the simulations minus one of
+    them."""
     family = replace(FAMILIES['tiny'], layers=layers)
     policy = make_policy(
-        family, kv=True, kv_cache=dict(window=window), num_simulations=2 * SIMULATIONS, collector_env_num=environments
+        family,
+        kv=True,
+        kv_cache=dict(window=window),
+        num_simulations=2 * SIMULATIONS,
+        collector_env_num=environments,
     )
     episodes = Episodes(policy, range(environments), record=False)
     episodes.run(4)
@@ -68,10 +85,12 @@ def test_cache_work_is_a_handful_of_operators_at_any_depth(window: str) -> None:
 
 
 def test_what_is_not_cache_work_is_the_models_own() -> None:
-    """With shifted windows, everything else is what two tokens cost in the host's modules and its value transforms."""
+    """With shifted windows, everything else is what two tokens cost in the host's modules and its value
+    transforms."""
     counts = per_simulation(2, 'shift')
     rest = {name: count for name, count in counts.items() if count and name not in CACHE}
-    # Each token in each of two layers: query, key, value, projection, two of the MLP; then four heads of two each.
+    # Each token in each of two layers: query, key, value, projection, two of the MLP; then four heads of two
+    # each.
     assert rest['addmm'] == 2 * 2 * 6 + 4 * 2
     assert rest['native_layer_norm'] == 2 * (2 * 2 + 1)
     attention = [name for name in rest if 'scaled_dot_product' in name]

@@ -39,12 +39,17 @@ def test_interleaved_phases_leave_each_other_their_contexts(
     def begin(policy: Any) -> tuple[Episodes, Episodes]:
         lengths = {0: [3, 4], EVALUATED: [2, 5]}
         collected, evaluated = range(environments[0]), range(EVALUATED, EVALUATED + environments[1])
-        return Episodes(policy, collected, lengths=lengths), Episodes(policy, evaluated, lengths=lengths, mode='eval')
+        return Episodes(policy, collected, lengths=lengths), Episodes(
+            policy, evaluated, lengths=lengths, mode='eval'
+        )
 
     options = dict(
         collector_env_num=environments[0], evaluator_env_num=environments[1], kv_cache=dict(window=window)
     )
-    (collection, _), (_, evaluation) = begin(small_policy(family, **options)), begin(small_policy(family, **options))
+    (collection, _), (_, evaluation) = (
+        begin(small_policy(family, **options)),
+        begin(small_policy(family, **options)),
+    )
     undisturbed = collection.run(6), evaluation.run(5)
 
     policy = small_policy(family, **options)
@@ -108,7 +113,8 @@ ROOT_CLEARS = {clear_roots, clear_everything}
 
 
 def play_and_clear(policy: Any, clear: Clear | None, steps: int) -> tuple[list[Any], Episodes, Any]:
-    """``steps`` steps, a clear, one more step; the roots, the episodes, and what was counted in the last step."""
+    """``steps`` steps, a clear, one more step; the roots, the episodes, and what was counted in the last
+    step."""
     episodes = Episodes(policy, range(3))
     roots = episodes.run(steps)
     before = root_statistics(policy)
@@ -137,7 +143,8 @@ def test_a_clear_between_two_steps_changes_no_answer(family: str, steps: int, cl
 @pytest.mark.parametrize('steps', [1, 2, 6])
 @pytest.mark.parametrize('family', ['tiny', 'cartpole'])
 def test_a_cleared_root_is_that_of_its_whole_window(family: str, steps: int, clear: Clear) -> None:
-    """A shifted window keeps traces of steps that left it; what is rebuilt is the window alone, as window='rebuild'."""
+    """A shifted window keeps traces of steps that left it; what is rebuilt is the window alone, as
+    window='rebuild'."""
     policy = small_policy(family, kv_cache=dict(window='shift'))
     roots, _, since = play_and_clear(policy, clear, steps)
     verdict = judge_roots(policy, roots[-3:], 'rebuild')
@@ -195,7 +202,8 @@ def test_the_hosts_regular_clear_loses_nothing() -> None:
 
 
 class StaleTimesteps(Episodes):
-    """Passes timesteps as the host's segment collector does: read when a call of ``collect`` begins, then frozen."""
+    """Passes timesteps as the host's segment collector does: read when a call of ``collect`` begins, then
+    frozen."""
 
     frozen: dict[int, int] | None = None
 

@@ -63,13 +63,13 @@ class Rows:
 class Workers:
     """A collector ('episode' or 'segment') and an evaluator of one policy.
 
-    Runs in the current directory, where the host's workers write their logs. Close it, or leave its ``with`` block.
+    Runs in the current directory, where the host's workers write their logs. Close it, or leave its ``with``
+    block.
     """
 
     def __init__(self, policy: Any, task: str, collector: str, manager: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
+        from torch.utils.tensorboard import SummaryWriter
 
         self.policy, self.rows = policy, Rows()
         config = policy._cfg
@@ -78,9 +78,15 @@ class Workers:
         self.log = 'run/log/serial'
         common = dict(tb_logger=SummaryWriter(self.log), exp_name='run', policy_config=config)
         kind = MuZeroCollector if collector == 'episode' else MuZeroSegmentCollector
-        self.collector = kind(env=self.collect_envs, policy=policy.collect_mode, collect_print_freq=1, **common)
+        self.collector = kind(
+            env=self.collect_envs, policy=policy.collect_mode, collect_print_freq=1, **common
+        )
         self.evaluator = MuZeroEvaluator(
-            eval_freq=1, n_evaluator_episode=config.evaluator_env_num, env=self.eval_envs, policy=policy.eval_mode, **common
+            eval_freq=1,
+            n_evaluator_episode=config.evaluator_env_num,
+            env=self.eval_envs,
+            policy=policy.eval_mode,
+            **common,
         )
         self.rows.fresh |= set(range(config.collector_env_num))
 
@@ -113,9 +119,11 @@ class Workers:
             self.rows.note(env_ids, *arguments[:3])
             return infer(env_ids, *arguments)
 
-        with replaced(roots, 'infer', watched_infer):
-            with self._ends(self.collect_envs, 0), self._ends(self.eval_envs, self.policy._cfg.collector_env_num):
-                yield
+        with (
+            replaced(roots, 'infer', watched_infer), self._ends(self.collect_envs, 0),
+            self._ends(self.eval_envs, self.policy._cfg.collector_env_num),
+        ):
+            yield
 
     @contextmanager
     def _ends(self, envs: Any, first_id: int) -> Iterator[None]:
@@ -144,7 +152,9 @@ def _environments(task: str, manager: str, number: int) -> Any:
     else:
         from zoo.classic_control.pendulum.envs.pendulum_lightzero_env import PendulumEnv as Environment
     config = Environment.default_config()
-    config.update(dict(cartpole=dict(env_id='CartPole-v0'), pendulum=dict(env_id='Pendulum-v1', continuous=True))[task])
+    config.update(
+        dict(cartpole=dict(env_id='CartPole-v0'), pendulum=dict(env_id='Pendulum-v1', continuous=True))[task]
+    )
     settings = EasyDict(get_env_manager_cls(EasyDict(type=manager)).default_config(), type=manager)
     settings.shared_memory = False
     envs = create_env_manager(settings, [partial(Environment, config)] * number)

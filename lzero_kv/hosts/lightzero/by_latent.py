@@ -1,4 +1,5 @@
 """Finds parents for callers that know a node only by its latent state."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -15,7 +16,8 @@ from .outputs import StepOutputs, check_actions
 class NodesByLatent:
     """A search whose parents are named by (row, digest of the latent state).
 
-    Where one row has several nodes with the same latent state, the newest answers: nothing tells them apart. A latent
+    Where one row has several nodes with the same latent state, the newest answers: nothing tells them apart.
+        A latent
     state that the search never produced is refused.
 
     Args:
@@ -37,8 +39,8 @@ class NodesByLatent:
             actions: as in :meth:`SearchNodes.expand`.
 
         Raises:
-            ValueError: a latent state belongs to no node of its row, or there is not one possible action for each row.
-                Nothing is changed.
+            ValueError: a latent state belongs to no node of its row, or there is not one possible action for
+                each row. Nothing is changed.
             RuntimeError: the model predicts nan or inf.
         """
         check_actions(self._world_model, actions, len(latents))
@@ -46,15 +48,17 @@ class NodesByLatent:
         unknown = [row for row, digest in digests if (row, digest) not in self._numbers]
         if unknown:
             raise ValueError(
-                f'expected latent states of this search (its roots or what recurrent inference returned), got others in '
-                f'rows {unknown}; begin a new search with simulation_index=0'
+                f'expected latent states of this search (its roots or what recurrent inference returned), '
+                f'got others in rows {unknown}; begin a new search with simulation_index=0'
             )
         parents = np.array([self._numbers[row, digest] for row, digest in digests], dtype=np.int64)
         outputs = self._nodes.expand(parents, actions)
         if not all(torch.isfinite(part).all() for part in (outputs.hidden, outputs.latent, outputs.reward)):
-            raise RuntimeError('expected finite predictions, got nan or inf; check the weights of the world model')
+            raise RuntimeError(
+                'expected finite predictions, got nan or inf; check the weights of the world model'
+            )
         self._name(outputs.latent, self._nodes.expanded)
         return outputs
 
     def _name(self, latents: np.ndarray | torch.Tensor, number: int) -> None:
-        self._numbers.update({(row, digest): number for row, digest in enumerate(digest_rows(latents))})
+        self._numbers.update(dict.fromkeys(enumerate(digest_rows(latents)), number))

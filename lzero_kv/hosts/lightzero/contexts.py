@@ -1,4 +1,6 @@
-"""What each environment has seen: the raw observations and actions of its window, from which its root can be computed again."""
+"""What each environment has seen: the raw observations and actions of its window, from which its root can be
+computed again."""
+
 from __future__ import annotations
 
 from collections import deque
@@ -17,8 +19,8 @@ class RootContext:
         actions: the actions between them, one fewer.
         digest: digest of the newest observation; names the root whose keys and values are stored.
         next_position: logical position of the token that comes next.
-        tokens: raw embeddings of the same window, alternating observation and action, each ``[embed]``; empty when the
-            weights changed since they were computed.
+        tokens: raw embeddings of the same window, alternating observation and action, each ``[embed]``; empty
+            when the weights changed since they were computed.
     """
 
     observations: deque[torch.Tensor]
@@ -47,7 +49,10 @@ class RootContexts:
     def start(self, env_id: int, observation: torch.Tensor, digest: int, next_position: int) -> RootContext:
         """Begin an environment's window with one observation."""
         context = RootContext(
-            deque([observation], maxlen=self._observations), deque(maxlen=self._observations - 1), digest, next_position,
+            deque([observation], maxlen=self._observations),
+            deque(maxlen=self._observations - 1),
+            digest,
+            next_position,
             deque(maxlen=2 * self._observations - 1),
         )
         self._contexts[env_id] = context

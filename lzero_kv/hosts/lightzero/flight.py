@@ -1,4 +1,5 @@
 """One batch of histories in flight: loaded with one gather, two tokens appended, stored with one scatter."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -36,7 +37,8 @@ class Flights:
         self._buffer: torch.Tensor | None = None
 
     def load(self, slots: np.ndarray) -> Flight:
-        """Load the histories in ``slots`` (int64 ``[B]``); a row with ``NO_SLOT`` starts empty, for the caller to fill."""
+        """Load the histories in ``slots`` (int64 ``[B]``); a row with ``NO_SLOT`` starts empty, for the
+        caller to fill."""
         buffer, kept = self._buffer_of(len(slots)), self.window.kept
         present = slots != NO_SLOT
         lengths = np.zeros(len(slots), dtype=np.int64)
@@ -47,9 +49,9 @@ class Flights:
             next_positions[present] = self.manager.next_positions(known)
             newest = kept if self.host_padding else int(lengths.max())
             filled = slots if present.all() else np.where(present, slots, known[0])
-            self.manager.load(filled, newest=newest, out=buffer[:, :, kept - newest:kept])
+            self.manager.load(filled, newest=newest, out=buffer[:, :, kept - newest : kept])
         if self.host_padding and not present.all():
-            buffer[torch.from_numpy(~present)] = 0.  # the host's attention sees the padding, as zeros
+            buffer[torch.from_numpy(~present)] = 0.0  # the host's attention sees the padding, as zeros
         return Flight(self, buffer, lengths, next_positions)
 
     def window_shift(self) -> torch.Tensor | None:
@@ -58,7 +60,9 @@ class Flights:
             return None
         return position_shift(self.transformer, self._learned, self.window.kept)
 
-    def recompute(self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray, out: torch.Tensor) -> None:
+    def recompute(
+        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray, out: torch.Tensor
+    ) -> None:
         """Keys and values of the newest ``lengths`` tokens of each row, from their raw embeddings alone.
 
         Args:
@@ -80,7 +84,12 @@ class Flights:
         layout = self.manager.layout
         if self._buffer is None or len(self._buffer) < rows:
             self._buffer = torch.zeros(
-                rows, 2 * layout.layers, self.window.in_flight, layout.embed_dim, dtype=layout.dtype, device=layout.device
+                rows,
+                2 * layout.layers,
+                self.window.in_flight,
+                layout.embed_dim,
+                dtype=layout.dtype,
+                device=layout.device,
             )
         return self._buffer[:rows]
 
@@ -92,7 +101,8 @@ class Flight:
         buffer: ``[B, 2 * layers, kept + 2, embed]``, shared by all flights: one at a time.
         lengths: int64 ``[B]``, tokens of each history so far.
         next_positions: int64 ``[B]``, logical position of each history's next token.
-        kept: ``[B, 2 * layers, kept, embed]``, what is left of the histories after :meth:`slide`; a view of the buffer.
+        kept: ``[B, 2 * layers, kept, embed]``, what is left of the histories after :meth:`slide`; a view of
+            the buffer.
     """
 
     def __init__(
@@ -106,14 +116,18 @@ class Flight:
         self.lengths = lengths
         self.next_positions = next_positions
 
-    def fill(self, rows: np.ndarray, kv: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray) -> None:
-        """Put recomputed histories (``kv`` ``[N, 2 * layers, kept, embed]``) into rows that were loaded empty."""
+    def fill(
+        self, rows: np.ndarray, kv: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        """Put recomputed histories (``kv`` ``[N, 2 * layers, kept, embed]``) into rows that were loaded
+        empty."""
         kept = self._flights.window.kept
         self.buffer[:, :, :kept].index_copy_(0, torch.from_numpy(rows).to(kv.device), kv)
         self.lengths[rows], self.next_positions[rows] = lengths, next_positions
 
     def pad_as_host(self, rows: np.ndarray) -> None:
-        """Count the zeros in front of the shorter of ``rows`` (bool ``[B]``) as tokens, as the host does at its roots."""
+        """Count the zeros in front of the shorter of ``rows`` (bool ``[B]``) as tokens, as the host does at
+        its roots."""
         self.lengths[rows] = self.lengths[rows].max()
 
     def skip(self) -> None:
@@ -126,7 +140,8 @@ class Flight:
 
         Args:
             x: ``[B, embed]`` raw embeddings.
-            absent: bool ``[B]``: rows that have no such token; what is computed for them is to be thrown away.
+            absent: bool ``[B]``: rows that have no such token; what is computed for them is to be thrown
+                away.
 
         Returns:
             ``[B, embed]``, the transformer's output.
@@ -144,7 +159,13 @@ class Flight:
             inside = np.arange(widest)[None, :] >= widest - visible[:, None]
             mask = additive_mask(inside, x)
         hidden = append_token(
-            flights.transformer, self.buffer, (own + 1 - widest, own), placed, mask, rotation, flights.host_padding
+            flights.transformer,
+            self.buffer,
+            (own + 1 - widest, own),
+            placed,
+            mask,
+            rotation,
+            flights.host_padding,
         )
         grown = 1 if absent is None else (~absent).astype(np.int64)
         self.lengths = self.lengths + grown
@@ -177,13 +198,13 @@ class Flight:
         kept = self._flights.window.kept
         newest = kept if self._flights.host_padding else int(self.lengths.max())
         self._flights.manager.store(
-            keys, self.kept[:, :, kept - newest:], self.lengths, self.next_positions, newest=newest
+            keys, self.kept[:, :, kept - newest :], self.lengths, self.next_positions, newest=newest
         )
 
     def _rebuild(self, rows: np.ndarray, window_tokens: WindowTokens) -> None:
         flights = self._flights
         lengths = np.full(len(rows), flights.window.kept, dtype=np.int64)
-        out = self.kept if len(rows) == len(self.kept) else torch.empty_like(self.kept[:len(rows)])
+        out = self.kept if len(rows) == len(self.kept) else torch.empty_like(self.kept[: len(rows)])
         flights.recompute(window_tokens(rows), lengths, self.next_positions[rows], out)
         if out is not self.kept:
             self.kept.index_copy_(0, torch.from_numpy(rows).to(out.device), out)

@@ -1,4 +1,6 @@
-"""Puts the adapter into an installed LightZero, and takes it out again. Nothing of the host's files is touched."""
+"""Puts the adapter into an installed LightZero, and takes it out again. Nothing of the host's files is
+touched."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -40,7 +42,8 @@ _hot_seams = _Patches()
 def install() -> None:
     """Let UniZero world models with ``use_new_cache_manager=True`` keep their caches in a ``KVCacheManager``.
 
-    Until such a world model is built, only constructors are replaced: with the flag off the host runs its own code.
+    Until such a world model is built, only constructors are replaced: with the flag off the host runs its own
+        code.
     Installing twice is the same as once.
 
     Raises:
@@ -51,13 +54,15 @@ def install() -> None:
         return
     from lzero.model import sampled_unizero_model, unizero_model
     from lzero.policy.unizero import UniZeroPolicy
+
     for module in (unizero_model, sampled_unizero_model):
         _seams.set(module, 'WorldModel', _world_model_factory(module.WorldModel))
     _seams.set(UniZeroPolicy, '__init__', _engaging(UniZeroPolicy.__init__))
 
 
 def uninstall() -> None:
-    """Leave the host as it was before :func:`install`. Models that exist keep their caches and go on working."""
+    """Leave the host as it was before :func:`install`. Models that exist keep their caches and go on
+    working."""
     _hot_seams.undo()
     _seams.undo()
 
@@ -67,6 +72,7 @@ def _world_model_factory(stock: type) -> Any:
         if not flag_of(config):
             return stock(config, tokenizer)
         from .world_model import KVWorldModel
+
         _replace_searches()
         return KVWorldModel(config, tokenizer)
 
@@ -94,10 +100,12 @@ def _engaging(original: Any) -> Any:
             return
         from .policy import KVPolicy
         from .world_model import KVWorldModel
+
         if not isinstance(self._model.world_model, KVWorldModel):
             raise RuntimeError(
                 f'expected a model that was built after lzero_kv.install(), got one with the stock '
-                f'{type(self._model.world_model).__name__}; build it later, or put lzero_kv.plugin into import_names'
+                f'{type(self._model.world_model).__name__}; '
+                f'build it later, or put lzero_kv.plugin into import_names'
             )
         kind = type(self)
         self.__class__ = type(f'KV{kind.__name__}', (KVPolicy, kind), {'__module__': kind.__module__})
@@ -117,6 +125,7 @@ def _replace_searches() -> None:
 
     from .reporting import replace_collector_logs
     from .sampled_reanalysis import replace_sampled_reanalysis
+
     for search, tree in ((UniZeroMCTSCtree, mz_tree), (SampledUniZeroMCTSCtree, smz_tree)):
         _hot_seams.set(search, 'search', _searching(search.search, tree))
     replace_collector_logs(_hot_seams.set)
@@ -127,7 +136,9 @@ def _searching(original: Any, tree: Any) -> Any:
     from .search import cached_search
     from .world_model import KVWorldModel
 
-    def search(self: Any, roots: Any, model: Any, latent_state_roots: Any, to_play: Any, timestep: Any = None) -> None:
+    def search(
+        self: Any, roots: Any, model: Any, latent_state_roots: Any, to_play: Any, timestep: Any = None
+    ) -> None:
         if isinstance(model.world_model, KVWorldModel):
             cached_search(self, tree, roots, model, latent_state_roots, to_play, timestep)
         else:

@@ -1,11 +1,13 @@
 """Names of the host's own cache that outside code still calls ``clear()`` on."""
+
 from __future__ import annotations
 
 from typing import Any
 
 
 class Clearable:
-    """Stands for one of the host's cache dictionaries: empty, and clears the manager's pools when it is cleared.
+    """Stands for one of the host's cache dictionaries: empty, and clears the manager's pools when it is
+    cleared.
 
     Args:
         owner: whom to ask.

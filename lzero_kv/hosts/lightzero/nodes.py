@@ -1,4 +1,5 @@
 """The nodes of one search: which history each has, and the step that adds a child to every row."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -41,16 +42,19 @@ class SearchNodes:
         self._parents = np.full((simulations + 1, rows), ROOT, dtype=np.int64)
         self._visits = np.ones((simulations + 1, rows), dtype=np.int64)
         self._by_priority = manager.recur_pool.eviction_strategy is EvictionStrategy.PRIORITY
-        # Every raw token of the trees: the root's window, then an action and an observation for each simulation.
+        # Every raw token of the trees: the root's window, then an action and an observation for each
+        # simulation.
         self._tokens = roots.tokens.new_zeros(rows, width + 2 * simulations, embed)
         self._tokens[:, :width] = roots.tokens
         self._root_width = width
         self._lengths = np.zeros((simulations + 1, rows), dtype=np.int64)
         self._lengths[ROOT] = roots.lengths
         # Where windows are rebuilt: the columns of ``_tokens`` that each node's window shows, newest last.
-        self._windows = np.zeros((simulations + 1, rows, kept), dtype=np.int32) if flights.exact_window else None
+        self._windows = (
+            np.zeros((simulations + 1, rows, kept), dtype=np.int32) if flights.exact_window else None
+        )
         if self._windows is not None:
-            self._windows[ROOT, :, kept - width:] = np.arange(width)
+            self._windows[ROOT, :, kept - width :] = np.arange(width)
         self.expanded = 0
 
     def expand(self, parents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
@@ -85,10 +89,13 @@ class SearchNodes:
 
     def _check(self, parents: np.ndarray, simulation: int) -> None:
         if simulation > self._simulations:
-            raise ValueError(f'expected at most {self._simulations} simulations, got one more; begin a new search')
+            raise ValueError(
+                f'expected at most {self._simulations} simulations, got one more; begin a new search'
+            )
         if len(parents) != len(self._rows) or parents.min() < ROOT or parents.max() > self.expanded:
             raise ValueError(
-                f'expected {len(self._rows)} parents in [0, {self.expanded}], got {np.asarray(parents).tolist()}'
+                f'expected {len(self._rows)} parents in [0, {self.expanded}], '
+                f'got {np.asarray(parents).tolist()}'
             )
 
     def _key(self, row: int, simulation: int) -> RootKey | NodeKey:
@@ -104,14 +111,17 @@ class SearchNodes:
         return flight
 
     def _restore(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """Histories that are not stored (evicted for want of memory, or cleared), computed again in one batch.
+        """Histories that are not stored (evicted for want of memory, or cleared), computed again in one
+        batch.
 
         Returns:
             ``[N, 2 * layers, kept, embed]``, and the lengths and next positions (int64 ``[N]``).
         """
         if self._windows is not None:
             next_positions = self._roots.next_positions[rows] + 2 * self._depths(rows, nodes)
-            return self._recompute(self._window_tokens(rows, nodes), self._lengths[nodes, rows], next_positions)
+            return self._recompute(
+                self._window_tokens(rows, nodes), self._lengths[nodes, rows], next_positions
+            )
         # What a shifted window holds depends on the steps that left it: only taking them again reproduces it.
         return self._replay(rows, nodes)
 
@@ -119,14 +129,16 @@ class SearchNodes:
         self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
     ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         kv = self._blank(len(tokens))
-        self._flights.recompute(tokens, lengths, next_positions, kv[:, :, kv.shape[2] - tokens.shape[1]:])
+        self._flights.recompute(tokens, lengths, next_positions, kv[:, :, kv.shape[2] - tokens.shape[1] :])
         self._manager.count_rebuilt(int(lengths.sum()), roots=False)
         return kv, lengths, next_positions
 
     def _replay(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """From the nearest stored ancestor of each node, take the steps down to it again."""
-        paths = [self._path_from_stored(int(row), int(node)) for row, node in zip(rows, nodes)]
-        slots = self._manager.slots([self._key(row, path[0]) for row, path in zip(rows.tolist(), paths)])
+        paths = [self._path_from_stored(int(row), int(node)) for row, node in zip(rows, nodes, strict=True)]
+        slots = self._manager.slots(
+            [self._key(row, path[0]) for row, path in zip(rows.tolist(), paths, strict=True)]
+        )
         kv = self._blank(len(rows))
         lengths, next_positions = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
         stored, gone = np.flatnonzero(slots != NO_SLOT), np.flatnonzero(slots == NO_SLOT)
@@ -136,13 +148,16 @@ class SearchNodes:
             next_positions[stored] = self._manager.next_positions(slots[stored])
         if len(gone):
             kv[torch.from_numpy(gone)], lengths[gone], next_positions[gone] = self._recompute(
-                self._roots.tokens[torch.from_numpy(rows[gone])], self._roots.lengths[rows[gone]],
+                self._roots.tokens[torch.from_numpy(rows[gone])],
+                self._roots.lengths[rows[gone]],
                 self._roots.next_positions[rows[gone]],
             )
         for level in range(1, max(len(path) for path in paths)):
             active = np.array([i for i, path in enumerate(paths) if len(path) > level])
             flight = self._flights.load(np.full(len(active), NO_SLOT, dtype=np.int64))
-            flight.fill(np.arange(len(active)), kv[torch.from_numpy(active)], lengths[active], next_positions[active])
+            flight.fill(
+                np.arange(len(active)), kv[torch.from_numpy(active)], lengths[active], next_positions[active]
+            )
             self._retake(flight, rows[active], np.array([paths[i][level] for i in active]))
             kv[torch.from_numpy(active)] = flight.kept
             lengths[active], next_positions[active] = flight.lengths, flight.next_positions
@@ -174,7 +189,9 @@ class SearchNodes:
         layout = self._manager.layout
         return self._tokens.new_zeros(rows, 2 * layout.layers, self._flights.window.kept, layout.embed_dim)
 
-    def _record(self, simulation: int, parents: np.ndarray, action: torch.Tensor, latent: torch.Tensor) -> None:
+    def _record(
+        self, simulation: int, parents: np.ndarray, action: torch.Tensor, latent: torch.Tensor
+    ) -> None:
         """Write down the child's parent, its two raw tokens, and which tokens its window shows."""
         first = self._root_width + 2 * (simulation - 1)
         self._parents[simulation] = parents
@@ -197,7 +214,8 @@ class SearchNodes:
         return tokens
 
     def _visit(self, simulation: int) -> None:
-        """Tell the pool how often each node was passed, from the new children's parents up to below the roots."""
+        """Tell the pool how often each node was passed, from the new children's parents up to below the
+        roots."""
         touched: dict[NodeKey, int] = {}
         nodes = self._parents[simulation]
         while (inner := nodes != ROOT).any():

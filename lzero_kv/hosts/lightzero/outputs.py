@@ -1,4 +1,5 @@
 """The host's heads and embedding tables, applied to one token of each row."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ import torch
 
 
 class StepOutputs(NamedTuple):
-    """What the world model predicts after a step; shapes as the host's ``forward_recurrent_inference`` returns them.
+    """What the world model predicts after a step; shapes as the host's ``forward_recurrent_inference``
+    returns them.
 
     Attributes:
         hidden: ``[B, 1, embed]``, the transformer's output of the last token.
@@ -36,12 +38,16 @@ def predict_policy_value(world_model: Any, hidden: torch.Tensor) -> StepOutputs:
 
 
 def predict_reward_latent(world_model: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reward logits ``[B, support]`` and next latent state ``[B, embed]`` at an action token, ``hidden`` ``[B, embed]``."""
+    """Reward logits ``[B, support]`` and next latent state ``[B, embed]`` at an action token, ``hidden``
+    ``[B, embed]``."""
     return world_model.head_rewards.head_module(hidden), world_model.head_observations.head_module(hidden)
 
 
-def action_embeddings(world_model: Any, actions: Sequence[Any] | torch.Tensor, absent: np.ndarray | None = None) -> torch.Tensor:
-    """Embeddings ``[B, embed]`` of actions: integers, or vectors ``[action_space_size]`` where actions are continuous.
+def action_embeddings(
+    world_model: Any, actions: Sequence[Any] | torch.Tensor, absent: np.ndarray | None = None
+) -> torch.Tensor:
+    """Embeddings ``[B, embed]`` of actions: integers, or vectors ``[action_space_size]`` where actions are
+    continuous.
 
     Args:
         absent: bool ``[B]``, rows without an action; some action stands in for them.
@@ -55,8 +61,10 @@ def action_embeddings(world_model: Any, actions: Sequence[Any] | torch.Tensor, a
     if world_model.continuous_action_space:
         if not isinstance(actions, torch.Tensor):
             blank = np.zeros(size, dtype=np.float32)
-            rows = [blank if absent is not None and absent[i] else np.asarray(a, dtype=np.float32).reshape(-1)
-                    for i, a in enumerate(actions)]
+            rows = [
+                blank if absent is not None and absent[i] else np.asarray(a, dtype=np.float32).reshape(-1)
+                for i, a in enumerate(actions)
+            ]
             broken = [row.tolist() for row in rows if len(row) != size or not np.isfinite(row).all()]
             if broken:
                 raise ValueError(f'expected actions of {size} finite numbers, got {broken}')
@@ -74,7 +82,8 @@ def action_embeddings(world_model: Any, actions: Sequence[Any] | torch.Tensor, a
 
 
 def check_actions(world_model: Any, actions: torch.Tensor, rows: int) -> None:
-    """Refuse actions that are not one of the action space for each of ``rows`` rows; reads them back from their device.
+    """Refuse actions that are not one of the action space for each of ``rows`` rows; reads them back from
+    their device.
 
     Args:
         actions: integers ``[B]`` or ``[B, 1]``, or ``[B, action_space_size]`` where actions are continuous.

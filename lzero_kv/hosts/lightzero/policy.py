@@ -1,4 +1,6 @@
-"""What the policy knows and the world model does not: which environments are ready, what each saw last, when one ends."""
+"""What the policy knows and the world model does not: which environments are ready, what each saw last, when
+one ends."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,8 @@ class LastSteps:
     """Each environment's last observation and action, of one phase (collection or evaluation).
 
     Args:
-        first_id: the manager's number of the phase's environment 0, so that the phases do not share histories.
+        first_id: the manager's number of the phase's environment 0, so that the phases do not share
+            histories.
         environments: how many environments the phase has.
     """
 
@@ -43,16 +46,23 @@ class LastSteps:
     def of(self, env_ids: Sequence[int], observations: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
         """Last observations ``[B, ...]`` and actions of ``env_ids``; zeros and -1 where an episode begins."""
         steps = [self._steps.get(int(env_id)) for env_id in env_ids]
-        last = [torch.zeros_like(new) if step is None else step[0] for step, new in zip(steps, observations)]
+        last = [
+            torch.zeros_like(new) if step is None else step[0]
+            for step, new in zip(steps, observations, strict=True)
+        ]
         return torch.stack(last), [NO_ACTION if step is None else step[1] for step in steps]
 
     def restarted(self, env_ids: Sequence[int], timesteps: Sequence[int]) -> list[int]:
-        """Environments whose timestep is 0 again: another episode began and nobody said that the last one ended.
+        """Environments whose timestep is 0 again: another episode began and nobody said that the last one
+        ended.
 
-        A 0 after a 0 says nothing: the host's segment collector repeats the timesteps with which its call began.
+        A 0 after a 0 says nothing: the host's segment collector repeats the timesteps with which its call
+            began.
         """
         return [
-            env_id for env_id, timestep in zip(env_ids, timesteps) if timestep == 0 < self._timesteps.get(int(env_id), 0)
+            env_id
+            for env_id, timestep in zip(env_ids, timesteps, strict=True)
+            if timestep == 0 < self._timesteps.get(int(env_id), 0)
         ]
 
     def remember(self, env_id: int, observation: torch.Tensor, action: Any, timestep: int) -> None:
@@ -70,17 +80,19 @@ class LastSteps:
 
 
 class KVPolicy(UniZeroPolicy):
-    """Placed in front of the class of a UniZero policy (which may be a subclass); gives the world model each ready environment's own last step.
+    """Placed in front of the class of a UniZero policy (which may be a subclass); gives the world model each
+    ready environment's own last step.
 
-    The host keeps one batch of last observations and actions, forgets it for all environments when one ends or is
-    missing, and shares it between collection and evaluation.
+    The host keeps one batch of last observations and actions, forgets it for all environments when one ends
+    or is missing, and shares it between collection and evaluation.
     """
 
     def engage(self) -> None:
         """Size the cache for this policy's environments and searches."""
         collectors, evaluators = int(self._cfg.collector_env_num), int(self._cfg.evaluator_env_num)
         self._last_steps = {
-            'collect': LastSteps(0, collectors), 'eval': LastSteps(collectors, evaluators),
+            'collect': LastSteps(0, collectors),
+            'eval': LastSteps(collectors, evaluators),
         }
         self._serving = False
         for model in (self._model, self._target_model):
@@ -88,13 +100,18 @@ class KVPolicy(UniZeroPolicy):
 
     @property
     def kv_world_models(self) -> dict[str, KVWorldModel]:
-        """The world models that keep a cache: ``acting`` in the environments, ``reanalysis`` of replayed ones."""
+        """The world models that keep a cache: ``acting`` in the environments, ``reanalysis`` of replayed
+        ones."""
         return {'acting': self._model.world_model, 'reanalysis': self._target_model.world_model}
 
     def _get_kv_world_models(self) -> dict[str, KVWorldModel]:
-        return self.kv_world_models  # the way the host's mode functions (collect_mode.get_attribute) ask for it
+        return (
+            self.kv_world_models
+        )  # the way the host's mode functions (collect_mode.get_attribute) ask for it
 
-    def _forward_collect(self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any) -> dict:
+    def _forward_collect(
+        self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any
+    ) -> dict:
         with self._own_last_steps('collect', data, ready_env_id, kwargs.get('timestep')) as remember:
             return remember(super()._forward_collect(data, *args, ready_env_id=ready_env_id, **kwargs))
 
@@ -103,7 +120,9 @@ class KVPolicy(UniZeroPolicy):
             return remember(super()._forward_eval(data, *args, ready_env_id=ready_env_id, **kwargs))
 
     @contextmanager
-    def _own_last_steps(self, phase: str, data: torch.Tensor, ready_env_id: Any, timestep: Any) -> Iterator[Any]:
+    def _own_last_steps(
+        self, phase: str, data: torch.Tensor, ready_env_id: Any, timestep: Any
+    ) -> Iterator[Any]:
         steps = self._last_steps[phase]
         env_ids = [int(env_id) for env_id in (range(len(data)) if ready_env_id is None else ready_env_id)]
         manager_ids = [steps.manager_id(env_id) for env_id in env_ids]
@@ -112,7 +131,7 @@ class KVPolicy(UniZeroPolicy):
         self.last_batch_obs, self.last_batch_action = steps.of(env_ids, data)
 
         def remember(output: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-            for env_id, observation, timestep in zip(env_ids, data, timesteps):
+            for env_id, observation, timestep in zip(env_ids, data, timesteps, strict=True):
                 steps.remember(env_id, observation, output[env_id]['action'], timestep)
             return output
 
@@ -123,17 +142,21 @@ class KVPolicy(UniZeroPolicy):
         finally:
             self._serving = False
 
-    def _reset_collect(self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True) -> None:
+    def _reset_collect(
+        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
+    ) -> None:
         self._reset_phase('collect', env_id)
 
-    def _reset_eval(self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True) -> None:
+    def _reset_eval(
+        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
+    ) -> None:
         self._reset_phase('eval', env_id)
 
     def _reset_phase(self, phase: str, env_id: Any) -> None:
         """Forget the environments that ended: those of a list, or all.
 
-        With a single number the host reports one more step of a running episode, and clears every cache now and then to
-        bound its memory. The pools are bounded, so nothing is to be done.
+        With a single number the host reports one more step of a running episode, and clears every cache now
+        and then to bound its memory. The pools are bounded, so nothing is to be done.
         """
         if self._serving or isinstance(env_id, (int, np.integer)):
             return

@@ -1,4 +1,6 @@
-"""Where a token stands: learned absolute positions count inside the window, rotary ones from the start of the episode."""
+"""Where a token stands: learned absolute positions count inside the window, rotary ones from the start of the
+episode."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,7 +18,8 @@ class LearnedPositions:
     def place(
         self, x: torch.Tensor, places: np.ndarray, logical: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add the learned position to embeddings ``[..., embed]`` that stand at window ``places`` (int64 ``[...]``)."""
+        """Add the learned position to embeddings ``[..., embed]`` that stand at window ``places`` (int64
+        ``[...]``)."""
         return x + self._embedding(torch.from_numpy(np.maximum(places, 0)).to(x.device)), None
 
 
@@ -31,7 +34,8 @@ class RotaryPositions:
     def place(
         self, x: torch.Tensor, places: np.ndarray, logical: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings as they are, and the rotary factors (complex ``[..., head_dim / 2]``) of ``logical`` positions."""
+        """Embeddings as they are, and the rotary factors (complex ``[..., head_dim / 2]``) of ``logical``
+        positions."""
         logical = np.maximum(logical, 0)
         self._reach(int(logical.max()))
         return x, self._factors[torch.from_numpy(logical).to(x.device)]
@@ -39,12 +43,13 @@ class RotaryPositions:
     def _reach(self, position: int) -> None:
         """Make the table cover ``position``.
 
-        The host wraps positions at ``max_seq_len``, which breaks the distance between a token behind the wrap and one
-        in front of it; the factors are a formula of the position, so the table is extended instead.
+        The host wraps positions at ``max_seq_len``, which breaks the distance between a token behind the wrap
+        and one in front of it; the factors are a formula of the position, so the table is extended instead.
         """
         if position < len(self._factors):
             return
         from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
+
         end = 1 << position.bit_length()
         head_dim = self._config.embed_dim // self._config.num_heads
         self._factors = precompute_freqs_cis(head_dim, end, self._config.rope_theta).to(self._factors)

@@ -1,4 +1,5 @@
 """Writes the cache's statistics beside the host's own charts, whenever a collector has finished."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from lzero_kv.telemetry.tensorboard import TensorBoardSink
 
 
 def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
-    """Let the host's collectors write cache statistics after their own; ``replace(owner, name, value)`` sets an attribute."""
+    """Let the host's collectors write cache statistics after their own; ``replace(owner, name, value)`` sets
+    an attribute."""
     from lzero.worker import MuZeroCollector, MuZeroSegmentCollector
+
     for collector in (MuZeroCollector, MuZeroSegmentCollector):
         replace(collector, '_output_log', _logging(collector._output_log))
 
@@ -24,7 +27,8 @@ def _logging(original: Any) -> Any:
 
 
 def report(collector: Any, train_iter: int) -> None:
-    """Write what the caches of a collector's policy did since the last time; nothing where its policy keeps none."""
+    """Write what the caches of a collector's policy did since the last time; nothing where its policy keeps
+    none."""
     try:
         world_models = collector._policy.get_attribute('kv_world_models')
     except NotImplementedError:
@@ -36,6 +40,7 @@ def report(collector: Any, train_iter: int) -> None:
     if sink is None or sink.writer is not collector._tb_logger:
         sink = collector._kv_cache_sink = TensorBoardSink(collector._tb_logger)
     sink.write(
-        {name: model.kv_cache_manager for name, model in world_models.items()}, env_step=collector.envstep,
+        {name: model.kv_cache_manager for name, model in world_models.items()},
+        env_step=collector.envstep,
         train_iter=train_iter,
     )

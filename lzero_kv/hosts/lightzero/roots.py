@@ -1,4 +1,6 @@
-"""Root inference: each ready environment's stored history grows by its last action and its new observation."""
+"""Root inference: each ready environment's stored history grows by its last action and its new
+observation."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -64,15 +66,15 @@ class RootInference:
             timesteps: int64 ``[B]``, step of the episode, negative where the environment does not tell.
 
         Raises:
-            ValueError: non-finite latent states, unknown environments or actions, or inputs of different lengths.
-                Nothing is stored.
+            ValueError: non-finite latent states, unknown environments or actions, or inputs of different
+                lengths. Nothing is stored.
             RuntimeError: the transformer gives nan or inf. Nothing is stored.
         """
         first = np.array([is_first_step(action) for action in last_actions])
         self._check(env_ids, last_observations, last_actions, observations, first)
         latents = self._encode(observations, env_ids)
         digests = digest_rows(observations)
-        last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[:len(first)])
+        last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[: len(first)])
         actions = None if first.all() else action_embeddings(self._world_model, last_actions, first)
         flight = self._load(env_ids, last_digests, first, last_observations, timesteps)
         shift = self._flights.window_shift()
@@ -86,9 +88,13 @@ class RootInference:
         hidden = flight.append(latents[:, 0])
         self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._world_model, hidden)
-        self._remember(env_ids, first, last_digests, last_actions, observations, digests, flight, actions, latents)
-        tokens = torch.stack([self._window_tokens(env_id, digest) for env_id, digest in zip(env_ids, digests)])
-        keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests)]
+        self._remember(
+            env_ids, first, last_digests, last_actions, observations, digests, flight, actions, latents
+        )
+        tokens = torch.stack(
+            [self._window_tokens(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
+        )
+        keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
         for env_id in env_ids:
             self._manager.init_pools[env_id].clear()  # a root's predecessor is never asked for again
 
@@ -102,14 +108,22 @@ class RootInference:
         return RootBatch(keys, latents, tokens, flight.lengths, flight.next_positions), outputs
 
     def _check(
-        self, env_ids: Sequence[int], last_observations: torch.Tensor, last_actions: Sequence[Any],
-        observations: torch.Tensor, first: np.ndarray,
+        self,
+        env_ids: Sequence[int],
+        last_observations: torch.Tensor,
+        last_actions: Sequence[Any],
+        observations: torch.Tensor,
+        first: np.ndarray,
     ) -> None:
         rows, pools = len(observations), len(self._manager.init_pools)
-        if len(last_actions) != rows or len(env_ids) != rows or (not first.all() and len(last_observations) < rows):
+        if (
+            len(last_actions) != rows
+            or len(env_ids) != rows
+            or (not first.all() and len(last_observations) < rows)
+        ):
             raise ValueError(
-                f'expected one last observation, last action and environment id for each of {rows} observations, got '
-                f'{len(last_observations)}, {len(last_actions)} and {len(env_ids)}'
+                f'expected one last observation, last action and environment id for each of {rows} '
+                f'observations, got {len(last_observations)}, {len(last_actions)} and {len(env_ids)}'
             )
         unknown = [env_id for env_id in env_ids if not 0 <= env_id < pools]
         if unknown or len(set(env_ids)) != rows:
@@ -122,7 +136,7 @@ class RootInference:
         latents = self._world_model.tokenizer.encode_to_obs_embeddings(observations)
         finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
         if not all(finite):
-            broken = [env_id for env_id, ok in zip(env_ids, finite) if not ok]
+            broken = [env_id for env_id, ok in zip(env_ids, finite, strict=True) if not ok]
             raise ValueError(
                 f'expected finite latent states, got nan or inf for environments {broken}; '
                 f'check their observations and the weights of the encoder. Nothing was stored'
@@ -132,14 +146,18 @@ class RootInference:
     def _check_finite(self, hidden: torch.Tensor, env_ids: Sequence[int]) -> None:
         finite = torch.isfinite(hidden).all(dim=1).tolist()
         if not all(finite):
-            broken = [env_id for env_id, ok in zip(env_ids, finite) if not ok]
+            broken = [env_id for env_id, ok in zip(env_ids, finite, strict=True) if not ok]
             raise RuntimeError(
                 f'expected finite predictions, got nan or inf at the roots of environments {broken}; '
                 f'check the weights of the world model. Nothing was stored'
             )
 
     def _load(
-        self, env_ids: Sequence[int], last_digests: list[int], first: np.ndarray, last_observations: torch.Tensor,
+        self,
+        env_ids: Sequence[int],
+        last_digests: list[int],
+        first: np.ndarray,
+        last_observations: torch.Tensor,
         timesteps: np.ndarray,
     ) -> Flight:
         slots = np.full(len(first), NO_SLOT, dtype=np.int64)
@@ -161,15 +179,16 @@ class RootInference:
             lengths = np.array([len(context.tokens) for context in contexts], dtype=np.int64)
             positions = np.array([context.next_position for context in contexts], dtype=np.int64)
             tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
-            kv = torch.empty_like(flight.buffer[:len(missed), :, :kept])
+            kv = torch.empty_like(flight.buffer[: len(missed), :, :kept])
             self._flights.recompute(tokens, lengths, positions, kv)
             flight.fill(np.array(missed), kv, lengths, positions)
-            for row, length in zip(missed, lengths.tolist()):
+            for row, length in zip(missed, lengths.tolist(), strict=True):
                 self._manager.count_rebuilt(length, roots=True, env_id=env_ids[row])
         return flight
 
     def _context(self, env_id: int, digest: int, observation: torch.Tensor, timestep: int) -> RootContext:
-        """The window that a missing root is computed from: the environment's, or the last observation alone."""
+        """The window that a missing root is computed from: the environment's, or the last observation
+        alone."""
         context = self.contexts.get(env_id, digest)
         if context is None:
             context = self.contexts.start(env_id, observation, digest, 2 * max(timestep - 1, 0) + 1)
@@ -191,8 +210,15 @@ class RootInference:
                 context.tokens.append(next(latents))
 
     def _remember(
-        self, env_ids: Sequence[int], first: np.ndarray, last_digests: list[int], last_actions: Sequence[Any],
-        observations: torch.Tensor, digests: list[int], flight: Flight, actions: torch.Tensor | None,
+        self,
+        env_ids: Sequence[int],
+        first: np.ndarray,
+        last_digests: list[int],
+        last_actions: Sequence[Any],
+        observations: torch.Tensor,
+        digests: list[int],
+        flight: Flight,
+        actions: torch.Tensor | None,
         latents: torch.Tensor,
     ) -> None:
         restored = []
@@ -215,7 +241,6 @@ class RootInference:
         return right_aligned(list(context.tokens), self._flights.window.kept)
 
 
-
 def is_first_step(action: Any) -> bool:
     """Whether ``action`` is the host's mark of a step that nothing came before: the number -1."""
     return np.ndim(action) == 0 and int(action) == NO_ACTION
@@ -224,5 +249,5 @@ def is_first_step(action: Any) -> bool:
 def right_aligned(tokens: Sequence[torch.Tensor], width: int) -> torch.Tensor:
     """Tokens, each ``[embed]``, at the end of ``[width, embed]``, zeros in front."""
     out = tokens[0].new_zeros(width, tokens[0].shape[-1])
-    out[width - len(tokens):] = torch.stack(list(tokens))
+    out[width - len(tokens) :] = torch.stack(list(tokens))
     return out

@@ -1,4 +1,6 @@
-"""Monte Carlo tree search over cached nodes: the host's tree, statistics and transforms, with nodes named by the search."""
+"""Monte Carlo tree search over cached nodes: the host's tree, statistics and transforms, with nodes named by
+the search."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -9,12 +11,19 @@ from lzero.policy import to_detach_cpu_numpy
 
 
 def cached_search(
-    mcts: Any, tree: Any, roots: Any, model: Any, latent_state_roots: np.ndarray, to_play: Any, timestep: Any = None
+    mcts: Any,
+    tree: Any,
+    roots: Any,
+    model: Any,
+    latent_state_roots: np.ndarray,
+    to_play: Any,
+    timestep: Any = None,
 ) -> None:
     """Run ``num_simulations`` simulations for a batch of prepared roots.
 
-    The host passes only latent states from one simulation to the next; here each child names its parent, so that equal
-    latents with different histories stay apart, no latent leaves the device, and positions need no search depth.
+    The host passes only latent states from one simulation to the next; here each child names its parent, so
+    that equal latents with different histories stay apart, no latent leaves the device, and positions need no
+    search depth.
 
     Args:
         mcts: the host's search object, for its configuration and its transform of value and reward logits.
@@ -40,8 +49,18 @@ def cached_search(
             for simulation in range(config.num_simulations):
                 results = tree.ResultsWrapper(num=rows)
                 players = to_play if config.env_type == 'not_board_games' else list(to_play)
-                arguments = [roots, config.pb_c_base, config.pb_c_init, config.discount_factor, bounds, results, players]
-                parents, _, actions, players = tree.batch_traverse(*arguments, *([continuous] if sampled else []))
+                arguments = [
+                    roots,
+                    config.pb_c_base,
+                    config.pb_c_init,
+                    config.discount_factor,
+                    bounds,
+                    results,
+                    players,
+                ]
+                parents, _, actions, players = tree.batch_traverse(
+                    *arguments, *([continuous] if sampled else [])
+                )
                 actions = torch.from_numpy(np.asarray(actions)).to(config.device)
                 output = nodes.expand(np.asarray(parents), actions if continuous else actions.long())
                 value, reward = (
@@ -51,8 +70,14 @@ def cached_search(
                 policy = to_detach_cpu_numpy(output.policy.squeeze(1))
                 check_finite(simulation, value=value, reward=reward, policy=policy)
                 tree.batch_backpropagate(
-                    simulation + 1, config.discount_factor, reward.tolist(), value.tolist(), policy.tolist(), bounds,
-                    results, players,
+                    simulation + 1,
+                    config.discount_factor,
+                    reward.tolist(),
+                    value.tolist(),
+                    policy.tolist(),
+                    bounds,
+                    results,
+                    players,
                 )
 
 
@@ -67,6 +92,6 @@ def check_finite(simulation: int, **predictions: np.ndarray) -> None:
         if not finite.all():
             broken = np.flatnonzero(~finite.reshape(len(rows), -1).all(axis=1)).tolist()
             raise RuntimeError(
-                f'expected finite predictions, got nan or inf in {name} of rows {broken} at simulation {simulation}; '
-                f'check the weights of the world model'
+                f'expected finite predictions, got nan or inf in {name} of rows {broken} at simulation '
+                f'{simulation}; check the weights of the world model'
             )

@@ -1,4 +1,5 @@
 """Which releases of LightZero the adapter knows."""
+
 from __future__ import annotations
 
 from importlib import metadata
@@ -23,7 +24,9 @@ def check_supported() -> str:
     version = installed_version()
     known = ', '.join(sorted(SUPPORTED))
     if version is None:
-        raise RuntimeError(f'expected LightZero {known}, found none; install it with: pip install "lzero-kv[lightzero]"')
+        raise RuntimeError(
+            f'expected LightZero {known}, found none; install it with: pip install "lzero-kv[lightzero]"'
+        )
     if version not in SUPPORTED:
         raise RuntimeError(
             f'expected LightZero {known}, found LightZero {version}, whose caches lzero_kv does not know; '

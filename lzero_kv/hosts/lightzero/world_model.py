@@ -1,4 +1,5 @@
 """LightZero's world model with the cache manager in place of its dictionaries and rings."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,15 +23,15 @@ from .legacy import Clearable
 from .nodes import SearchNodes
 from .roots import RootBatch, RootInference
 
-
 NodeObserver = Callable[[dict[str, Any]], None]
-"""Called once a simulation with the children: their number ``simulation``, ``parents`` (int64 ``[B]``), ``actions``, and the
-fields of :class:`StepOutputs`."""
+"""Called once a simulation with the children: their number ``simulation``, ``parents`` (int64 ``[B]``),
+``actions``, and the fields of :class:`StepOutputs`."""
 
 
 @dataclass
 class Engine:
-    """What serves inference while weights keep their dtype and device; made at the first use, never copied or saved."""
+    """What serves inference while weights keep their dtype and device; made at the first use, never copied or
+    saved."""
 
     manager: KVCacheManager
     flights: Flights
@@ -85,23 +86,33 @@ class KVWorldModel(WorldModel):
     def _make_manager(self) -> KVCacheManager:
         weight = self.transformer.ln_f.weight
         layout = KVLayout(
-            layers=self.num_layers, heads=self.num_heads, head_dim=self.embed_dim // self.num_heads,
-            tokens=Window(self.context_length).kept, dtype=weight.dtype, device=weight.device,
+            layers=self.num_layers,
+            heads=self.num_heads,
+            head_dim=self.embed_dim // self.num_heads,
+            tokens=Window(self.context_length).kept,
+            dtype=weight.dtype,
+            device=weight.device,
         )
         return KVCacheManager(
-            self.config, self._env_num, self.cache_config.enable_stats, layout=layout, cache_config=self.cache_config,
+            self.config,
+            self._env_num,
+            self.cache_config.enable_stats,
+            layout=layout,
+            cache_config=self.cache_config,
             num_simulations=self._num_simulations,
         )
 
     def expect(self, environments: int, num_simulations: int) -> None:
-        """Size the pools for a policy: all its collection and evaluation environments, its simulations per search.
+        """Size the pools for a policy: all its collection and evaluation environments, its simulations per
+        search.
 
         Raises:
             ValueError: the cache's configuration has no room for them.
         """
         self._env_num, self._num_simulations = environments, num_simulations
         self._engine = None
-        self._make_manager()  # allocates nothing; a configuration that cannot serve is refused here, not in training
+        # Allocates nothing; a configuration that cannot serve is refused here, not in the middle of a training.
+        self._make_manager()
 
     @contextmanager
     def serving(self, env_ids: Sequence[int]) -> Iterator[None]:
@@ -135,7 +146,10 @@ class KVWorldModel(WorldModel):
         engine = self.engine
         with self.clean_on_failure():
             roots, outputs = engine.roots.infer(
-                env_ids, obs_act_dict['obs'], obs_act_dict['action'], observations,
+                env_ids,
+                obs_act_dict['obs'],
+                obs_act_dict['action'],
+                observations,
                 timesteps_of(start_pos, len(observations)),
             )
         engine.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
@@ -145,8 +159,11 @@ class KVWorldModel(WorldModel):
 
     @torch.no_grad()
     def forward_recurrent_inference(
-        self, state_action_history: list[tuple[np.ndarray, torch.Tensor]], simulation_index: int = 0,
-        search_depth: Sequence[int] = (), start_pos: Any = 0,
+        self,
+        state_action_history: list[tuple[np.ndarray, torch.Tensor]],
+        simulation_index: int = 0,
+        search_depth: Sequence[int] = (),
+        start_pos: Any = 0,
     ) -> tuple[Any, ...]:
         """Recurrent inference for callers that name a parent by its latent state alone; as the host's.
 
@@ -165,7 +182,8 @@ class KVWorldModel(WorldModel):
     def begin_search(self, root_latents: np.ndarray, timestep: Any, num_simulations: int) -> SearchNodes:
         """Begin a search from the roots of the latest root inference.
 
-        Roots of anything else (reanalysis) begin with their latent state as their only history, all in one batch.
+        Roots of anything else (reanalysis) begin with their latent state as their only history, all in one
+        batch.
 
         Args:
             root_latents: ``[B, 1, embed]``.
@@ -196,17 +214,19 @@ class KVWorldModel(WorldModel):
         lengths = np.ones(rows, dtype=np.int64)
         next_positions = 2 * np.maximum(timesteps_of(timestep, rows), 0) + 1
         kv = latents.new_zeros(rows, 2 * layout.layers, kept, layout.embed_dim)
-        engine.flights.recompute(latents, lengths, next_positions, kv[:, :, kept - 1:])
+        engine.flights.recompute(latents, lengths, next_positions, kv[:, :, kept - 1 :])
         keys = [NodeKey(row, 0) for row in range(rows)]
         engine.manager.store(keys, kv, lengths, next_positions)
         return RootBatch(keys, latents, latents, lengths, next_positions)
 
     @contextmanager
     def clean_on_failure(self) -> Iterator[None]:
-        """Within the block a failure leaves no number behind that a later mask could not hide: 0 * nan is nan.
+        """Within the block a failure leaves no number behind that a later mask could not hide: 0 * nan is
+        nan.
 
-        What is refused (ValueError) was refused before anything was stored, and pools stay as they are. What fails on
-        the way (RuntimeError, such as nan from broken weights) empties them; environments stay in their episodes.
+        What is refused (ValueError) was refused before anything was stored, and pools stay as they are. What
+        fails on the way (RuntimeError, such as nan from broken weights) empties them; environments stay in
+        their episodes.
         """
         engine = self.engine
         try:
@@ -223,11 +243,14 @@ class KVWorldModel(WorldModel):
     def _blank(manager: KVCacheManager) -> None:
         slab = manager.slab
         if slab.bytes:
-            row = torch.zeros(manager.layout.batch_shape(1), dtype=manager.layout.dtype, device=manager.layout.device)
+            row = torch.zeros(
+                manager.layout.batch_shape(1), dtype=manager.layout.dtype, device=manager.layout.device
+            )
             slab.store(np.arange(slab.slots), row.expand(slab.slots, *row.shape[1:]))
 
     def clear_caches(self) -> None:
-        """Drop all keys and values, as after an update of the weights; environments stay in their episodes."""
+        """Drop all keys and values, as after an update of the weights; environments stay in their
+        episodes."""
         if self._engine is not None:
             self._engine.manager.clear_all()
             self._engine.roots.contexts.forget_tokens()
@@ -279,25 +302,32 @@ def check_world_model_config(config: Any) -> None:
             f'context_length={config.context_length}; write max_tokens=2 * max_blocks with more blocks'
         )
     if config.tokens_per_block != 2:
-        problems.append(f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)')
+        problems.append(
+            f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)'
+        )
     if config.get('cache_validation_mode', False):
         problems.append(
-            f'cache_validation_mode={config.cache_validation_mode!r}: this release has no validation mode yet; '
-            f'write cache_validation_mode=False'
+            f'cache_validation_mode={config.cache_validation_mode!r}: this release has no validation mode '
+            f'yet; write cache_validation_mode=False'
         )
     if problems:
-        raise ValueError('world_model_cfg does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems))
+        raise ValueError(
+            'world_model_cfg does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems)
+        )
 
 
 def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
-    """The host's ``timestep`` or ``start_pos`` (a number, a list, an array, tensors in a list) as int64 ``[rows]``.
+    """The host's ``timestep`` or ``start_pos`` (a number, a list, an array, tensors in a list) as int64
+    ``[rows]``.
 
-    Reanalysis gives ``[sequences, unrolled steps]`` and leaves out the last step of each sequence, which follows the one
-    before it.
+    Reanalysis gives ``[sequences, unrolled steps]`` and leaves out the last step of each sequence, which
+    follows the one before it.
     """
     if start_pos is None:
         return np.full(rows, -1, dtype=np.int64)
-    values = np.asarray([np.asarray(value, dtype=np.float64) for value in start_pos] if np.ndim(start_pos) else start_pos)
+    values = np.asarray(
+        [np.asarray(value, dtype=np.float64) for value in start_pos] if np.ndim(start_pos) else start_pos
+    )
     values = values.astype(np.int64)
     if values.ndim >= 2 and values.size != rows:
         values = values.reshape(values.shape[0], -1)
@@ -319,13 +349,15 @@ def check_finite_latents(latents: np.ndarray | torch.Tensor) -> None:
     finite = torch.isfinite(torch.as_tensor(latents)).flatten(1).all(dim=1)
     if not finite.all():
         raise ValueError(
-            f'expected finite latent states, got nan or inf in rows {(~finite).nonzero().flatten().tolist()}; '
-            f'check the observations and the weights of the encoder. Nothing was stored'
+            f'expected finite latent states, got nan or inf in rows '
+            f'{(~finite).nonzero().flatten().tolist()}; check the observations and the weights of the encoder. Nothing was stored'
         )
 
 
 def same_latents(latents: torch.Tensor, given: np.ndarray) -> bool:
     """Whether the host passes back the latent states of the latest root inference."""
     return latents.shape[0] == len(given) and bool(
-        np.array_equal(latents.detach().cpu().numpy().reshape(len(given), -1), np.asarray(given).reshape(len(given), -1))
+        np.array_equal(
+            latents.detach().cpu().numpy().reshape(len(given), -1), np.asarray(given).reshape(len(given), -1)
+        )
     )
