@@ -70,7 +70,7 @@ class Console:
             return
         latest = output[-1].strip() if output else ''
         width = shutil.get_terminal_size().columns - 1
-        line = f'  {self.title:<62}{time.monotonic() - self.started:5.0f} s  {latest}'
+        line = f'  {self.title:<62}{time.monotonic() - self.started:7.0f} s  {latest}'
         self.stream.write('\r\x1b[K' + line[:width])
         self.stream.flush()
 

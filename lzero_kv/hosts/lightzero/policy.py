@@ -87,6 +87,10 @@ class KVPolicy(UniZeroPolicy):
     or is missing, and shares it between collection and evaluation.
     """
 
+    _cfg: Any
+    _model: Any
+    _target_model: Any
+
     def engage(self) -> None:
         """Size the cache for this policy's environments and searches."""
         collectors, evaluators = int(self._cfg.collector_env_num), int(self._cfg.evaluator_env_num)
@@ -105,9 +109,8 @@ class KVPolicy(UniZeroPolicy):
         return {'acting': self._model.world_model, 'reanalysis': self._target_model.world_model}
 
     def _get_kv_world_models(self) -> dict[str, KVWorldModel]:
-        return (
-            self.kv_world_models
-        )  # the way the host's mode functions (collect_mode.get_attribute) ask for it
+        # The host's mode functions (collect_mode.get_attribute) ask for an attribute by this name.
+        return self.kv_world_models
 
     def _forward_collect(
         self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any

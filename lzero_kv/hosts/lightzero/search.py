@@ -67,7 +67,7 @@ def cached_search(
                     to_detach_cpu_numpy(mcts.inverse_scalar_transform_handle(logits.squeeze(1))).reshape(-1)
                     for logits in (output.value, output.reward)
                 )
-                policy = to_detach_cpu_numpy(output.policy.squeeze(1))
+                policy = np.asarray(to_detach_cpu_numpy(output.policy.squeeze(1)))
                 check_finite(simulation, value=value, reward=reward, policy=policy)
                 tree.batch_backpropagate(
                     simulation + 1,

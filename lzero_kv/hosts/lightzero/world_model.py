@@ -111,7 +111,7 @@ class KVWorldModel(WorldModel):
         """
         self._env_num, self._num_simulations = environments, num_simulations
         self._engine = None
-        # Allocates nothing; a configuration that cannot serve is refused here, not in the middle of a training.
+        # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
         self._make_manager()
 
     @contextmanager
@@ -350,7 +350,8 @@ def check_finite_latents(latents: np.ndarray | torch.Tensor) -> None:
     if not finite.all():
         raise ValueError(
             f'expected finite latent states, got nan or inf in rows '
-            f'{(~finite).nonzero().flatten().tolist()}; check the observations and the weights of the encoder. Nothing was stored'
+            f'{(~finite).nonzero().flatten().tolist()}; check the observations and the weights of the '
+            f'encoder. Nothing was stored'
         )
 
 
