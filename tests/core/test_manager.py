@@ -168,6 +168,8 @@ def test_the_summary_has_numbers_only():
     made.count_rebuilt(6, roots=True)
     made.count_rebuilt(3, roots=True, env_id=1)
     made.count_rebuilt(5, roots=False)
+    made.count_window(8, env_id=2)
+    made.count_window(7)
     summary = made.get_stats_summary()
     assert summary.pop('stats_enabled') is True
     assert set(summary) == {'init_pools', 'recur_pool', 'wm_pool', 'roots', 'nodes', 'total'}
@@ -175,6 +177,7 @@ def test_the_summary_has_numbers_only():
     assert all(type(number) in (int, float) for number in numbers_in(summary))
     assert summary['nodes'] == summary['recur_pool']
     assert [summary[name]['rebuilt_tokens'] for name in ('roots', 'nodes', 'total')] == [9, 5, 14]
+    assert [summary[name]['window_tokens'] for name in ('roots', 'nodes', 'total')] == [8, 7, 15]
     assert [summary[name]['entries'] for name in ('roots', 'nodes', 'total')] == [2, 2, 4]
     assert [summary[name]['capacity'] for name in ('roots', 'nodes', 'total')] == [4, 48, 52]
     assert [summary[name]['bytes'] for name in ('roots', 'nodes', 'total')] == [

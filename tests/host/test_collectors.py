@@ -128,27 +128,24 @@ def test_a_training_step_on_reanalysed_data(task: str, ratio: float) -> None:
 def test_the_whole_buffer_is_reanalysed(task: str) -> None:
     """As the host's segment training does between updates: new visits, with the actions that they belong
     to."""
-    sizes = dict(reanalyze_batch_size=3, reanalyze_partition=1.0, reanalyze_ratio=0)
+    sizes = dict(reanalyze_batch_size=4, reanalyze_partition=0.75, reanalyze_ratio=0)
     policy = task_policy(task, **{**TWO_ENVIRONMENTS, 'policy': TWO_ENVIRONMENTS['policy'] | sizes})
     with Workers(policy, task, 'segment', 'base') as workers:
         segments = workers.collect()
     buffer = filled_buffer(task, policy, segments)
     before = [np.array(segment.child_visit_segment) for segment in segments[0]]
-    actions = (
-        [np.array(segment.root_sampled_actions) for segment in segments[0]] if task == 'pendulum' else []
-    )
-    buffer.reanalyze_buffer(3, policy)
-    moved = [
-        (np.array(segment.child_visit_segment) != old).any(1) for segment, old in zip(segments[0], before)
-    ]
-    assert sum(map(sum, moved)) > 0
-    for segment in segments[0]:
-        np.testing.assert_allclose(np.array(segment.child_visit_segment).sum(axis=1), 1.0)
-    for segment, old, renewed in zip(segments[0], actions, moved):
-        new = np.array(segment.root_sampled_actions)
-        assert new.shape == old.shape
-        drawn = (new != old).any(axis=(1, 2))
-        assert drawn[renewed[: len(drawn)]].all() if len(drawn) else True
+    drawn_before = [np.array(segment.root_sampled_actions) for segment in segments[0] if task == 'pendulum']
+    buffer.reanalyze_buffer(4, policy)
+    after = [np.array(segment.child_visit_segment) for segment in segments[0]]
+    renewed = [(old != new).any(axis=1) for old, new in zip(before, after, strict=True)]
+    assert sum(map(sum, renewed)) > 0
+    for visits in after:
+        np.testing.assert_allclose(visits.sum(axis=1), 1.0)
+    if task == 'pendulum':
+        for segment, old, rows in zip(segments[0], drawn_before, renewed, strict=True):
+            new = np.array(segment.root_sampled_actions)
+            assert new.shape == old.shape
+            assert (new != old).any(axis=(1, 2))[rows[: len(new)]].all()
 
 
 class Watch:
@@ -250,9 +247,11 @@ def test_reanalysed_targets_are_those_of_searching_each_root_alone(task: str, wi
     model = policy._target_model
     watch = Watch(unwrapped_target(policy))
     with precision(torch.float64), repeatable(*host_trees()):
-        with replaced(np.random, 'dirichlet', watch.dirichlet):
-            with replaced(watch.model, 'initial_inference', watch.initial_inference):
-                batch, targets = buffer.sample(policy._cfg.batch_size, policy)
+        with (
+            replaced(np.random, 'dirichlet', watch.dirichlet),
+            replaced(watch.model, 'initial_inference', watch.initial_inference),
+        ):
+            batch, targets = buffer.sample(policy._cfg.batch_size, policy)
         visits, sampled = slow_searches(watch, buffer, policy.inverse_scalar_transform_handle, window)
     assert model.world_model.kv_cache_manager.stats_snapshot()['nodes'].misses == 0
     sequences, steps = buffer.reanalyze_num, policy._cfg.num_unroll_steps + 1
@@ -262,10 +261,8 @@ def test_reanalysed_targets_are_those_of_searching_each_root_alone(task: str, wi
     expected = visits / visits.sum(axis=1, keepdims=True)
     assert np.array_equal(reanalysed[~outside], expected[~outside])
     if task == 'pendulum':
-        np.testing.assert_allclose(
-            batch[2][:sequences].reshape(sequences * steps, -1), np.array(sampled).reshape(sequences * steps, -1),
-            rtol=0, atol=1e-6,
-        )  # fmt: skip
+        actions = batch[2][:sequences].reshape(sequences * steps, -1)
+        np.testing.assert_allclose(actions, np.array(sampled).reshape(actions.shape), rtol=0, atol=1e-6)
 
 
 def unwrapped_target(policy: Any) -> Any:

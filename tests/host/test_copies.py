@@ -42,9 +42,14 @@ def first_answer(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, to
         [(root.latent_state.numpy(), torch.tensor([1, 3]))], 0, [1, 1], timesteps
     )
     return dict(
-        latent=root.latent_state, policy=root.policy_logits, value=root.value, child_latent=child.latent_state,
-        child_reward=child.reward, child_policy=child.policy_logits, child_value=child.value,
-    )  # fmt: skip
+        latent=root.latent_state,
+        policy=root.policy_logits,
+        value=root.value,
+        child_latent=child.latent_state,
+        child_reward=child.reward,
+        child_policy=child.policy_logits,
+        child_value=child.value,
+    )
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:

@@ -193,7 +193,7 @@ def test_a_stock_model_is_refused_by_a_policy_with_the_flag() -> None:
     config = copy.deepcopy(stock._cfg)
     config.model.world_model_cfg.use_new_cache_manager = True
     before = host_attributes()
-    with pytest.raises(RuntimeError, match='expected a model that was built after lzero_kv.install'):
+    with pytest.raises(RuntimeError, match=r'expected a model that was built after lzero_kv\.install'):
         type(stock)(config, model=collect_model(stock), enable_field=['learn', 'collect', 'eval'])
     assert changed(before, host_attributes()) == set()
 

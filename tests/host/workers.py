@@ -120,7 +120,8 @@ class Workers:
             return infer(env_ids, *arguments)
 
         with (
-            replaced(roots, 'infer', watched_infer), self._ends(self.collect_envs, 0),
+            replaced(roots, 'infer', watched_infer),
+            self._ends(self.collect_envs, 0),
             self._ends(self.eval_envs, self.policy._cfg.collector_env_num),
         ):
             yield

@@ -209,14 +209,16 @@ class KVWorldModel(WorldModel):
     def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any) -> RootBatch:
         """Store histories of one observation each, all computed in one batch."""
         engine, rows = self.engine, len(root_latents)
-        layout, kept = engine.manager.layout, engine.flights.window.kept
+        layout = engine.manager.layout
+        # Long windows of thousands of reanalysed roots would not fit in memory, and hold one token each.
+        width = engine.flights.window.kept if engine.flights.host_padding else 1
         latents = torch.as_tensor(root_latents).to(layout.device, layout.dtype).reshape(rows, 1, -1)
         lengths = np.ones(rows, dtype=np.int64)
         next_positions = 2 * np.maximum(timesteps_of(timestep, rows), 0) + 1
-        kv = latents.new_zeros(rows, 2 * layout.layers, kept, layout.embed_dim)
-        engine.flights.recompute(latents, lengths, next_positions, kv[:, :, kept - 1 :])
+        kv = latents.new_zeros(rows, 2 * layout.layers, width, layout.embed_dim)
+        engine.flights.recompute(latents, lengths, next_positions, kv[:, :, width - 1 :])
         keys = [NodeKey(row, 0) for row in range(rows)]
-        engine.manager.store(keys, kv, lengths, next_positions)
+        engine.manager.store(keys, kv, lengths, next_positions, newest=width)
         return RootBatch(keys, latents, latents, lengths, next_positions)
 
     @contextmanager
