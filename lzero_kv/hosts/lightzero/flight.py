@@ -186,6 +186,8 @@ class Flight:
         if not overflow.any():
             return
         if flights.exact_window:
+            if window_tokens is None:
+                raise RuntimeError('a rebuilt window needs its raw tokens; pass window_tokens')
             self._rebuild(np.flatnonzero(overflow), window_tokens)
         elif shift is not None and overflow.all():
             self.kept += shift

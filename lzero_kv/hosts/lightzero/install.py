@@ -118,8 +118,8 @@ def _replace_searches() -> None:
     """Send searches over a caching world model to ours; all others run the host's."""
     if _hot_seams:
         return
-    from lzero.mcts.ctree.ctree_muzero import mz_tree
-    from lzero.mcts.ctree.ctree_sampled_muzero import smz_tree
+    from lzero.mcts.ctree.ctree_muzero import mz_tree  # type: ignore[attr-defined]
+    from lzero.mcts.ctree.ctree_sampled_muzero import smz_tree  # type: ignore[attr-defined]
     from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
     from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree
 

@@ -50,10 +50,9 @@ class SearchNodes:
         self._lengths = np.zeros((simulations + 1, rows), dtype=np.int64)
         self._lengths[ROOT] = roots.lengths
         # Where windows are rebuilt: the columns of ``_tokens`` that each node's window shows, newest last.
-        self._windows = (
-            np.zeros((simulations + 1, rows, kept), dtype=np.int32) if flights.exact_window else None
-        )
-        if self._windows is not None:
+        recorded = simulations + 1 if flights.exact_window else 0
+        self._windows = np.zeros((recorded, rows, kept), dtype=np.int32)
+        if self._flights.exact_window:
             self._windows[ROOT, :, kept - width :] = np.arange(width)
         self.expanded = 0
 
@@ -117,7 +116,7 @@ class SearchNodes:
         Returns:
             ``[N, 2 * layers, kept, embed]``, and the lengths and next positions (int64 ``[N]``).
         """
-        if self._windows is not None:
+        if self._flights.exact_window:
             next_positions = self._roots.next_positions[rows] + 2 * self._depths(rows, nodes)
             return self._recompute(
                 self._window_tokens(rows, nodes), self._lengths[nodes, rows], next_positions
@@ -197,7 +196,7 @@ class SearchNodes:
         self._parents[simulation] = parents
         self._tokens[:, first] = action
         self._tokens[:, first + 1] = latent
-        if self._windows is not None:
+        if self._flights.exact_window:
             own = np.broadcast_to(np.array([first, first + 1], dtype=np.int32), (len(parents), 2))
             shown = np.concatenate([self._windows[parents, self._rows], own], axis=1)
             self._windows[simulation] = shown[:, 2:]

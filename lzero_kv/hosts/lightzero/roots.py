@@ -88,12 +88,11 @@ class RootInference:
         hidden = flight.append(latents[:, 0])
         self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._world_model, hidden)
-        self._remember(
+        contexts = self._remember(
             env_ids, first, last_digests, last_actions, observations, digests, flight, actions, latents
         )
-        tokens = torch.stack(
-            [self._window_tokens(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
-        )
+        kept = self._flights.window.kept
+        tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
         keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
         for env_id in env_ids:
             self._manager.init_pools[env_id].clear()  # a root's predecessor is never asked for again
@@ -220,12 +219,14 @@ class RootInference:
         flight: Flight,
         actions: torch.Tensor | None,
         latents: torch.Tensor,
-    ) -> None:
+    ) -> list[RootContext]:
+        """Extend every environment's window by this step; the windows, one per row."""
         restored = []
         for row, env_id in enumerate(env_ids):
             if not first[row] and (context := self.contexts.get(env_id, last_digests[row])) is not None:
                 restored.append(context)
         self._restore_tokens(restored)
+        contexts = []
         for row, env_id in enumerate(env_ids):
             if first[row]:
                 context = self.contexts.start(
@@ -233,12 +234,11 @@ class RootInference:
                 )
             else:
                 context = self.contexts.extend(env_id, last_actions[row], observations[row], digests[row])
-                context.tokens.append(actions[row])
+                if actions is not None:
+                    context.tokens.append(actions[row])
             context.tokens.append(latents[row, 0])
-
-    def _window_tokens(self, env_id: int, digest: int) -> torch.Tensor:
-        context = self.contexts.get(env_id, digest)
-        return right_aligned(list(context.tokens), self._flights.window.kept)
+            contexts.append(context)
+        return contexts
 
 
 def is_first_step(action: Any) -> bool:
