@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from .repeatable_tree import unsupported_reason
 
@@ -35,3 +36,5 @@ def quiet_host() -> None:
     import lzero.model.unizero_model  # noqa: F401
 
     logging.getLogger().setLevel(logging.WARNING)
+    # Threads wait for each other on few cores; and sums in another order are other sums.
+    torch.set_num_threads(1)
