@@ -14,9 +14,9 @@ from .families import FAMILIES
 from .models import make_policy
 
 VIEWS = {
-    'alias', 'as_strided', 'detach', 'expand', 'permute', 'select', 'slice', 'split', 'squeeze', 't', 'transpose',
-    'unbind', 'unsqueeze', 'view', '_unsafe_view',
-}  # fmt: skip
+    *('alias', 'as_strided', 'detach', 'expand', 'permute', 'select', 'slice', 'split', 'squeeze', 't'),
+    *('transpose', 'unbind', 'unsqueeze', 'view', '_unsafe_view'),
+}
 CACHE = {
     'index_select',
     'index_copy_',
