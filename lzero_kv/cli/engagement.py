@@ -98,7 +98,7 @@ def _world_model_check(call: TrainingCall) -> Check:
     from ding.utils import POLICY_REGISTRY, deep_merge_dicts
     from easydict import EasyDict
 
-    from lzero_kv.hosts.lightzero.world_model import check_world_model_config
+    from lzero_kv.hosts.lightzero.inputs import check_world_model_config
 
     policy = call.create_config['policy']['type']
     importlib.import_module(f'lzero.policy.{policy}')
