@@ -132,6 +132,7 @@ class Chart:
 CHARTS = (
     Chart('hit rate', 'hit_rate'),
     Chart('rebuilt tokens', 'rebuilt_tokens'),
+    Chart('tokens of moved windows', 'window_tokens'),
     Chart('evictions', 'evictions'),
     Chart('occupancy', 'occupancy'),
     Chart('memory in bytes', 'bytes', ('roots', 'nodes', 'reanalysis', 'total')),
