@@ -22,9 +22,9 @@ class KVCacheConfig(BaseModel):
     used, or the one of lowest priority (visit counts)."""
     window: Literal['auto', 'shift', 'rebuild'] = 'auto'
     """What happens to a full context window when its oldest step leaves. 'rebuild' computes the kept tokens
-    anew, which is exact; 'shift' keeps their keys and values and corrects the learned positions as the host
-    does, which is approximate (rotary positions need no correction). 'auto' rebuilds where a correction would
-    be needed, and shifts for rotary positions and with padding='host'."""
+    anew, without what was dropped: exact, and as in training, whose sequences begin at their first token.
+    'shift' keeps their keys and values, which still know the dropped step, and corrects learned positions as
+    the host does, which is approximate. 'auto' rebuilds, and shifts with padding='host'."""
     padding: Literal['masked', 'host'] = 'masked'
     """How histories of different length share a batch: 'masked' hides the padding from attention, 'host' pads
     with visible zeros as the host does, for comparison with published runs."""

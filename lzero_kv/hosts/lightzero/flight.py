@@ -30,9 +30,7 @@ class Flights:
         self.transformer = world_model.transformer
         self.host_padding = config.padding == 'host'
         rotary = world_model.config.rotary_emb
-        self.exact_window = config.window == 'rebuild' or (
-            config.window == 'auto' and not rotary and not self.host_padding
-        )
+        self.exact_window = config.window == 'rebuild' or (config.window == 'auto' and not self.host_padding)
         self._learned = None if rotary else world_model.pos_emb
         self._buffer: torch.Tensor | None = None
 
