@@ -32,9 +32,9 @@ def test_every_panel_shows_every_pool(tmp_path: Path, reanalysis: bool) -> None:
     assert picture.shape[0] > 1000
     assert picture.shape[1] > 900
     assert {pool: panels_with(picture, pool) for pool in LINES} == {
-        'roots': 5,
-        'nodes': 5,
-        'reanalysis': 5 if reanalysis else 0,
+        'roots': len(CHARTS),
+        'nodes': len(CHARTS),
+        'reanalysis': len(CHARTS) if reanalysis else 0,
         'total': 1,
     }
 
