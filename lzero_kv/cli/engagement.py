@@ -10,9 +10,9 @@ from typing import Any
 from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig
+from lzero_kv.hosts.lightzero.install import FLAG
 
 PLUGIN = 'lzero_kv.plugin'
-FLAG = 'use_new_cache_manager'
 ENTRIES = ('train_unizero', 'train_unizero_segment')
 SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
 POLICIES = ('unizero', 'sampled_unizero')

@@ -223,24 +223,13 @@ def begin(caller: Caller) -> Any:
     return caller.child(first.latent_state, [4, 1], 1)
 
 
-@pytest.mark.parametrize('name', BAD_ROOTS)
-def test_a_bad_root_inference_is_refused_and_changes_nothing(name: str) -> None:
-    bad, caller, undisturbed = BAD_ROOTS[name], new_caller(), new_caller()
-    answer, expected = begin(caller), begin(undisturbed)
-    before = caller.state()
-    with pytest.raises(bad.error, match=bad.message):
-        bad.call(caller, answer)
-    assert caller.state() == before
-    assert_same(
-        caller.child(answer.latent_state, [2, 2], 2),
-        undisturbed.child(expected.latent_state, [2, 2], 2),
-    )
-    assert_same(caller.root(), undisturbed.root())
-
-
-@pytest.mark.parametrize('name', BAD_CHILDREN)
-def test_a_bad_recurrent_inference_is_refused_and_changes_nothing(name: str) -> None:
-    bad, caller, undisturbed = BAD_CHILDREN[name], new_caller(), new_caller()
+@pytest.mark.parametrize(
+    'bad',
+    [*BAD_ROOTS.values(), *BAD_CHILDREN.values()],
+    ids=[*(f'root: {name}' for name in BAD_ROOTS), *(f'child: {name}' for name in BAD_CHILDREN)],
+)
+def test_a_bad_inference_is_refused_and_changes_nothing(bad: BadCall) -> None:
+    caller, undisturbed = new_caller(), new_caller()
     answer, expected = begin(caller), begin(undisturbed)
     before = caller.state()
     with pytest.raises(bad.error, match=bad.message):

@@ -89,7 +89,7 @@ class RootInference:
         self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._world_model, hidden)
         contexts = self._remember(
-            env_ids, first, last_digests, last_actions, observations, digests, flight, actions, latents
+            env_ids, first, last_actions, observations, digests, flight, actions, latents
         )
         kept = self._flights.window.kept
         tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
@@ -212,7 +212,6 @@ class RootInference:
         self,
         env_ids: Sequence[int],
         first: np.ndarray,
-        last_digests: list[int],
         last_actions: Sequence[Any],
         observations: torch.Tensor,
         digests: list[int],
@@ -221,11 +220,6 @@ class RootInference:
         latents: torch.Tensor,
     ) -> list[RootContext]:
         """Extend every environment's window by this step; the windows, one per row."""
-        restored = []
-        for row, env_id in enumerate(env_ids):
-            if not first[row] and (context := self.contexts.get(env_id, last_digests[row])) is not None:
-                restored.append(context)
-        self._restore_tokens(restored)
         contexts = []
         for row, env_id in enumerate(env_ids):
             if first[row]:
