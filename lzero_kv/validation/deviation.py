@@ -1,0 +1,70 @@
+"""How far two tensors are apart, and whether rounding explains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a tensor is from another of the same shape.
+
+    Attributes:
+        largest: largest absolute difference; infinite where shapes differ or one is not finite.
+        mean: mean absolute difference.
+        layer: layer of the largest difference where the tensors are keys and values ``[2 * layers, ...]``.
+        excess: largest ``|a - b| / (atol + rtol |b|)``: above 1 the tolerance does not explain it.
+    """
+
+    largest: float = 0.0
+    mean: float = 0.0
+    layer: int | None = None
+    excess: float = 0.0
+
+    @property
+    def within(self) -> bool:
+        """Whether the tolerance explains the difference."""
+        return self.excess <= 1.0
+
+    def __or__(self, other: Deviation) -> Deviation:
+        """The one that exceeds its tolerance more."""
+        return other if other.excess > self.excess else self
+
+
+MISMATCH = Deviation(float('inf'), float('inf'), None, float('inf'))
+"""Of tensors that cannot be compared: other shapes, or nothing there."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``|a - b| <= atol + rtol |b|``, as ``torch.allclose`` has it; the default asks for equality."""
+
+    atol: float = 0.0
+    rtol: float = 0.0
+
+    def deviation(self, a: torch.Tensor | None, b: torch.Tensor | None, *, kv: bool = False) -> Deviation:
+        """How far ``a`` is from ``b``.
+
+        Args:
+            a, b: of one shape and dtype; None for what is not there.
+            kv: the leading axis is k_0, v_0, k_1, v_1, ...: the layer is reported.
+        """
+        if a is None or b is None:
+            return Deviation() if a is b else MISMATCH
+        if a.shape != b.shape:
+            return MISMATCH
+        if not a.numel():
+            return Deviation()
+        distance = (a - b).abs().double()
+        if not bool(torch.isfinite(distance).all()):
+            return MISMATCH
+        allowed = self.atol + self.rtol * b.abs().double()
+        excess = torch.where(distance == 0, 0.0, distance / allowed)
+        layer = int(distance.flatten(1).amax(1).argmax()) // 2 if kv else None
+        return Deviation(float(distance.max()), float(distance.mean()), layer, float(excess.max()))
+
+    def close(self, a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+        """Whether the tolerance explains every difference."""
+        return self.deviation(a, b).within
