@@ -1,4 +1,8 @@
-"""The command `lzero-kv`: `report` shows a log, `doctor` checks an installation and a config."""
+"""The command `lzero-kv`.
+
+`report` shows a log, `doctor` checks an installation and a config, `validate` runs a config with both systems
+side by side, `explain` reads what a validation saved.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,11 @@ from collections.abc import Sequence
 
 import tyro
 
+from lzero_kv.cli.console import show_error
 from lzero_kv.cli.doctor import doctor
+from lzero_kv.cli.explain import explain
 from lzero_kv.cli.report import report
+from lzero_kv.cli.validate import validate_with
 
 __all__ = ['main']
 
@@ -17,12 +24,30 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     Args:
-        args: the arguments after the command's name; None takes those of the process.
+        args: the arguments after the command's name; None takes those of the process. What follows `--` is
+            the command line of the config that `validate` runs.
     """
-    commands = {'report': report, 'doctor': doctor}
+    own, of_config = _parted(list(sys.argv[1:] if args is None else args))
+    if of_config and own[:1] != ['validate']:
+        show_error(f'only validate takes arguments of a config after --, got {" ".join(of_config)}')
+        return 2
+    commands = {
+        'report': report,
+        'doctor': doctor,
+        'validate': validate_with(of_config),
+        'explain': explain,
+    }
     return tyro.extras.subcommand_cli_from_dict(
         commands,
         prog='lzero-kv',
         description='See and check the KV cache of a LightZero UniZero training.',
-        args=list(sys.argv[1:] if args is None else args),
+        args=own,
     )
+
+
+def _parted(args: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and what after it."""
+    if '--' not in args:
+        return args, []
+    place = args.index('--')
+    return args[:place], args[place + 1 :]

@@ -11,6 +11,7 @@ from lzero_kv.cli.console import show_error, show_line, show_table
 from lzero_kv.telemetry.metrics import Axis
 from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run
 from lzero_kv.telemetry.table import statistics_table
+from lzero_kv.telemetry.validation import validation_table
 
 PLOT_NAME = 'kv_cache.png'
 NOT_ENGAGED = (
@@ -29,8 +30,9 @@ def report(
     """Print the statistics of a training's KV cache and write them as a plot.
 
     The first table adds the counters up over the whole run (entries, occupancy and bytes are those of the
-    end), the second shows the last point alone. The plot shows hit rate, rebuilt tokens, evictions, occupancy
-    and memory over environment steps. With several runs below LOGDIR every one is reported, each plot in its
+    end), the second shows the last point alone; where validation was on, a third says what it found. The plot
+    shows hit rate, rebuilt tokens, evictions, occupancy and memory over environment steps, and the counts and
+    differences of a validation. With several runs below LOGDIR every one is reported, each plot in its
     own experiment folder.
 
     Args:
@@ -83,4 +85,6 @@ def _show(run: RunLog, path: Path) -> None:
     show_line(f'log: {run.folder}, {step:,} environment steps, {iteration:,} training iterations')
     show_table(statistics_table(run.totals(), 'Whole run'))
     show_table(statistics_table(run.last(), 'Last point'))
+    if validation := run.validation():
+        show_table(validation_table({'total': validation}, 'Validation of the whole run'))
     show_line(f'plot: {plot_run(run, path)}')

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,11 +19,19 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingCall:
-    """What a config file hands to LightZero: the entry's name, the main config and the create config."""
+    """What a config file hands to LightZero.
+
+    Attributes:
+        entry: the entry's name, such as train_unizero.
+        config: the main config.
+        create_config: the create config.
+        options: every other argument that was given, by the name of its parameter (seed, max_env_step, ...).
+    """
 
     entry: str
     config: Mapping[str, Any]
     create_config: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Reached(BaseException):
@@ -35,8 +44,8 @@ class _Reached(BaseException):
         self.call = call
 
 
-def training_call(path: Path) -> TrainingCall:
-    """Run a file as `python PATH` without arguments and return the call with which it would start to train.
+def training_call(path: Path, arguments: Sequence[str] = ()) -> TrainingCall:
+    """Run a file as `python PATH ARGUMENTS` and return the call with which it would start to train.
 
     LightZero's configs build their dictionaries at import or in a `main` with arguments of its own, so only
     running one tells what it says. What the file prints is dropped.
@@ -47,7 +56,7 @@ def training_call(path: Path) -> TrainingCall:
     if not path.is_file():
         raise ConfigError(f'{path} is no file; give a config file that LightZero can run')
     argv, search_path = sys.argv, list(sys.path)
-    sys.argv = [str(path)]
+    sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.resolve().parent))
     sink = io.StringIO()
     try:
@@ -56,7 +65,9 @@ def training_call(path: Path) -> TrainingCall:
     except _Reached as reached:
         return reached.call
     except SystemExit as end:
-        raise ConfigError(f'{path} exited with code {end.code} before it called a training entry') from end
+        raise ConfigError(
+            f'{path} exited with code {end.code} before it called a training entry{_last_words(sink)}'
+        ) from end
     except ConfigError:
         raise
     except Exception as error:
@@ -65,6 +76,12 @@ def training_call(path: Path) -> TrainingCall:
         sys.argv = argv
         sys.path[:] = search_path
     raise ConfigError(f'{path} ended without calling a training entry such as lzero.entry.train_unizero')
+
+
+def _last_words(sink: io.StringIO) -> str:
+    """The last line that a file printed, which for a wrong argument says which."""
+    lines = sink.getvalue().strip().splitlines()
+    return f': {lines[-1].strip()}' if lines else ''
 
 
 @contextlib.contextmanager
@@ -80,20 +97,26 @@ def _entries_replaced() -> Iterator[None]:
             for owner in (lzero.entry, sys.modules.get(f'lzero.entry.{name}')):
                 if owner is not None and callable(original):
                     replaced.append((owner, name, getattr(owner, name)))
-                    setattr(owner, name, _reporter(name))
+                    setattr(owner, name, _reporter(name, original))
         yield
     finally:
         for owner, name, original in replaced:
             setattr(owner, name, original)
 
 
-def _reporter(entry: str) -> Callable[..., NoReturn]:
+def _reporter(entry: str, original: Callable[..., Any]) -> Callable[..., NoReturn]:
+    parameters = inspect.signature(original)
+
     def report(*args: Any, **kwargs: Any) -> NoReturn:
-        given = args[0] if args else kwargs.get('input_cfg')
+        try:
+            options = dict(parameters.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise ConfigError(f'{entry} cannot be called like that: {error}') from error
+        given = options.pop('input_cfg', None)
         if not isinstance(given, (list, tuple)) or len(given) != 2:
             raise ConfigError(
                 f'{entry} must be called with [main_config, create_config], got {type(given).__name__}'
             )
-        raise _Reached(TrainingCall(entry, given[0], given[1]))
+        raise _Reached(TrainingCall(entry, given[0], given[1], options))
 
     return report

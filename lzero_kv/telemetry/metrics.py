@@ -1,9 +1,10 @@
-"""The one home of metric names, pool names, tags and the dashboard layout.
+"""The one home of metric names, pool names, tags and charts.
 
 A tag is `<axis>/<pool>/<metric>`: `kv_cache_step/roots/hit_rate` is the hit rate of the root pools over
 environment steps, `kv_cache_iter/roots/hit_rate` the same numbers over training iterations. The two axes are
 separate tags because TensorBoard draws a tag against one step only; LightZero's own charts follow the same
-habit (`collector_step`, `collector_iter`).
+habit (`collector_step`, `collector_iter`). Where validation is on, `kv_cache_step/validation/<metric>` stands
+beside the pools.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
+
+from lzero_kv.validation.causes import Cause, Fault
 
 
 class Axis(Enum):
@@ -36,6 +39,7 @@ class Unit(Enum):
     ENTRIES = 'entries'
     FRACTION = 'fraction'
     BYTES = 'bytes'
+    DIFFERENCE = 'difference'  # of keys, values, latents or predictions; no fixed number of digits fits
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,75 @@ POOLS: dict[str, str] = {
     'total': 'All of the above together.',
 }
 
+VALIDATION = 'validation'
+"""Stands in a tag in the place of the pool: both systems side by side, all kinds of inference together."""
+
+CAUSE_PREFIX, FAULT_PREFIX = 'cause_', 'fault_'
+
+VALIDATION_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches begun.'),
+        Metric('validated', Kind.COUNTER, Unit.COUNT, 'Searches whose nodes were compared.'),
+        Metric('compared', Kind.COUNTER, Unit.COUNT, 'Rows of inferences that were compared.'),
+        Metric('equal', Kind.COUNTER, Unit.COUNT, 'Rows in which both systems gave the same.'),
+        Metric(
+            'different',
+            Kind.COUNTER,
+            Unit.COUNT,
+            'Rows in which the old system was off, for a proven cause, and the manager right.',
+        ),
+        Metric('unexplained', Kind.COUNTER, Unit.COUNT, 'Differences without a proven cause: must be 0.'),
+        Metric('manager_off', Kind.COUNTER, Unit.COUNT, 'Rows in which the manager was off: must be 0.'),
+        *(
+            Metric(f'{CAUSE_PREFIX}{cause.value}', Kind.COUNTER, Unit.COUNT, f'Different: {cause.sentence}.')
+            for cause in Cause
+        ),
+        *(
+            Metric(
+                f'{FAULT_PREFIX}{fault.value}', Kind.COUNTER, Unit.COUNT, f'Manager off: {fault.sentence}.'
+            )
+            for fault in Fault
+        ),
+        Metric(
+            'largest_host',
+            Kind.GAUGE,
+            Unit.DIFFERENCE,
+            'Largest difference of the old system from the recomputation so far.',
+        ),
+        Metric(
+            'largest_manager',
+            Kind.GAUGE,
+            Unit.DIFFERENCE,
+            'Largest difference of the manager from the recomputation so far: rounding, where it is right.',
+        ),
+        Metric(
+            'policy_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the policy moved.'
+        ),
+        Metric(
+            'policy_moved',
+            Kind.RATIO,
+            Unit.DIFFERENCE,
+            "Mean total variation distance of the old system's policy from the right one, over those rows.",
+        ),
+        Metric('policy_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those distances so far.'),
+        Metric(
+            'value_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the value moved.'
+        ),
+        Metric(
+            'value_moved',
+            Kind.RATIO,
+            Unit.DIFFERENCE,
+            "Mean absolute difference of the old system's value from the right one, over those rows.",
+        ),
+        Metric('value_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those differences so far.'),
+    )
+}
+"""A fault has a chart only where it happened: such a chart is an alarm."""
+
 HISTOGRAMS: dict[str, str] = {
     'lifetime': "Stores of the pool between an entry's store and its removal.",
     'reuse_distance': 'Queries of the pool between two accesses of an entry.',
-}
-
-LAYOUT_TITLES: dict[Axis, str] = {
-    Axis.ENV_STEP: 'KV cache by environment step',
-    Axis.TRAIN_ITER: 'KV cache by training iteration',
 }
 
 
@@ -140,8 +205,47 @@ CHARTS = (
 """In the order in which the dashboard and the plot show them."""
 
 
+@dataclass(frozen=True)
+class ValidationChart:
+    """One chart of the dashboard and one panel of the plot: metrics of the validation.
+
+    Attributes:
+        title: what is drawn.
+        metrics: names of VALIDATION_METRICS, one line each.
+        logarithmic: the plot's vertical axis; differences lie many powers of ten apart.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    logarithmic: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The title, with what a point of a counter counts."""
+        counters = all(VALIDATION_METRICS[name].kind is Kind.COUNTER for name in self.metrics)
+        return f'{self.title} since the previous point' if counters else self.title
+
+
+VALIDATION_CHARTS = (
+    ValidationChart('validation: rows compared', ('compared', 'equal', 'different')),
+    ValidationChart('validation: rows that must not be', ('unexplained', 'manager_off')),
+    ValidationChart('validation: differences by cause', tuple(f'{CAUSE_PREFIX}{c.value}' for c in Cause)),
+    ValidationChart(
+        'validation: largest difference from the recomputation so far',
+        ('largest_host', 'largest_manager'),
+        logarithmic=True,
+    ),
+    ValidationChart(
+        'validation: policy and value moved, mean of the differences', ('policy_moved', 'value_moved')
+    ),
+)
+"""Shown below CHARTS where validation is on."""
+
+
 class TagName(NamedTuple):
-    """A tag taken apart; `metric` is a name of METRICS or of HISTOGRAMS."""
+    """A tag taken apart; `metric` is a name of METRICS or of HISTOGRAMS, or, where `pool` is VALIDATION, of
+    VALIDATION_METRICS.
+    """
 
     axis: Axis
     pool: str
@@ -154,12 +258,12 @@ def tag(axis: Axis, pool: str, metric: str) -> str:
     Raises:
         ValueError: the pool or the metric has no entry in POOLS, METRICS or HISTOGRAMS.
     """
-    if pool not in POOLS:
+    if pool not in POOLS and pool != VALIDATION:
         raise ValueError(
             f'pool must be one of {", ".join(POOLS)}, got {pool!r}; add it to POOLS to report it'
         )
-    if metric not in METRICS and metric not in HISTOGRAMS:
-        known = ', '.join((*METRICS, *HISTOGRAMS))
+    if metric not in _metrics_of(pool):
+        known = ', '.join(_metrics_of(pool))
         raise ValueError(f'metric must be one of {known}, got {metric!r}; add it to METRICS to report it')
     return f'{axis.value}/{pool}/{metric}'
 
@@ -167,40 +271,14 @@ def tag(axis: Axis, pool: str, metric: str) -> str:
 def parse_tag(text: str) -> TagName | None:
     """Return the parts of a tag written by this library, or None for any other tag of the log."""
     parts = text.split('/')
-    if len(parts) != 3 or parts[0] not in {axis.value for axis in Axis} or parts[1] not in POOLS:
+    if len(parts) != 3 or parts[0] not in {axis.value for axis in Axis}:
         return None
-    if parts[2] not in METRICS and parts[2] not in HISTOGRAMS:
+    if parts[2] not in _metrics_of(parts[1]):
         return None
     return TagName(Axis(parts[0]), parts[1], parts[2])
 
 
-def dashboard_layout() -> dict[str, dict[str, list[object]]]:
-    """Return the layout of the Custom Scalars page, as `SummaryWriter.add_custom_scalars` takes it.
-
-    TensorBoard matches an entry as a regular expression against the beginning of a tag. One closed expression
-    per chart draws whichever pools report, and a pool that never reports is no missing tag.
-    """
-    return {
-        title: {
-            chart.heading: ['Multiline', [f'{axis.value}/({"|".join(chart.pools)})/{chart.metric}$']]
-            for chart in CHARTS
-        }
-        for axis, title in LAYOUT_TITLES.items()
-    }
-
-
-def explanation() -> str:
-    """Return a Markdown table that says what each metric, pool and histogram means."""
-    kinds = {
-        Kind.COUNTER: 'since the previous point',
-        Kind.GAUGE: 'at this moment',
-        Kind.RATIO: 'since the previous point',
-    }
-    lines = ['| metric | unit | value | meaning |', '|---|---|---|---|']
-    lines += [f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |' for m in METRICS.values()]
-    lines += [
-        f'| {name} | histogram | since the previous point | {text} |' for name, text in HISTOGRAMS.items()
-    ]
-    lines += ['', '| pool | meaning |', '|---|---|']
-    lines += [f'| {name} | {text} |' for name, text in POOLS.items()]
-    return '\n'.join(lines)
+def _metrics_of(pool: str) -> tuple[str, ...]:
+    if pool == VALIDATION:
+        return tuple(VALIDATION_METRICS)
+    return (*METRICS, *HISTOGRAMS) if pool in POOLS else ()

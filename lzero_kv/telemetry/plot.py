@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lzero_kv.telemetry.metrics import CHARTS, METRICS, Axis, Chart, Unit
+from lzero_kv.telemetry.metrics import (
+    CAUSE_PREFIX,
+    CHARTS,
+    METRICS,
+    VALIDATION,
+    VALIDATION_CHARTS,
+    VALIDATION_METRICS,
+    Axis,
+    Chart,
+    Unit,
+    ValidationChart,
+)
 from lzero_kv.telemetry.read import RunLog, Series
 
 # Colours that colour-blind readers tell apart; dashes let a line show that lies under another.
@@ -19,11 +31,14 @@ LINES = {
     'total': ('#aa3377', (0, (6, 2, 1, 2))),
 }
 BYTE_UNITS = (('B', 1), ('KiB', 2**10), ('MiB', 2**20), ('GiB', 2**30))
+VALIDATION_DASHES = ('solid', (0, (4, 2)), (0, (1, 1.5)))
 MARKED_POINTS = 60  # beyond this, markers hide the line
 
 
 def plot_run(run: RunLog, path: Path) -> Path:
     """Draw the dashboard's charts over environment steps, one panel below the other, and write them as PNG.
+
+    The charts of a validation follow where the log has them.
 
     Args:
         run: a log with at least one pool.
@@ -36,12 +51,16 @@ def plot_run(run: RunLog, path: Path) -> Path:
         raise ValueError(
             f'the plot must be a .png file, got {path}; write for example {path.with_suffix(".png")}'
         )
-    figure = Figure(figsize=(9, 2.1 * len(CHARTS) + 0.6), layout='constrained')
+    charts = (*CHARTS, *(VALIDATION_CHARTS if run.validation() else ()))
+    figure = Figure(figsize=(9, 2.1 * len(charts) + 0.6), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(f'KV cache of {run.folder}', fontsize=10)
-    panels = figure.subplots(len(CHARTS), 1, sharex=True)
-    for panel, chart in zip(panels, CHARTS, strict=True):
-        _draw(panel, chart, _lines(run, chart))
+    panels = figure.subplots(len(charts), 1, sharex=True)
+    for panel, chart in zip(panels, charts, strict=True):
+        if isinstance(chart, Chart):
+            _draw(panel, chart, _lines(run, chart))
+        else:
+            _draw_validation(panel, chart, run)
     panels[-1].set_xlabel('environment steps')
     try:
         figure.savefig(path, dpi=110)
@@ -71,9 +90,46 @@ def _draw(panel: Axes, chart: Chart, lines: dict[str, Series]) -> None:
     # A flat line at zero is the good result of three of the panels: keep it visible above the lower edge.
     top = 100.0 if label == '%' else highest / divisor or 1.0
     panel.set_ylim(-0.05 * top, 1.08 * top)
-    panel.grid(alpha=0.3)
     panel.ticklabel_format(axis='x', style='plain')
-    if lines:
+    _finish(panel)
+
+
+def _draw_validation(panel: Axes, chart: ValidationChart, run: RunLog) -> None:
+    found = {name: run.series(Axis.ENV_STEP, VALIDATION, name) for name in chart.metrics}
+    # A cause that never came would only lengthen the legend; the rows that must not be stay, at zero.
+    several = len(chart.metrics) > 3
+    lines = {
+        name: series
+        for name, series in found.items()
+        if series is not None and not (several and not series.values.any())
+    }
+    for number, (name, series) in enumerate(lines.items()):
+        panel.plot(
+            series.steps,
+            series.values,
+            label=name.removeprefix(CAUSE_PREFIX),
+            color=f'C{number}',
+            linestyle=VALIDATION_DASHES[number % len(VALIDATION_DASHES)],
+            marker='.' if len(series.steps) <= MARKED_POINTS else '',
+        )
+    panel.set_title(chart.heading, fontsize=10, loc='left')
+    panel.set_ylabel(VALIDATION_METRICS[chart.metrics[0]].unit.value)
+    highest = max((_highest_finite(series) for series in lines.values()), default=0.0)
+    if chart.logarithmic and highest > 0:
+        panel.set_yscale('log', nonpositive='mask')
+    else:
+        panel.set_ylim(-0.05 * (highest or 1.0), 1.08 * (highest or 1.0))
+    _finish(panel)
+
+
+def _highest_finite(series: Series) -> float:
+    """0.0 where none is: the old system's answer can be infinitely far off, of another shape or not there."""
+    return float(series.values[np.isfinite(series.values)].max(initial=0.0))
+
+
+def _finish(panel: Axes) -> None:
+    panel.grid(alpha=0.3)
+    if panel.lines:
         panel.legend(
             loc='center left', bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, handlelength=3.5
         )

@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing import event_accumulator as events
 
-from lzero_kv.telemetry.metrics import METRICS, POOLS, Axis, Kind, TagName, parse_tag
+from lzero_kv.telemetry.metrics import (
+    METRICS,
+    POOLS,
+    VALIDATION,
+    VALIDATION_METRICS,
+    Axis,
+    Kind,
+    TagName,
+    parse_tag,
+)
 
 
 class LogError(ValueError):
@@ -85,6 +94,26 @@ class RunLog:
                 name: float(series.values[-1]) for name, series in charts.items() if series.steps[-1] == end
             }
         return summary
+
+    def validation(self) -> dict[str, float]:
+        """Return the validation of the whole run by metric, empty where it was off: counters added up, means
+        weighted by the rows of each point, the largest differences at the last point.
+        """
+        found = {name: self.series(Axis.ENV_STEP, VALIDATION, name) for name in VALIDATION_METRICS}
+        numbers = {}
+        for name, series in found.items():
+            if series is None:
+                continue
+            kind = VALIDATION_METRICS[name].kind
+            if kind is Kind.COUNTER:
+                numbers[name] = float(series.values.sum())
+            elif kind is Kind.GAUGE:
+                numbers[name] = float(series.values[-1])
+            elif (rows := found[name.replace('_moved', '_rows')]) is not None:
+                weight = dict(zip(rows.steps.tolist(), rows.values.tolist(), strict=True))
+                weights = [weight[step] for step in series.steps.tolist()]
+                numbers[name] = float(np.average(series.values, weights=weights))
+        return numbers
 
     def last_steps(self) -> dict[Axis, int]:
         """Return the step of the last point on each axis that was written."""

@@ -42,11 +42,13 @@ def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Tab
 
 
 def format_value(value: float, unit: Unit) -> str:
-    """Return a number with its unit: `12,345`, `97.2 %`, `1.5 MiB`."""
+    """Return a number with its unit: `12,345`, `97.2 %`, `1.5 MiB`; a difference as `3.1e-07`."""
     if unit is Unit.FRACTION:
         return f'{100 * value:.1f} %'
     if unit is Unit.BYTES:
         return format_bytes(value)
+    if unit is Unit.DIFFERENCE:
+        return f'{value:.3g}'
     return f'{value:,.0f}'
 
 

@@ -9,16 +9,18 @@ from typing import Any, Protocol
 
 from lzero_kv.manager import KVCacheManager
 from lzero_kv.stats import CacheStats, Log2Histogram
+from lzero_kv.telemetry.dashboard import dashboard_layout, explanation
 from lzero_kv.telemetry.metrics import (
     HISTOGRAMS,
     METRICS,
+    VALIDATION,
     Axis,
     Kind,
-    dashboard_layout,
-    explanation,
     tag,
 )
 from lzero_kv.telemetry.reading import PoolReading, read_managers
+from lzero_kv.telemetry.validation import validation_numbers
+from lzero_kv.validation.tally import ValidationTally
 
 POOLS_OF = {'acting': ('roots', 'nodes'), 'reanalysis': ('reanalysis',)}
 
@@ -62,6 +64,9 @@ class TensorBoardSink:
     the interval counts from the reset: it shows by a counter that went down; when every counter has passed
     its old value again by the next point, the interval is counted too low.
 
+    Where validation is on, the section `validation` follows the same rules: counters and the two means are of
+    the interval (a mean has no point where nothing moved), the largest differences those so far.
+
     The layout of the Custom Scalars page and a text that explains the metrics are written at the first point.
 
     Args:
@@ -73,9 +78,16 @@ class TensorBoardSink:
         self.writer = writer
         self._previous: dict[str, CacheStats] = {}
         self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
+        self._validated = ValidationTally()
         self._described = False
 
-    def write(self, managers: Mapping[str, KVCacheManager], env_step: int, train_iter: int) -> None:
+    def write(
+        self,
+        managers: Mapping[str, KVCacheManager],
+        env_step: int,
+        train_iter: int,
+        validation: ValidationTally | None = None,
+    ) -> None:
         """Write one point for every pool.
 
         Args:
@@ -84,6 +96,8 @@ class TensorBoardSink:
                 statistics writes nothing. Its `cache_config.histograms` says whether histograms are written.
             env_step: environment steps collected so far.
             train_iter: training iterations done so far.
+            validation: what validation counted since the start of the training; None where it is off, and
+                then the log has no tag of it.
 
         Raises:
             ValueError: `acting` is missing, a name is unknown or a step is negative. Nothing has been written
@@ -100,7 +114,7 @@ class TensorBoardSink:
         if not readings:
             return
         if not self._described:
-            self._describe()
+            self._describe(validation is not None)
         histograms = managers['acting'].cache_config.histograms
         self._forget_replaced(managers)
         since = self._since_previous(readings)
@@ -109,6 +123,8 @@ class TensorBoardSink:
                 self._write_scalars(axis, pool, reading.with_stats(since[pool]), step)
                 if histograms:
                     self._write_histograms(axis, pool, since[pool], step)
+        if validation is not None:
+            self._write_validation(validation, steps)
         # A killed training, or a report on one that still runs, misses at most the interval in progress.
         self.writer.flush()
 
@@ -143,9 +159,18 @@ class TensorBoardSink:
                     tag(axis, pool, name), **raw_histogram(histogram), global_step=step
                 )
 
-    def _describe(self) -> None:
-        self.writer.add_custom_scalars(dashboard_layout())
-        self.writer.add_text('kv_cache/metrics', explanation(), 0)
+    def _write_validation(self, tally: ValidationTally, steps: Mapping[Axis, int]) -> None:
+        if tally.searches < self._validated.searches:  # of other models, which began anew
+            self._validated = ValidationTally()
+        numbers = validation_numbers(tally.since(self._validated))
+        self._validated = tally.snapshot()
+        for axis, step in steps.items():
+            for name, value in numbers.items():
+                self.writer.add_scalar(tag(axis, VALIDATION, name), value, step)
+
+    def _describe(self, validation: bool) -> None:
+        self.writer.add_custom_scalars(dashboard_layout(validation=validation))
+        self.writer.add_text('kv_cache/metrics', explanation(validation=validation), 0)
         self._described = True
 
 

@@ -33,6 +33,15 @@ class Movement:
     def __add__(self, other: Movement) -> Movement:
         return Movement(self.count + other.count, self.total + other.total, max(self.largest, other.largest))
 
+    @classmethod
+    def from_dict(cls, numbers: dict[str, Any]) -> Movement:
+        """What ``vars`` gave; an infinite number may be a string, as in JSON."""
+        return cls(int(numbers['count']), float(numbers['total']), float(numbers['largest']))
+
+    def since(self, earlier: Movement) -> Movement:
+        """What was counted after ``earlier``, a snapshot of this one; the largest stays that of all."""
+        return Movement(self.count - earlier.count, self.total - earlier.total, self.largest)
+
 
 @dataclass
 class Tally:
@@ -110,10 +119,26 @@ class Tally:
             self.value + other.value,
         )
 
+    def since(self, earlier: Tally) -> Tally:
+        """What was counted after ``earlier``, a snapshot of this one; the largest stay those of all."""
+        return Tally(
+            self.compared - earlier.compared,
+            self.equal - earlier.equal,
+            self.different - earlier.different,
+            self.unexplained - earlier.unexplained,
+            self.manager_off - earlier.manager_off,
+            self.causes - earlier.causes,
+            self.faults - earlier.faults,
+            self.largest_host,
+            self.largest_manager,
+            self.policy.since(earlier.policy),
+            self.value.since(earlier.value),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON; :meth:`from_dict` reads it back."""
         return {
-            **{name: getattr(self, name) for name in _COUNTS},
+            **{name: getattr(self, name) for name in (*_COUNTS, *_LARGEST)},
             'causes': {cause.value: count for cause, count in self.causes.items()},
             'faults': {fault.value: count for fault, count in self.faults.items()},
             'policy': vars(self.policy).copy(),
@@ -124,23 +149,17 @@ class Tally:
     def from_dict(cls, numbers: dict[str, Any]) -> Tally:
         """What :meth:`as_dict` gave."""
         return cls(
-            **{name: numbers[name] for name in _COUNTS},
+            **{name: int(numbers[name]) for name in _COUNTS},
+            **{name: float(numbers[name]) for name in _LARGEST},
             causes=Counter({Cause(name): count for name, count in numbers['causes'].items()}),
             faults=Counter({Fault(name): count for name, count in numbers['faults'].items()}),
-            policy=Movement(**numbers['policy']),
-            value=Movement(**numbers['value']),
+            policy=Movement.from_dict(numbers['policy']),
+            value=Movement.from_dict(numbers['value']),
         )
 
 
-_COUNTS = (
-    'compared',
-    'equal',
-    'different',
-    'unexplained',
-    'manager_off',
-    'largest_host',
-    'largest_manager',
-)
+_COUNTS = ('compared', 'equal', 'different', 'unexplained', 'manager_off')
+_LARGEST = ('largest_host', 'largest_manager')
 
 
 @dataclass
@@ -177,6 +196,16 @@ class ValidationTally:
             self.reanalysis + other.reanalysis,
             self.searches + other.searches,
             self.validated + other.validated,
+        )
+
+    def since(self, earlier: ValidationTally) -> ValidationTally:
+        """What was counted after ``earlier``, a snapshot of this one; the largest stay those of all."""
+        return ValidationTally(
+            self.roots.since(earlier.roots),
+            self.nodes.since(earlier.nodes),
+            self.reanalysis.since(earlier.reanalysis),
+            self.searches - earlier.searches,
+            self.validated - earlier.validated,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
+from lzero_kv.validation.tally import ValidationTally
 
 
 def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
@@ -43,4 +44,11 @@ def report(collector: Any, train_iter: int) -> None:
         {name: model.kv_cache_manager for name, model in world_models.items()},
         env_step=collector.envstep,
         train_iter=train_iter,
+        validation=run_tally(world_models),
     )
+
+
+def run_tally(world_models: Mapping[str, Any]) -> ValidationTally | None:
+    """What validation counted in a policy's ``kv_world_models`` together; None where its mode is off."""
+    tallies = [model.validation for model in world_models.values() if model.validation is not None]
+    return sum(tallies, ValidationTally()) if tallies else None

@@ -1,0 +1,136 @@
+"""`lzero-kv explain`: what a validation saved about one row, and the truth computed once more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.table import Table
+
+from lzero_kv.cli.console import show_error, show_line, show_table
+from lzero_kv.validation.deviation import Deviation, Tolerance
+from lzero_kv.validation.finding import Finding
+from lzero_kv.validation.record import load_finding
+
+SYSTEMS = {'manager': 'manager', 'host': 'old system'}
+ANSWERS = ('policy', 'value', 'reward', 'latent')
+SAME = Tolerance(atol=1e-5, rtol=1e-4)
+"""Of the replayed truth and the stored one. Both are the same computation in float32, but another processor
+or number of threads adds up in another order; over the layers of a world model that stays well below this."""
+
+
+def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='FILE')]) -> int:
+    """Read a finding of a validation, compute the truth again, and say who is off and by how much.
+
+    Reading a file runs no code of it. The recomputation needs LightZero, and no environment.
+
+    Args:
+        file: what a validation with validation_on_failure='log' or 'raise' saved.
+
+    Returns:
+        0 when the recomputation confirms the truth in the file, else 1.
+    """
+    try:
+        finding = load_finding(file)
+        truth = _replayed(finding)
+    except OSError as error:
+        show_error(f'cannot read {file}: {error.strerror or error}; give a file that a validation saved')
+        return 1
+    except ValueError as error:
+        show_error(str(error))
+        return 1
+    show_line(str(finding))
+    _show_reasons(finding)
+    show_table(layers_table(finding, truth))
+    show_table(answers_table(finding, truth))
+    confirmed, sentence = verdict(finding, truth)
+    show_line(sentence)
+    return 0 if confirmed else 1
+
+
+def _replayed(finding: Finding) -> dict[str, torch.Tensor]:
+    # Imported here: LightZero takes seconds to load, and a wrong file does not need it.
+    from lzero_kv.hosts.lightzero.validation.replay import replay
+
+    return replay(finding)
+
+
+def _show_reasons(finding: Finding) -> None:
+    if finding.fault is not None:
+        show_line(f'fault: {finding.fault.value}: {finding.fault.sentence}')
+    for cause in finding.causes:
+        show_line(f'proven of the old system: {cause.value}: {cause.sentence}')
+
+
+def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
+    """How far each layer's keys and values of both systems are from the recomputation.
+
+    Args:
+        finding: with `kv` `[2 * layers, T, embed]` of each system that served keys and values.
+        truth: the recomputation, with `kv` of the same form.
+    """
+    table = Table(title='keys and values, difference from the recomputation', title_justify='left')
+    table.add_column('layer', justify='right')
+    table.add_column('')
+    for name in SYSTEMS.values():
+        table.add_column(f'{name}, largest', justify='right')
+        table.add_column('mean', justify='right')
+    right = truth['kv']
+    for index in range(len(right)):
+        row = [str(index // 2), 'values' if index % 2 else 'keys']
+        for system in SYSTEMS:
+            served = (finding.tensors.get(system) or {}).get('kv')
+            of_layer = None if served is None or index >= len(served) else served[index]
+            row += _distance(of_layer, right[index])
+        table.add_row(*row)
+    return table
+
+
+def answers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
+    """How far each system's policy, value, reward and latent state are from the recomputation's."""
+    table = Table(title='answers, difference from the recomputation', title_justify='left')
+    table.add_column('answer')
+    for name in SYSTEMS.values():
+        table.add_column(f'{name}, largest', justify='right')
+        table.add_column('mean', justify='right')
+    for answer in ANSWERS:
+        if answer not in truth:
+            continue
+        row = [answer]
+        for system in SYSTEMS:
+            row += _distance((finding.tensors.get(system) or {}).get(answer), truth[answer])
+        table.add_row(*row)
+    return table
+
+
+def _distance(served: torch.Tensor | None, right: torch.Tensor) -> tuple[str, str]:
+    if served is None:
+        return '-', '-'
+    if served.shape != right.shape:
+        return f'{list(served.shape)}, not {list(right.shape)}', '-'
+    deviation = Tolerance().deviation(served, right)
+    return f'{deviation.largest:.3g}', f'{deviation.mean:.3g}'
+
+
+def verdict(finding: Finding, truth: dict[str, torch.Tensor]) -> tuple[bool, str]:
+    """Whether the recomputation confirms what the file calls the truth, and the sentence that says so."""
+    stored: dict[str, Any] = finding.tensors.get('truth') or {}
+    common = [name for name in truth if stored.get(name) is not None]
+    if not common:
+        return False, 'The file holds no truth to compare the recomputation with.'
+    worst = Deviation()
+    for name in common:
+        worst = worst | SAME.deviation(truth[name], stored[name])
+    if not worst.within:
+        return False, (
+            f'The recomputation does NOT confirm the truth in the file: they are {worst.largest:.3g} apart. '
+            'The weights in the file and those of the finding differ, or the recomputation is wrong.'
+        )
+    who = 'the manager was off' if finding.fault is not None else 'no cause is proven for the difference'
+    return True, (
+        f'The recomputation confirms the truth in the file (largest difference {worst.largest:.3g}): {who}; '
+        f'manager {finding.manager.largest:.3g} from it, old system '
+        f'{"without an answer" if finding.host is None else format(finding.host.largest, ".3g")}.'
+    )

@@ -1,0 +1,66 @@
+"""The Custom Scalars page, and the text that explains the metrics beside it."""
+
+from __future__ import annotations
+
+from lzero_kv.telemetry.metrics import (
+    CHARTS,
+    HISTOGRAMS,
+    METRICS,
+    POOLS,
+    VALIDATION,
+    VALIDATION_CHARTS,
+    VALIDATION_METRICS,
+    Axis,
+    Kind,
+)
+
+LAYOUT_TITLES: dict[Axis, str] = {
+    Axis.ENV_STEP: 'KV cache by environment step',
+    Axis.TRAIN_ITER: 'KV cache by training iteration',
+}
+
+
+def dashboard_layout(*, validation: bool = False) -> dict[str, dict[str, list[object]]]:
+    """Return the layout of the Custom Scalars page, as `SummaryWriter.add_custom_scalars` takes it.
+
+    Args:
+        validation: whether the charts of the validation follow those of the pools.
+
+    TensorBoard matches an entry as a regular expression against the beginning of a tag. One closed expression
+    per chart draws whichever pools report, and a pool that never reports is no missing tag.
+    """
+    layout: dict[str, dict[str, list[object]]] = {}
+    for axis, title in LAYOUT_TITLES.items():
+        layout[title] = {
+            chart.heading: ['Multiline', [f'{axis.value}/({"|".join(chart.pools)})/{chart.metric}$']]
+            for chart in CHARTS
+        }
+        for chart in VALIDATION_CHARTS if validation else ():
+            entry = f'{axis.value}/{VALIDATION}/({"|".join(chart.metrics)})$'
+            layout[title][chart.heading] = ['Multiline', [entry]]
+    return layout
+
+
+def explanation(*, validation: bool = False) -> str:
+    """Return a Markdown table that says what each metric, pool and histogram means, and, with `validation`,
+    a second one of its metrics.
+    """
+    kinds = {
+        Kind.COUNTER: 'since the previous point',
+        Kind.GAUGE: 'at this moment',
+        Kind.RATIO: 'since the previous point',
+    }
+    lines = ['| metric | unit | value | meaning |', '|---|---|---|---|']
+    lines += [f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |' for m in METRICS.values()]
+    lines += [
+        f'| {name} | histogram | since the previous point | {text} |' for name, text in HISTOGRAMS.items()
+    ]
+    lines += ['', '| pool | meaning |', '|---|---|']
+    lines += [f'| {name} | {text} |' for name, text in POOLS.items()]
+    if validation:
+        lines += ['', f'| {VALIDATION} | unit | value | meaning |', '|---|---|---|---|']
+        lines += [
+            f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |'
+            for m in VALIDATION_METRICS.values()
+        ]
+    return '\n'.join(lines)

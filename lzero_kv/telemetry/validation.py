@@ -1,0 +1,74 @@
+"""A validation's tally by the names of its metrics, and as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from lzero_kv.telemetry.metrics import CAUSE_PREFIX, FAULT_PREFIX, VALIDATION_METRICS
+from lzero_kv.telemetry.table import format_value
+from lzero_kv.validation.causes import Cause
+from lzero_kv.validation.tally import KINDS, Tally, ValidationTally
+
+
+def validation_numbers(tally: ValidationTally) -> dict[str, float]:
+    """Every metric of VALIDATION_METRICS, all kinds of inference together.
+
+    A mean is left out where nothing moved, and a fault where it did not happen.
+    """
+    return {'searches': tally.searches, 'validated': tally.validated, **tally_numbers(tally.total)}
+
+
+def tally_numbers(tally: Tally) -> dict[str, float]:
+    """The metrics of one kind of inference, as :func:`validation_numbers` has them."""
+    numbers: dict[str, float] = {
+        name: getattr(tally, name) for name in VALIDATION_METRICS if hasattr(tally, name)
+    }
+    numbers |= {f'{CAUSE_PREFIX}{cause.value}': tally.causes[cause] for cause in Cause}
+    numbers |= {f'{FAULT_PREFIX}{fault.value}': count for fault, count in tally.faults.items() if count}
+    for name, movement in (('policy', tally.policy), ('value', tally.value)):
+        numbers[f'{name}_rows'] = movement.count
+        numbers[f'{name}_moved_most'] = movement.largest
+        if movement.count:
+            numbers[f'{name}_moved'] = movement.mean
+    return numbers
+
+
+def columns_of(tally: ValidationTally) -> dict[str, dict[str, float]]:
+    """The columns of :func:`validation_table`: each kind of inference that was compared, and all together."""
+    kinds = {name: getattr(tally, name) for name in KINDS}
+    columns = {name: tally_numbers(kind) for name, kind in kinds.items() if kind.compared}
+    return {**columns, 'total': validation_numbers(tally)}
+
+
+def validation_table(columns: Mapping[str, Mapping[str, float]], title: str = 'Validation') -> Table:
+    """Return a table with one row per metric and one column per kind of inference.
+
+    Args:
+        columns: kind -> metric -> number. A metric that a kind lacks shows as a dash; a cause or a fault that
+            never came is left out.
+        title: the line above the table.
+    """
+    table = Table(title=title, title_justify='left')
+    table.add_column('metric', no_wrap=True)
+    for kind in columns:
+        table.add_column(kind, justify='right', no_wrap=True)
+    table.add_column('meaning')
+    for name in shown_metrics(columns):
+        metric = VALIDATION_METRICS[name]
+        cells = [numbers.get(name) for numbers in columns.values()]
+        texts = ('-' if cell is None else format_value(cell, metric.unit) for cell in cells)
+        alarming = name in ('unexplained', 'manager_off') and any(cells)
+        table.add_row(name, *texts, metric.sentence, style='red' if alarming else None)
+    return table
+
+
+def shown_metrics(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The metrics of a table with these columns: causes and faults only where one came."""
+    return [
+        name
+        for name in VALIDATION_METRICS
+        if not name.startswith((CAUSE_PREFIX, FAULT_PREFIX))
+        or any(numbers.get(name) for numbers in columns.values())
+    ]

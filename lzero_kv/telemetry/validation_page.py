@@ -1,0 +1,195 @@
+"""A validation report as one page of Markdown and one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from lzero_kv.telemetry.metrics import VALIDATION_METRICS
+from lzero_kv.telemetry.table import format_value
+from lzero_kv.telemetry.validation import columns_of, shown_metrics
+from lzero_kv.validation.causes import Cause
+from lzero_kv.validation.report import ModeRun, ValidationReport
+
+VERDICTS = {
+    'equal': '#0072b2',
+    'different': '#e69f00',
+    'unexplained': '#d55e00',
+    'manager_off': '#aa3377',
+}
+BAR = 0.8  # of the place of one bar
+
+
+def validation_page(report: ValidationReport, picture: str) -> str:
+    """Return the page.
+
+    Args:
+        report: what ran and what was found.
+        picture: the picture's file, relative to the page.
+    """
+    name = Path(report.config).name
+    parts = [
+        f'# Validation of lzero_kv: {name}',
+        f'**{report.verdict}**',
+        "Every row was answered by the cache manager and by LightZero's own cache, and, where the "
+        'two differ, by a recomputation of the history without any cache, which says who is right.',
+        f'![rows compared and causes]({picture})',
+        '## What ran',
+        _what_ran(report),
+        *(_found(run) for run in report.runs),
+        '## Why the old system was off',
+        _causes(report.runs),
+        '## How far predictions moved because of it',
+        _movements(report.runs),
+        '## Failures',
+        _failures(report.runs),
+        '## To run it again',
+        f'```bash\n{report.command}\n```',
+    ]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _what_ran(report: ValidationReport) -> str:
+    runs = report.runs
+    common = {'config': f'`{report.config}`', 'its arguments': f'`{" ".join(report.arguments) or "none"}`'}
+    lines = _rows([('', *(f'mode {run.mode}' for run in runs))], header=True)
+    for name, text in {**common, **report.versions}.items():
+        lines += _rows([(name, *(text for _ in runs))])
+    numbers = {
+        'environment steps collected': [f'{run.collected:,}' for run in runs],
+        'environment steps evaluated': [f'{run.evaluated:,}' for run in runs],
+        'training iterations': [f'{run.iterations:,}' for run in runs],
+        'searches (compared)': [f'{run.tally.searches:,} ({run.tally.validated:,})' for run in runs],
+        'simulations of a search': [f'{run.simulations:,}' for run in runs],
+        'wall time': [f'{run.seconds:.0f} s' for run in runs],
+    }
+    lines += _rows((name, *texts) for name, texts in numbers.items())
+    notes = [f'- mode {run.mode}: {note}' for run in runs for note in run.notes]
+    return '\n'.join([*lines, *(['', *notes] if notes else [])])
+
+
+def _found(run: ModeRun) -> str:
+    columns = columns_of(run.tally)
+    lines = _rows([('metric', *columns, 'meaning')], header=True)
+    for name in shown_metrics(columns):
+        metric = VALIDATION_METRICS[name]
+        cells = (
+            '-' if name not in numbers else format_value(numbers[name], metric.unit)
+            for numbers in columns.values()
+        )
+        lines += _rows([(name, *cells, metric.sentence)])
+    return '\n'.join([f'## What mode {run.mode} found', '', *lines])
+
+
+def _causes(runs: Sequence[ModeRun]) -> str:
+    totals = [run.tally.total for run in runs]
+    if not any(total.causes for total in totals):
+        return 'It never was.'
+    lines = _rows([('cause', *(f'mode {run.mode}' for run in runs), 'what happened')], header=True)
+    lines += _rows(
+        (cause.value, *(f'{total.causes[cause]:,}' for total in totals), cause.sentence)
+        for cause in Cause
+        if any(total.causes[cause] for total in totals)
+    )
+    return '\n'.join([*lines, '', 'A row with several causes counts under each.'])
+
+
+def _movements(runs: Sequence[ModeRun]) -> str:
+    lines = _rows([('', *(f'mode {run.mode}' for run in runs))], header=True)
+    totals = [run.tally.total for run in runs]
+    for name, text in (('policy', 'policy, total variation distance'), ('value', 'value, absolute')):
+        found = [getattr(total, name) for total in totals]
+        cells = (
+            f'{movement.mean:.3g} on average, {movement.largest:.3g} at most, {movement.count:,} rows'
+            if movement.count
+            else 'no row of which it is known'
+            for movement in found
+        )
+        lines += _rows([(text, *cells)])
+    for name, text in (
+        ('largest_host', 'old system, largest difference from the recomputation'),
+        ('largest_manager', 'manager, largest difference from the recomputation'),
+    ):
+        lines += _rows([(text, *(f'{getattr(total, name):.3g}' for total in totals))])
+    return '\n'.join(lines)
+
+
+def _failures(runs: Sequence[ModeRun]) -> str:
+    lines = [
+        f'- mode {run.mode}: {failure.sentence}\n  `lzero-kv explain {failure.file}`'
+        for run in runs
+        for failure in run.failures
+    ]
+    if lines:
+        return '\n'.join(lines)
+    return 'None.' if not any(run.tally.total.failures for run in runs) else 'None of them was saved.'
+
+
+def _rows(rows: Iterable[Sequence[str]], *, header: bool = False) -> list[str]:
+    lines = []
+    for row in rows:
+        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |')
+        if header:
+            lines.append('|' + '---|' * len(row))
+    return lines
+
+
+def plot_validation(report: ValidationReport, path: Path) -> Path:
+    """Draw rows by verdict and differences by cause, one line of panels for each mode, and write them as PNG.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    figure = Figure(figsize=(11, 2.9 * len(report.runs) + 0.6), layout='constrained')
+    FigureCanvasAgg(figure)
+    figure.suptitle(f'lzero_kv and the cache of LightZero, {Path(report.config).name}', fontsize=10)
+    panels = figure.subplots(len(report.runs), 2, squeeze=False)
+    for run, (left, right) in zip(report.runs, panels, strict=True):
+        _draw_verdicts(left, run)
+        _draw_causes(right, run)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ValueError(f'cannot write the picture to {path}: {error.strerror}') from error
+    return path
+
+
+def _draw_verdicts(panel: Axes, run: ModeRun) -> None:
+    kinds = list(columns_of(run.tally))
+    for number, (verdict, colour) in enumerate(VERDICTS.items()):
+        place = (number - 1.5) * BAR / len(VERDICTS)
+        counts = [columns_of(run.tally)[kind][verdict] for kind in kinds]
+        bars = panel.barh(
+            [index + place for index in range(len(kinds))],
+            counts,
+            height=BAR / len(VERDICTS),
+            color=colour,
+            label=verdict.replace('_', ' '),
+        )
+        panel.bar_label(bars, [f'{count:,.0f}' for count in counts], padding=2, fontsize=7)
+    panel.set_yticks(range(len(kinds)), kinds)
+    panel.set_title(f'mode {run.mode}: rows compared', fontsize=10, loc='left')
+    panel.legend(fontsize=7, loc='lower right')
+    _logarithmic(panel, run.tally.total.compared)
+
+
+def _draw_causes(panel: Axes, run: ModeRun) -> None:
+    counts = {cause.value.replace('_', ' '): run.tally.total.causes[cause] for cause in Cause}
+    bars = panel.barh(list(counts), list(counts.values()), color=VERDICTS['different'])
+    panel.bar_label(bars, [f'{count:,}' for count in counts.values()], padding=2, fontsize=7)
+    panel.tick_params(axis='y', labelsize=8)
+    panel.set_title(f'mode {run.mode}: why the old system was off', fontsize=10, loc='left')
+    _logarithmic(panel, max(counts.values()))
+
+
+def _logarithmic(panel: Axes, highest: int) -> None:
+    """Counts of one and of hundred thousands in one panel; a count of 0 has no bar and keeps its label."""
+    panel.set_xscale('symlog', linthresh=1)
+    panel.set_xlim(0, 10 ** (math.log10(max(highest, 10)) * 1.15 + 0.2))
+    panel.invert_yaxis()
+    panel.grid(alpha=0.3, axis='x')
