@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 EVALUATION_SHARE = 4  # one of this many steps at most; LightZero evaluates whole episodes before it collects
@@ -37,7 +37,7 @@ class Progress:
     collected: int = 0
     evaluated: int = 0
     iterations: int = 0
-    policy: Any = None
+    policy: Any = field(default=None, repr=False)
 
     @property
     def steps(self) -> int:
