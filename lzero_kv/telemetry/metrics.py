@@ -228,7 +228,7 @@ class ValidationChart:
 
 VALIDATION_CHARTS = (
     ValidationChart('validation: rows compared', ('compared', 'equal', 'different')),
-    ValidationChart('validation: rows that must not be', ('unexplained', 'manager_off')),
+    ValidationChart('validation: failures, which must stay 0,', ('unexplained', 'manager_off')),
     ValidationChart('validation: differences by cause', tuple(f'{CAUSE_PREFIX}{c.value}' for c in Cause)),
     ValidationChart(
         'validation: largest difference from the recomputation so far',

@@ -152,6 +152,8 @@ def plot_validation(report: ValidationReport, path: Path) -> Path:
     for run, (left, right) in zip(report.runs, panels, strict=True):
         _draw_verdicts(left, run)
         _draw_causes(right, run)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower left', ncols=len(VERDICTS), fontsize=8, frameon=False)
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
@@ -174,7 +176,6 @@ def _draw_verdicts(panel: Axes, run: ModeRun) -> None:
         panel.bar_label(bars, [f'{count:,.0f}' for count in counts], padding=2, fontsize=7)
     panel.set_yticks(range(len(kinds)), kinds)
     panel.set_title(f'mode {run.mode}: rows compared', fontsize=10, loc='left')
-    panel.legend(fontsize=7, loc='lower right')
     _logarithmic(panel, run.tally.total.compared)
 
 

@@ -1,0 +1,237 @@
+"""What validation counted, in TensorBoard's files, tables and pictures."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib.image
+import pytest
+import tensorboardX
+import torch.utils.tensorboard
+from hypothesis import HealthCheck, given, settings
+from rich.console import Console
+from tensorboard.backend.event_processing import event_accumulator as events
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
+
+from lzero_kv.cli import main
+from lzero_kv.telemetry.metrics import (
+    CHARTS,
+    METRICS,
+    VALIDATION,
+    VALIDATION_CHARTS,
+    VALIDATION_METRICS,
+    Axis,
+    Kind,
+    parse_tag,
+    tag,
+)
+from lzero_kv.telemetry.plot import plot_run
+from lzero_kv.telemetry.read import read_run
+from lzero_kv.telemetry.tensorboard import TensorBoardSink
+from lzero_kv.telemetry.validation import columns_of, validation_numbers, validation_table
+from lzero_kv.validation.causes import Cause, Fault
+from lzero_kv.validation.tally import ValidationTally
+
+from ..validation.drawn import a_tally, validation_tallies
+from .driving import env_step, make_manager
+from .test_tensorboard import raw_values
+
+WRITERS = pytest.mark.parametrize(
+    'library', [torch.utils.tensorboard, tensorboardX], ids=['torch', 'tensorboardX']
+)
+STEPS, ITERATIONS = (30, 70, 110), (4, 9, 16)
+
+
+def write_points(
+    folder: Path, points: list[ValidationTally | None], library: ModuleType = torch.utils.tensorboard
+) -> None:
+    """Write one point for each cumulative tally; None: validation is off."""
+    manager = make_manager()
+    with library.SummaryWriter(str(folder)) as writer:
+        sink = TensorBoardSink(writer)
+        for step, iteration, tally in zip(STEPS, ITERATIONS, points, strict=False):
+            env_step(manager, step)
+            sink.write({'acting': manager}, step, iteration, tally)
+
+
+def growing() -> list[ValidationTally | None]:
+    """Three points of a run: 1, then 3, then 3 times as much as `a_tally`."""
+    return [a_tally(1), a_tally(3), a_tally(3)]
+
+
+def series(folder: Path, metric: str, axis: Axis = Axis.ENV_STEP) -> list[tuple[int, float]]:
+    found = read_run(folder).series(axis, VALIDATION, metric)
+    return [] if found is None else list(zip(found.steps.tolist(), found.values.tolist(), strict=True))
+
+
+@WRITERS
+def test_counters_are_differences_and_largest_are_those_so_far(tmp_path: Path, library: ModuleType) -> None:
+    write_points(tmp_path, growing(), library)
+    assert series(tmp_path, 'searches') == [(30, 11), (70, 22), (110, 0)]
+    assert series(tmp_path, 'validated') == [(30, 7), (70, 14), (110, 0)]
+    assert series(tmp_path, 'compared') == [(30, 14), (70, 28), (110, 0)]
+    assert series(tmp_path, 'equal') == [(30, 8), (70, 16), (110, 0)]
+    assert series(tmp_path, 'different') == [(30, 6), (70, 12), (110, 0)]
+    assert series(tmp_path, 'unexplained') == series(tmp_path, 'manager_off') == [(30, 0), (70, 0), (110, 0)]
+    assert series(tmp_path, 'cause_slot_overwritten') == [(30, 4), (70, 8), (110, 0)]
+    assert series(tmp_path, 'cause_root_lost') == [(30, 1), (70, 2), (110, 0)]
+    assert series(tmp_path, 'largest_host') == [(30, 2.5), (70, 2.5), (110, 2.5)]
+    assert [value for _, value in series(tmp_path, 'largest_manager')] == pytest.approx([3e-7] * 3)
+
+
+def test_means_are_of_the_interval_and_have_no_point_where_nothing_moved(tmp_path: Path) -> None:
+    first, second = a_tally(), a_tally()
+    second.nodes.policy.add(0.1)
+    write_points(tmp_path, [first, second, second.snapshot()])
+    assert series(tmp_path, 'policy_rows') == [(30, 2), (70, 1), (110, 0)]
+    assert series(tmp_path, 'policy_moved') == [(30, 0.5), (70, pytest.approx(0.1))]
+    assert series(tmp_path, 'value_moved') == [(30, 3.0)]
+    assert series(tmp_path, 'policy_moved_most') == [(30, 0.75), (70, 0.75), (110, 0.75)]
+
+
+def test_both_axes_hold_the_same_values(tmp_path: Path) -> None:
+    write_points(tmp_path, growing())
+    for metric in VALIDATION_METRICS:
+        by_step, by_iteration = (series(tmp_path, metric, axis) for axis in Axis)
+        assert [value for _, value in by_step] == [value for _, value in by_iteration]
+        assert {step for step, _ in by_iteration} <= set(ITERATIONS)
+
+
+def test_off_leaves_the_log_as_it_is_without_validation(tmp_path: Path) -> None:
+    write_points(tmp_path, [None, None])
+    tags = {value.tag for value in raw_values(tmp_path)}
+    assert not [text for text in tags if VALIDATION in text]
+    pools = ('roots', 'nodes', 'total')
+    assert {text for text in tags if parse_tag(text) is not None and parse_tag(text).metric in METRICS} == {
+        tag(axis, pool, name) for axis in Axis for pool in pools for name in METRICS
+    }
+    texts = [
+        tensor_util.make_ndarray(value.tensor).item()
+        for value in raw_values(tmp_path)
+        if value.HasField('tensor')
+    ]
+    assert not [text for text in texts if isinstance(text, bytes) and VALIDATION.encode() in text]
+    assert read_run(tmp_path).validation() == {}
+
+
+def test_a_fault_has_a_chart_where_it_happened_and_each_cause_always(tmp_path: Path) -> None:
+    bad = a_tally(2)
+    bad.nodes.count_manager_off(Fault.TOKEN_OFFSET)
+    write_points(tmp_path, [a_tally(), bad])
+    tags = events.EventAccumulator(str(tmp_path)).Reload().Tags()['scalars']
+    names = {text.rsplit('/', 1)[1] for text in tags if text.startswith('kv_cache_step/validation/')}
+    assert {name for name in names if name.startswith('fault_')} == {'fault_token_offset'}
+    assert {name for name in names if name.startswith('cause_')} == {f'cause_{c.value}' for c in Cause}
+    assert series(tmp_path, 'fault_token_offset') == [(70, 1)]
+
+
+def test_another_run_in_the_same_log_counts_from_its_start(tmp_path: Path) -> None:
+    write_points(tmp_path, [a_tally(3), a_tally(1)])
+    assert series(tmp_path, 'compared') == [(30, 42), (70, 14)]
+
+
+def test_the_run_added_up_is_the_tally(tmp_path: Path) -> None:
+    points = [a_tally(1), a_tally(3), a_tally(4)]
+    points[2].nodes.policy.add(0.9)
+    points[2].roots.count_unexplained()
+    points[2].roots.count_manager_off(Fault.PERTURBED)
+    write_points(tmp_path, list(points))
+    assert read_run(tmp_path).validation() == pytest.approx(validation_numbers(points[2]), rel=1e-5)
+
+
+def test_the_page_has_the_charts_of_validation_below_those_of_the_pools(tmp_path: Path) -> None:
+    write_points(tmp_path, growing())
+    config = next(value for value in raw_values(tmp_path) if value.tag == 'custom_scalars__config__')
+    layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(config.tensor).item())
+    scalars = events.EventAccumulator(str(tmp_path)).Reload().Tags()['scalars']
+    for axis, category in zip(Axis, layout.category, strict=True):
+        headings = [chart.heading for chart in (*CHARTS, *VALIDATION_CHARTS)]
+        assert [chart.title for chart in category.chart] == headings
+        for chart, drawing in zip(VALIDATION_CHARTS, category.chart[len(CHARTS) :], strict=True):
+            drawn = {text for text in scalars for entry in drawing.multiline.tag if re.match(entry, text)}
+            assert drawn == {tag(axis, VALIDATION, metric) for metric in chart.metrics}
+
+
+def test_metrics_are_explained_in_the_log(tmp_path: Path) -> None:
+    write_points(tmp_path, growing())
+    (value,) = (value for value in raw_values(tmp_path) if value.tag.startswith('kv_cache/metrics'))
+    text = tensor_util.make_ndarray(value.tensor).item().decode()
+    for name, metric in VALIDATION_METRICS.items():
+        assert f'| {name} | {metric.unit.value} |' in text
+        assert metric.sentence in text
+
+
+@pytest.mark.parametrize(
+    ('pool', 'metric'), [(VALIDATION, 'hits'), ('roots', 'compared'), (VALIDATION, 'lifetime')]
+)
+def test_a_metric_belongs_to_pools_or_to_validation(pool: str, metric: str) -> None:
+    assert parse_tag(f'kv_cache_step/{pool}/{metric}') is None
+    with pytest.raises(ValueError, match=rf'metric must be one of .*, got {metric!r}'):
+        tag(Axis.ENV_STEP, pool, metric)
+
+
+@given(validation_tallies())
+def test_each_number_is_a_metric(tally: ValidationTally) -> None:
+    numbers = validation_numbers(tally)
+    assert set(numbers) <= set(VALIDATION_METRICS)
+    missing = set(VALIDATION_METRICS) - set(numbers)
+    assert all(name.startswith('fault_') or VALIDATION_METRICS[name].kind is Kind.RATIO for name in missing)
+
+
+def cells(table_of: ValidationTally) -> dict[str, list[str]]:
+    """The table's rows: the first cell -> the others, without the meaning."""
+    console = Console(file=io.StringIO(), width=170)
+    console.print(validation_table(columns_of(table_of), 'Pong'))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.replace('┃', '│') for line in console.file.getvalue().splitlines()]
+    rows = [line.strip('│').split('│') for line in lines if '│' in line]
+    return {row[0].strip(): [cell.strip() for cell in row[1:-1]] for row in rows}
+
+
+def test_a_tally_as_a_table() -> None:
+    rows = cells(a_tally())
+    assert rows['metric'] == ['roots', 'nodes', 'reanalysis', 'total']
+    assert rows['searches'] == ['-', '-', '-', '11']
+    assert rows['compared'] == ['6', '7', '1', '14']
+    assert rows['different'] == ['1', '4', '1', '6']
+    assert rows['cause_zero_padding'] == ['0', '4', '0', '4']
+    assert rows['policy_moved'] == ['-', '0.5', '-', '0.5']
+    assert rows['largest_manager'] == ['1e-07', '3e-07', '0', '3e-07']
+    assert 'cause_crashed' not in rows
+    assert not [name for name in rows if name.startswith('fault_')]
+
+
+def test_a_kind_that_was_never_compared_has_no_column_and_a_fault_has_a_row() -> None:
+    tally = ValidationTally()
+    tally.nodes.count_manager_off(Fault.ENTRY_LOST)
+    rows = cells(tally)
+    assert rows['metric'] == ['nodes', 'total']
+    assert rows['manager_off'] == ['1', '1']
+    assert rows['fault_entry_lost'] == ['1', '1']
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
+@given(validation_tallies())
+def test_any_run_can_be_drawn(tmp_path: Path, tally: ValidationTally) -> None:
+    write_points(tmp_path / 'log', [tally, tally + a_tally()])
+    path = plot_run(read_run(tmp_path / 'log'), tmp_path / 'plot.png')
+    assert path.read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
+    for file in (tmp_path / 'log').iterdir():
+        file.unlink()
+
+
+def test_report_shows_table_and_panels_where_the_log_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_points(tmp_path / 'on', growing())
+    write_points(tmp_path / 'off', [None, None, None])
+    heights = {}
+    for name in ('on', 'off'):
+        assert main(['report', str(tmp_path / name)]) == 0
+        heights[name] = matplotlib.image.imread(tmp_path / name / 'kv_cache.png').shape[0]
+        assert ('Validation of the whole run' in capsys.readouterr().out) == (name == 'on')
+    assert heights['on'] > 1.6 * heights['off']

@@ -1,0 +1,157 @@
+"""The report of a validation: its verdict, its page, its picture and its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+
+from lzero_kv.telemetry.validation_page import VERDICTS, plot_validation, validation_page
+from lzero_kv.validation.causes import Cause, Fault
+from lzero_kv.validation.report import Failure, ModeRun, ValidationReport
+from lzero_kv.validation.tally import ValidationTally
+
+from ..validation.drawn import COUNTS, WORDS, a_tally, validation_tallies
+
+RUN = ModeRun('store', a_tally(), collected=61, evaluated=17, iterations=13, simulations=8, seconds=2.6)
+REPORT = ValidationReport(
+    'configs/my_config.py',
+    ('--smoke', '--seed', '3'),
+    'lzero-kv validate configs/my_config.py -- --smoke --seed 3',
+    {'torch': '2.13.0', 'LightZero': '0.2.0'},
+    (RUN, dataclasses.replace(RUN, mode='model', tally=a_tally(2), notes=('the flag was off',))),
+)
+
+
+def with_tally(change: ValidationTally, *failures: Failure) -> ValidationReport:
+    return dataclasses.replace(REPORT, runs=(RUN, dataclasses.replace(RUN, tally=change, failures=failures)))
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> ModeRun:
+    failures = draw(st.lists(st.builds(Failure, WORDS, WORDS), max_size=2))
+    return ModeRun(
+        draw(st.sampled_from(['store', 'model'])),
+        draw(validation_tallies()),
+        draw(COUNTS),
+        draw(COUNTS),
+        draw(COUNTS),
+        draw(COUNTS),
+        draw(st.floats(0, 1e4)),
+        tuple(failures),
+        tuple(draw(st.lists(WORDS, max_size=2))),
+    )
+
+
+@given(st.lists(runs(), max_size=2))
+def test_json_gives_the_same_report(drawn: list[ModeRun]) -> None:
+    report = dataclasses.replace(REPORT, runs=tuple(drawn))
+    assert ValidationReport.from_json(report.as_json()) == report
+
+
+def test_everything_explained_passes() -> None:
+    assert REPORT.passed
+    assert REPORT.verdict == (
+        'Passed: of 42 rows compared 24 are equal and in 18 the old system was off, each time for a proven '
+        'cause; 0 are unexplained, and the manager was never off (its largest rounding error is 3e-07).'
+    )
+
+
+@pytest.mark.parametrize('fault', [None, Fault.PERTURBED])
+def test_one_row_that_must_not_be_fails_all(fault: Fault | None) -> None:
+    tally = a_tally()
+    if fault is None:
+        tally.roots.count_unexplained()
+    else:
+        tally.reanalysis.count_manager_off(fault)
+    report = with_tally(tally)
+    assert not report.passed
+    assert report.verdict == (
+        f'NOT passed: of 29 rows compared {int(fault is None)} differ without a proven cause, and in '
+        f'{int(fault is not None)} the manager was off.'
+    )
+
+
+def rows_of(page: str, first: str) -> list[list[str]]:
+    lines = [line.strip('| ').split(' | ') for line in page.splitlines() if line.startswith(f'| {first} |')]
+    return [cells[1:] for cells in lines]
+
+
+def test_the_page_says_what_ran_what_was_found_and_how_to_repeat_it() -> None:
+    page = validation_page(REPORT, 'validation.png')
+    assert page.startswith(f'# Validation of lzero_kv: my_config.py\n\n**{REPORT.verdict}**\n')
+    assert '![rows compared and causes](validation.png)' in page
+    assert rows_of(page, 'torch') == [['2.13.0', '2.13.0']]
+    assert rows_of(page, 'its arguments') == [['`--smoke --seed 3`'] * 2]
+    assert rows_of(page, 'environment steps collected') == [['61', '61']]
+    assert rows_of(page, 'environment steps evaluated') == [['17', '17']]
+    assert rows_of(page, 'training iterations') == [['13', '13']]
+    assert rows_of(page, 'searches (compared)') == [['11 (7)', '22 (14)']]
+    assert rows_of(page, 'simulations of a search') == [['8', '8']]
+    assert [row[:4] for row in rows_of(page, 'compared')] == [['6', '7', '1', '14'], ['12', '14', '2', '28']]
+    assert rows_of(page, 'root_lost') == [['1', '2', Cause.ROOT_LOST.sentence]]
+    assert rows_of(page, 'crashed') == []
+    assert rows_of(page, 'policy, total variation distance') == [
+        ['0.5 on average, 0.75 at most, 2 rows', '0.5 on average, 0.75 at most, 4 rows']
+    ]
+    assert rows_of(page, 'manager, largest difference from the recomputation') == [['3e-07', '3e-07']]
+    assert '- mode model: the flag was off' in page
+    assert '## Failures\n\nNone.\n' in page
+    assert f'```bash\n{REPORT.command}\n```' in page
+
+
+def test_the_page_names_each_failure_and_its_file() -> None:
+    tally = a_tally()
+    tally.nodes.count_manager_off(Fault.STALE_ENTRY)
+    page = validation_page(
+        with_tally(tally, Failure('out/a.pt', 'the manager is off (stale_entry)')), 'v.png'
+    )
+    assert '- mode store: the manager is off (stale_entry)\n  `lzero-kv explain out/a.pt`' in page
+    assert 'None.' not in page
+    assert 'None of them was saved.' in validation_page(with_tally(tally), 'v.png')
+
+
+def test_every_table_of_the_page_is_whole() -> None:
+    for block in validation_page(REPORT, 'validation.png').split('\n\n'):
+        rows = [line for line in block.splitlines() if line.startswith('|')]
+        assert len({line.count('|') - line.count('\\|') for line in rows}) <= 1, block
+
+
+def test_the_picture_shows_each_mode(tmp_path: Path) -> None:
+    tally = a_tally()
+    tally.nodes.count_unexplained()
+    tally.roots.count_manager_off(Fault.STALE_ENTRY)
+    picture = matplotlib.image.imread(plot_validation(with_tally(tally), tmp_path / 'validation.png'))
+    bands = np.array_split(picture[:, : picture.shape[1] // 2, :3], 2)
+    found = {
+        verdict: [
+            bool((np.abs(band - np.array(to_rgb(colour))).max(axis=2) < 0.02).sum() > 400) for band in bands
+        ]
+        for verdict, colour in VERDICTS.items()
+    }
+    # 400 pixels are more than the sample in the legend.
+    assert found == {
+        'equal': [True, True],
+        'different': [True, True],
+        'unexplained': [False, True],
+        'manager_off': [False, True],
+    }
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
+@given(st.lists(runs(), min_size=1, max_size=2))
+def test_any_report_can_be_written(tmp_path: Path, drawn: list[ModeRun]) -> None:
+    report = dataclasses.replace(REPORT, runs=tuple(drawn))
+    assert report.verdict in validation_page(report, 'v.png')
+    assert plot_validation(report, tmp_path / 'v.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_picture_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'cannot write the picture to .*: No such file or directory'):
+        plot_validation(REPORT, tmp_path / 'missing' / 'validation.png')

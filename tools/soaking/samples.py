@@ -1,0 +1,119 @@
+"""Takes a sample of a running training every few seconds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+from demonstration.progress import TrainingProgress
+from demonstration.watch import replaced, watching
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One moment of a training.
+
+    Attributes:
+        seconds: since the training began.
+        resident_bytes: memory of the process.
+        pool_bytes: memory of the tensors of all pools, acting and reanalysis.
+        search_seconds: median time of one collection search of all environments since the last sample, None
+            where there was none.
+        env_steps: environment steps collected and evaluated so far.
+        train_iterations: training iterations so far.
+        compared, different, unexplained, manager_off: rows of the validation so far.
+    """
+
+    seconds: float
+    resident_bytes: int
+    pool_bytes: int
+    search_seconds: float | None
+    env_steps: int
+    train_iterations: int
+    compared: int
+    different: int
+    unexplained: int
+    manager_off: int
+
+
+class TimeIsUp(BaseException):
+    """Ends the training; no Exception, so that nothing on the way catches it by accident."""
+
+
+@dataclass
+class Recorder:
+    """Takes samples of the training that runs within :meth:`recording`.
+
+    Attributes:
+        minutes: after which the training ends.
+        every_seconds: between two samples.
+        show: called with each sample.
+        progress: what the training has done.
+        samples: those taken.
+    """
+
+    minutes: float
+    every_seconds: float
+    show: Callable[[Sample], None]
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
+    samples: list[Sample] = field(default_factory=list)
+    policy: Any = None
+    _searches: list[float] = field(default_factory=list)
+    _begun: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within the block: take samples, and end the training by :class:`TimeIsUp`."""
+        from lzero_kv.hosts.lightzero.policy import KVPolicy
+
+        self.progress.listener = self._took_step
+        with ExitStack() as stack:
+            stack.enter_context(watching(self.progress))
+            stack.enter_context(replaced(KVPolicy, '_forward_collect', self._timed_search))
+            yield
+
+    def _timed_search(self, original: Any, policy: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        self.policy = policy
+        begun = time.perf_counter()
+        output = original(policy, data, *args, **kwargs)
+        if len(data) == int(policy._cfg.collector_env_num):  # fewer environments take less time
+            self._searches.append(time.perf_counter() - begun)
+        return output
+
+    def _took_step(self) -> None:
+        now = time.monotonic() - self._begun
+        last = self.samples[-1].seconds if self.samples else 0.0
+        if self.policy is not None and now - last >= self.every_seconds:
+            self._take(now)
+        if now >= 60 * self.minutes:
+            raise TimeIsUp
+
+    def _take(self, now: float) -> None:
+        from lzero_kv.hosts.lightzero.reporting import run_tally
+        from lzero_kv.validation.tally import ValidationTally
+
+        models = self.policy.kv_world_models
+        total = (run_tally(models) or ValidationTally()).total
+        sample = Sample(
+            seconds=now,
+            resident_bytes=psutil.Process().memory_info().rss,
+            pool_bytes=sum(
+                model.kv_cache_manager.get_stats_summary()['total']['bytes'] for model in models.values()
+            ),
+            # Of all searches, of which few are compared: the median is that of one without a comparison.
+            search_seconds=statistics.median(self._searches) if self._searches else None,
+            env_steps=self.progress.collected_steps + self.progress.evaluated_steps,
+            train_iterations=self.progress.train_iterations,
+            compared=total.compared,
+            different=total.different,
+            unexplained=total.unexplained,
+            manager_off=total.manager_off,
+        )
+        self._searches.clear()
+        self.samples.append(sample)
+        self.show(sample)
