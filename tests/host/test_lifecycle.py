@@ -181,7 +181,7 @@ def test_a_flag_of_a_wrong_type_is_refused(flag: Any) -> None:
             dict(world_model=dict(cache_validation_mode=True), kv_cache=dict(padding='host')),
             "write padding='masked'",
         ),
-        (dict(kv_cache=dict(validation_rate=2.0)), r'validation_rate: expected a number in \[0, 1\], got 2.0'),
+        (dict(kv_cache=dict(validation_rate=2.0)), r'expected a number in \[0, 1\], got 2.0'),
         (dict(kv_cache=dict(max_bytes=1000)), r'max_bytes=1,000 is too small'),
     ],
 )
