@@ -41,6 +41,17 @@ class KVCacheConfig(BaseModel):
     """Whether the counters are written to the TensorBoard log of the run."""
     histograms: StrictBool = True
     """Whether entry lifetimes and reuse distances are written as histograms beside the counters."""
+    validation_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    """Part of the searches whose nodes validation (``cache_validation_mode``) compares; roots always are."""
+    validation_on_failure: Literal['raise', 'log'] = 'raise'
+    """What happens when the manager is off or a difference has no proven cause: an error, or a logged warning
+    and a count."""
+    validation_atol: Annotated[float, Field(ge=0.0)] | None = None
+    """Absolute tolerance of validation where rounding is allowed; None: 1e-3 in float32, 1e-9 in float64."""
+    validation_rtol: Annotated[float, Field(ge=0.0)] | None = None
+    """Relative tolerance, likewise."""
+    validation_folder: str = 'kv_cache_findings'
+    """Folder for the tensors of failures, which ``lzero-kv explain`` reads."""
 
     @model_validator(mode='after')
     def _refuse_impossible_pairs(self) -> KVCacheConfig:
@@ -95,7 +106,31 @@ def _impossible_pairs(values: dict[str, Any]) -> list[str]:
     return problems
 
 
+def validation_mode_of(cfg: Any) -> Literal['store', 'model'] | None:
+    """``cfg.cache_validation_mode``: what is compared with the old system, None for nothing; True means
+    'store'.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    mode = read_field(cfg, 'cache_validation_mode', False)
+    if mode is None or mode is False:
+        return None
+    if mode is True:
+        return 'store'
+    if isinstance(mode, str) and mode in ('store', 'model'):
+        return mode
+    raise ValueError(
+        f"cache_validation_mode={mode!r}: expected False, 'store' (the caches side by side; True means the "
+        f"same) or 'model' (the models too)"
+    )
+
+
 _EXPECTED = {
+    'validation_rate': 'a number in [0, 1]',
+    'validation_atol': 'a number of at least 0 or None',
+    'validation_rtol': 'a number of at least 0 or None',
+    'validation_folder': 'a folder',
     'max_bytes': 'an integer of at least 1 (bytes) or None',
     'root_slots': 'an integer of at least 1',
     'recurrent_slots': 'an integer of at least 1 or None',

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lzero_kv.hosts.lightzero.validation.recompute import Answer, Recompute
+
 from .episodes import Root
 from .models import world_model_of
 from .precision import precision
 from .reanalysis import Reanalysis
-from .recompute import Answer, Recompute
 from .recorder import ROOT, Node
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}

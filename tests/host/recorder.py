@@ -37,11 +37,7 @@ class Recorder:
     """Every node one search expands, whichever cache runs it.
 
     The stock search is recorded from outside: the tree's traverse names the parents, the world model's
-    recurrent inference gives the answers. A world model of the cache manager calls
-    ``world_model.on_node_expanded(fields)`` once per simulation, when that attribute is not None, with a
-    dict of: ``parents`` (int [B]: node numbers, 0 the root, i + 1 the node of simulation i), ``actions``
-    [B] or [B, dimensions], ``reward`` [B, support], ``value`` [B, support], ``policy`` [B, actions],
-    ``latent`` [B, embed] or [B, 1, embed] and ``env_ids`` [B]; rows as in the search.
+    recurrent inference gives the answers. A world model of the cache manager tells its observers.
     """
 
     def __init__(self, world_model: Any, *, sampled: bool) -> None:
@@ -59,17 +55,18 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         if getattr(self._model.config, 'use_new_cache_manager', False):
-            with replaced(self._model, 'on_node_expanded', self._expanded):
+            watching = _Watching(self._expanded)
+            self._model.observers.append(watching)
+            try:
                 yield
+            finally:
+                self._model.observers.remove(watching)
         else:
             with self._watching():
                 yield
 
     def _expanded(self, fields: dict[str, Any]) -> None:
-        arrays = {
-            name: _array(value) for name, value in fields.items() if name not in ('simulation', 'env_ids')
-        }
-        self._rows.append(arrays)
+        self._rows.append({name: _array(value) for name, value in fields.items()})
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -116,6 +113,21 @@ class Recorder:
             policy=logits('policy'),
             latent=logits('latent'),
         )
+
+
+class _Watching:
+    """Hands every expansion of a caching world model to ``expanded``."""
+
+    def __init__(self, expanded: Callable[[dict[str, Any]], None]) -> None:
+        self._told = expanded
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *event: None
+
+    def nodes_expanded(self, event: Any) -> None:
+        fields = event.outputs._asdict()
+        del fields['hidden']
+        self._told(dict(fields, parents=event.parents, actions=event.actions))
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from lzero_kv.hosts.lightzero.validation.recompute import Recompute
 from lzero_kv.telemetry.metrics import METRICS, Axis, tag
 
 from .models import collect_model, world_model_of
 from .precision import precision
-from .recompute import Recompute
 from .recorder import replaced
 from .repeatable_tree import host_trees, repeatable
 from .workers import TASKS, Workers, task_policy

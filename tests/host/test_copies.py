@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import lzero_kv
+from lzero_kv.hosts.lightzero.validation.recompute import Recompute
 
 from .episodes import Episodes, Root
 from .judging import judge_nodes, judge_roots
 from .models import collect_model, load_weights, make_policy, random_weights, world_model_of
 from .plays import assert_same_play
-from .recompute import Recompute
 
 ENVIRONMENTS = 2
 

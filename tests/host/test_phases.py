@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from .episodes import Episodes, Root, replaced
+from lzero_kv.hosts.lightzero.observer import NodesExpanded, Observer
+
+from .episodes import Episodes, Root
 from .judging import judge_nodes, judge_roots
 from .models import make_policy, world_model_of
 from .plays import assert_same_play, of_environment
@@ -188,12 +190,13 @@ def test_a_clear_within_a_search_changes_no_answer(clear: Clear, family: str, wi
     expected = Episodes(small_policy(family, **options), range(3), record=False).run(1)
     policy = small_policy(family, **options)
 
-    def on_node_expanded(fields: dict[str, Any]) -> None:
-        if fields['simulation'] in (3, 7, 8, 11):
-            clear(policy)
+    class Clearing(Observer):
+        def nodes_expanded(self, event: NodesExpanded) -> None:
+            if event.simulation in (3, 7, 8, 11):
+                clear(policy)
 
-    with replaced(world_model_of(policy), 'on_node_expanded', on_node_expanded):
-        roots = Episodes(policy, range(3), record=False).run(1)
+    world_model_of(policy).observers.append(Clearing())
+    roots = Episodes(policy, range(3), record=False).run(1)
     assert_same_play(roots, expected)
     nodes = world_model_of(policy).kv_cache_manager.stats_snapshot()['nodes']
     if clear is not clear_list:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from lzero_kv.hosts.lightzero.validation.recompute import Recompute, Token
+
 from .episodes import Episodes, Root
 from .families import FAMILIES
 from .judging import judge_nodes, judge_roots
 from .models import make_policy, world_model_of
 from .precision import precision
-from .recompute import Recompute, Token
 
 EXACT: dict[str, Any] = dict(rtol=0.0, atol=1e-10)
 BOTH_POSITIONS = pytest.mark.parametrize('family', ['lunarlander', 'cartpole'], ids=['learned', 'rope'])

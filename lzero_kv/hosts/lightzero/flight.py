@@ -13,6 +13,7 @@ from lzero_kv.keys import NO_SLOT
 from lzero_kv.manager import KVCacheManager
 from lzero_kv.window import TOKENS_PER_STEP, Window
 
+from .observer import Histories
 from .positions import positions_of
 from .transformer import additive_mask, append_token, causal_pass, position_shift
 
@@ -192,6 +193,11 @@ class Flight:
         elif shift is not None:
             moved = torch.from_numpy(overflow.astype(np.float64)).to(self.kept)
             self.kept.addcmul_(moved[:, None, None, None], shift)
+
+    def histories(self, found: np.ndarray | None = None) -> Histories:
+        """A copy of what the rows hold between steps: before the first token, or after :meth:`slide`."""
+        kept = self.buffer[:, :, : self._flights.window.kept] if found is not None else self.kept
+        return Histories(kept.clone(), self.lengths.copy(), found)
 
     def store(self, keys: Sequence[Any]) -> None:
         """Store every row under its key (one per row)."""

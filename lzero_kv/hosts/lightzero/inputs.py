@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.window import Window
 
 
@@ -27,10 +28,15 @@ def check_world_model_config(config: Any) -> None:
         problems.append(
             f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)'
         )
-    if config.get('cache_validation_mode', False):
+    try:
+        mode = validation_mode_of(config)
+    except ValueError as error:
+        problems.append(str(error))
+        mode = None
+    if mode is not None and KVCacheConfig.from_world_model_cfg(config).padding == 'host':
         problems.append(
-            f'cache_validation_mode={config.cache_validation_mode!r}: this release has no validation mode '
-            f'yet; write cache_validation_mode=False'
+            f"cache_validation_mode={mode!r} with kv_cache.padding='host', which repeats the old system's "
+            f"visible zeros: no answer is then that of the node's own history; write padding='masked'"
         )
     if problems:
         raise ValueError(

@@ -12,6 +12,7 @@ from lzero_kv.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.manager import KVCacheManager
 
 from .flight import Flight, Flights
+from .observer import NodesExpanded
 from .outputs import StepOutputs, action_embeddings, predict_policy_value, predict_reward_latent
 from .roots import RootBatch
 
@@ -69,7 +70,9 @@ class SearchNodes:
         simulation = self.expanded + 1
         self._check(parents, simulation)
         embedded = action_embeddings(self._world_model, actions)
-        flight = self._load(parents)
+        flight, found = self._load(parents)
+        observers = self._world_model.observers
+        served = flight.histories(found) if observers else None
         reward, latent = predict_reward_latent(self._world_model, flight.append(embedded))
         outputs = predict_policy_value(self._world_model, flight.append(latent))
         self._record(simulation, parents, embedded, latent)
@@ -80,10 +83,10 @@ class SearchNodes:
         if self._by_priority:
             self._visit(simulation)
         outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
-        if self._world_model.on_node_expanded is not None:
-            self._world_model.on_node_expanded(
-                dict(outputs._asdict(), simulation=simulation, parents=parents, actions=actions)
-            )
+        if served is not None:
+            event = NodesExpanded(simulation, parents, actions, served, flight.histories(), outputs)
+            for observer in observers:
+                observer.nodes_expanded(event)
         return outputs
 
     def _check(self, parents: np.ndarray, simulation: int) -> None:
@@ -100,14 +103,16 @@ class SearchNodes:
     def _key(self, row: int, simulation: int) -> RootKey | NodeKey:
         return self._roots.keys[row] if simulation == ROOT else NodeKey(row, simulation)
 
-    def _load(self, parents: np.ndarray) -> Flight:
+    def _load(self, parents: np.ndarray) -> tuple[Flight, np.ndarray]:
+        """The histories of ``parents``, computed again where they are gone; and which were found (bool
+        ``[B]``)."""
         slots = self._manager.lookup([self._key(row, node) for row, node in enumerate(parents.tolist())])
         missing = np.flatnonzero(slots == NO_SLOT)
         restored = self._restore(missing, parents[missing]) if len(missing) else None
         flight = self._flights.load(slots)
         if restored is not None:
             flight.fill(missing, *restored)
-        return flight
+        return flight, slots != NO_SLOT
 
     def _restore(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Histories that are not stored (evicted for want of memory, or cleared), computed again in one

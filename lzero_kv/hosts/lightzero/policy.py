@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lzero.entry.utils import initialize_zeros_batch
 from lzero.policy.unizero import UniZeroPolicy
 
 from .roots import NO_ACTION
@@ -131,6 +132,7 @@ class KVPolicy(UniZeroPolicy):
         manager_ids = [steps.manager_id(env_id) for env_id in env_ids]
         timesteps = reported_timesteps(timestep, len(data))
         self._end(phase, steps.restarted(env_ids, timesteps))
+        host_last = self.last_batch_obs, self.last_batch_action
         self.last_batch_obs, self.last_batch_action = steps.of(env_ids, data)
 
         def remember(output: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -140,7 +142,7 @@ class KVPolicy(UniZeroPolicy):
 
         self._serving = True  # the host resets its shared batch while it runs, which ends no episode
         try:
-            with self._model.world_model.serving(manager_ids):
+            with self._model.world_model.serving(manager_ids, host_last):
                 yield remember
         finally:
             self._serving = False
@@ -148,22 +150,36 @@ class KVPolicy(UniZeroPolicy):
     def _reset_collect(
         self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
     ) -> None:
-        self._reset_phase('collect', env_id)
+        self._reset_phase('collect', env_id, current_steps, reset_init_data)
 
     def _reset_eval(
         self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
     ) -> None:
-        self._reset_phase('eval', env_id)
+        self._reset_phase('eval', env_id, current_steps, reset_init_data)
 
-    def _reset_phase(self, phase: str, env_id: Any) -> None:
+    def _reset_phase(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
         """Forget the environments that ended: those of a list, or all.
 
         With a single number the host reports one more step of a running episode, and clears every cache now
         and then to bound its memory. The pools are bounded, so nothing is to be done.
         """
+        if self._model.world_model.validator is not None:
+            self._reset_host(phase, env_id, current_steps, reset_init_data)
         if self._serving or isinstance(env_id, (int, np.integer)):
             return
         self._end(phase, env_id)
+
+    def _reset_host(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
+        """What the host alone would do: wipe its one batch of last inputs, and now and then its caches."""
+        if reset_init_data:
+            environments = self._last_steps[phase].environments
+            self.last_batch_obs = initialize_zeros_batch(
+                self._cfg.model.observation_shape, environments, self._cfg.device
+            )
+            self.last_batch_action = [NO_ACTION] * environments
+        interval = 2000 if self._cfg.get('sample_type', '') == 'episode' else 200
+        if isinstance(env_id, (int, np.integer)) and current_steps % interval == 0:
+            self._model.world_model.validator.host_clears()
 
     def _end(self, phase: str, env_ids: Sequence[int] | None) -> None:
         self._model.world_model.end_episodes(self._last_steps[phase].forget(env_ids))

@@ -15,6 +15,7 @@ from lzero_kv.manager import KVCacheManager
 
 from .contexts import RootContext, RootContexts
 from .flight import Flight, Flights
+from .observer import RootsInferred
 from .outputs import StepOutputs, action_embeddings, predict_policy_value
 
 NO_ACTION = -1
@@ -76,7 +77,8 @@ class RootInference:
         digests = digest_rows(observations)
         last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[: len(first)])
         actions = None if first.all() else action_embeddings(self._world_model, last_actions, first)
-        flight = self._load(env_ids, last_digests, first, last_observations, timesteps)
+        flight, found = self._load(env_ids, last_digests, first, last_observations, timesteps)
+        served = flight.histories(found) if self._world_model.observers else None
         shift = self._flights.window_shift()
         if actions is None:
             flight.skip()
@@ -104,6 +106,22 @@ class RootInference:
 
         flight.slide(shift, moved_windows)
         flight.store(keys)
+        if served is not None:
+            event = RootsInferred(
+                env_ids,
+                first,
+                last_observations,
+                last_actions,
+                observations,
+                timesteps,
+                keys,
+                latents,
+                served,
+                flight.histories(),
+                outputs,
+            )
+            for observer in self._world_model.observers:
+                observer.roots_inferred(event)
         return RootBatch(keys, latents, tokens, flight.lengths, flight.next_positions), outputs
 
     def _check(
@@ -158,7 +176,9 @@ class RootInference:
         first: np.ndarray,
         last_observations: torch.Tensor,
         timesteps: np.ndarray,
-    ) -> Flight:
+    ) -> tuple[Flight, np.ndarray]:
+        """The rows' stored histories, computed again where they are gone; and which were found (bool
+        ``[B]``)."""
         slots = np.full(len(first), NO_SLOT, dtype=np.int64)
         known = np.flatnonzero(~first)
         for row in known:
@@ -183,7 +203,7 @@ class RootInference:
             flight.fill(np.array(missed), kv, lengths, positions)
             for row, length in zip(missed, lengths.tolist(), strict=True):
                 self._manager.count_rebuilt(length, roots=True, env_id=env_ids[row])
-        return flight
+        return flight, slots != NO_SLOT
 
     def _context(self, env_id: int, digest: int, observation: torch.Tensor, timestep: int) -> RootContext:
         """The window that a missing root is computed from: the environment's, or the last observation

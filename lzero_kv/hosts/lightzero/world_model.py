@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from lzero.model.unizero_world_models.world_model import WorldModel
 
-from lzero_kv.config import KVCacheConfig
+from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.keys import NodeKey
 from lzero_kv.layout import KVLayout
 from lzero_kv.manager import KVCacheManager
+from lzero_kv.validation.tally import ValidationTally
 from lzero_kv.window import Window
 
 from .by_latent import NodesByLatent
@@ -22,11 +23,12 @@ from .flight import Flights
 from .inputs import check_finite_latents, check_world_model_config, same_latents, timesteps_of
 from .legacy import Clearable
 from .nodes import SearchNodes
+from .observer import Observer, SearchBegun
 from .roots import RootBatch, RootInference
+from .validation.validator import Validator
 
-NodeObserver = Callable[[dict[str, Any]], None]
-"""Called once a simulation with the children: their number ``simulation``, ``parents`` (int64 ``[B]``),
-``actions``, and the fields of :class:`StepOutputs`."""
+HostLast = tuple[torch.Tensor, Sequence[Any]]
+"""A batch of last observations and last actions, as the host's policy keeps one for all environments."""
 
 
 @dataclass
@@ -57,12 +59,16 @@ class KVWorldModel(WorldModel):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         self.cache_config = KVCacheConfig.from_world_model_cfg(config)
         check_world_model_config(config)
+        self._validation_mode = validation_mode_of(config)
         self._engine: Engine | None = None
+        self._validator: Validator | None = None
+        self._tally = ValidationTally()
         super().__init__(config, tokenizer)
         self._env_num = int(config.env_num)
         self._num_simulations = int(config.get('num_simulations', 50))
         self._env_ids: Sequence[int] | None = None
-        self.on_node_expanded: NodeObserver | None = None
+        self._host_last: HostLast | None = None
+        self.observers: list[Observer] = []
         # The host's own structures, which other code clears and nothing fills any more.
         self.past_kv_cache_init_infer_envs = [Clearable(self, 'clear_init_caches')]
         self.past_kv_cache_recurrent_infer = Clearable(self, 'clear_recur_cache')
@@ -82,7 +88,30 @@ class KVWorldModel(WorldModel):
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
             flights = Flights(self, manager, self.cache_config)
             self._engine = Engine(manager, flights, RootInference(self, manager, flights))
+            if self._validation_mode is not None:
+                self._validator = Validator(self, self._validation_mode, self.cache_config, self._tally)
+                self.observers.append(self._validator)
         return self._engine
+
+    def _drop_engine(self) -> None:
+        """New pools will be made; what watched the old ones forgets them."""
+        self._engine = None
+        if self._validator is not None:
+            self.observers.remove(self._validator)
+            self._validator = None
+        for observer in self.observers:
+            observer.contexts_lost()
+
+    @property
+    def validation(self) -> ValidationTally | None:
+        """What validation found since the model was made; None where it is off."""
+        return None if self._validation_mode is None else self._tally
+
+    @property
+    def validator(self) -> Validator | None:
+        """Who compares this model with the old system; None before the first inference, or where validation
+        is off."""
+        return self._validator
 
     def _make_manager(self) -> KVCacheManager:
         weight = self.transformer.ln_f.weight
@@ -111,18 +140,21 @@ class KVWorldModel(WorldModel):
             ValueError: the cache's configuration has no room for them.
         """
         self._env_num, self._num_simulations = environments, num_simulations
-        self._engine = None
+        self._drop_engine()
         # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
         self._make_manager()
 
     @contextmanager
-    def serving(self, env_ids: Sequence[int]) -> Iterator[None]:
-        """Name the environments that the rows of the next root inference belong to."""
-        self._env_ids = list(env_ids)
+    def serving(self, env_ids: Sequence[int], host_last: HostLast | None = None) -> Iterator[None]:
+        """Name the environments that the rows of the next root inference belong to.
+
+        ``host_last``: last observations and actions that the host alone would have passed, for validation.
+        """
+        self._env_ids, self._host_last = list(env_ids), host_last
         try:
             yield
         finally:
-            self._env_ids = None
+            self._env_ids = self._host_last = None
 
     def end_episodes(self, env_ids: Sequence[int]) -> None:
         """Forget the histories of environments whose episode ended."""
@@ -131,6 +163,8 @@ class KVWorldModel(WorldModel):
         for env_id in env_ids:
             self._engine.roots.contexts.discard(env_id)
             self._engine.manager.init_pools[env_id].clear()
+        for observer in self.observers:
+            observer.episodes_ended(env_ids)
 
     @torch.no_grad()
     def forward_initial_inference(self, obs_act_dict: dict[str, Any], start_pos: Any = 0) -> tuple[Any, ...]:
@@ -145,6 +179,8 @@ class KVWorldModel(WorldModel):
             return super().forward_initial_inference(obs_act_dict, start_pos)
         env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
         engine = self.engine
+        if self._validator is not None:
+            self._validator.host_last, self._validator.start_pos = self._host_last, start_pos
         with self.clean_on_failure():
             roots, outputs = engine.roots.infer(
                 env_ids,
@@ -205,6 +241,10 @@ class KVWorldModel(WorldModel):
         engine.manager.clear_recur_cache()
         engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
         roots = self._begin_with_latents(root_latents, timestep) if latest is None else latest
+        capacity = engine.manager.recur_pool.pool_size
+        begun = SearchBegun(root_latents, timestep, latest is not None, roots.next_positions, capacity)
+        for observer in self.observers:
+            observer.search_begun(begun)
         return SearchNodes(self, engine.manager, engine.flights, roots, num_simulations)
 
     def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any) -> RootBatch:
@@ -257,19 +297,30 @@ class KVWorldModel(WorldModel):
         if self._engine is not None:
             self._engine.manager.clear_all()
             self._engine.roots.contexts.forget_tokens()
+        for observer in self.observers:
+            observer.caches_cleared()
 
     def clear_init_caches(self) -> None:
         """Drop the roots' keys and values; each is computed again from its window when it is asked for."""
         if self._engine is not None:
             self._engine.manager.clear_init_caches()
+        for observer in self.observers:
+            observer.roots_cleared()
 
     def clear_recur_cache(self) -> None:
         """Drop the nodes of the latest search."""
         if self._engine is not None:
             self._engine.manager.clear_recur_cache()
+        for observer in self.observers:
+            observer.nodes_cleared()
 
     def precompute_pos_emb_diff_kv(self) -> None:
-        """Nothing to do: the correction is taken from the weights of the moment when a search begins."""
+        """Nothing to do: the correction is taken from the weights of the moment when a search begins.
+
+        Under validation the host's own is kept beside it, as old as the host would have it.
+        """
+        if self._validation_mode is not None:
+            super().precompute_pos_emb_diff_kv()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -282,10 +333,11 @@ class KVWorldModel(WorldModel):
         if self._engine is not None:
             layout, weight = self._engine.manager.layout, self.transformer.ln_f.weight
             if (layout.dtype, layout.device) != (weight.dtype, weight.device):
-                self._engine = None  # pools follow the weights to their new dtype and device
+                self._drop_engine()  # pools follow the weights to their new dtype and device
             else:
                 self.clear_caches()  # the host moves its target model to where it is before every sample
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_engine': None}
+        fresh = {'_engine': None, '_validator': None, '_tally': ValidationTally(), 'observers': []}
+        return {**self.__dict__, **fresh}

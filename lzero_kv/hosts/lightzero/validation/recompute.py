@@ -1,7 +1,8 @@
 """What the world model must answer for a node, recomputed from the node's own history.
 
 No batch, no cache, no padding: one token after another through the host's own modules, with every window
-rule spelled out. Slow and obvious on purpose; it is what the tests hold an engine against.
+rule spelled out. Slow and obvious on purpose; it is what an engine is held against, in tests and in
+validation.
 
 A history is a sequence of tokens: observation, action, observation, and so on. The window keeps ``kept =
 max(1, W - 3)`` tokens between steps (W is the host's ``context_length``). A step appends an action and an
@@ -32,6 +33,8 @@ import torch
 
 @dataclass(frozen=True)
 class Token:
+    """One token of a history."""
+
     embedding: torch.Tensor
     """[embed], before any position is added."""
     position: int
@@ -39,20 +42,38 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Window:
+class TokenWindow:
     """Tokens in sight, and their keys and values as they stand now."""
 
-    tokens: tuple[Token, ...] = ()
-    keys: tuple[tuple[torch.Tensor, ...], ...] = field(default=(), repr=False)
+    tokens: tuple[Token, ...]
+    keys: tuple[tuple[torch.Tensor, ...], ...] = field(repr=False)
     """[layers][tokens], each [heads, head_dim]."""
-    values: tuple[tuple[torch.Tensor, ...], ...] = field(default=(), repr=False)
+    values: tuple[tuple[torch.Tensor, ...], ...] = field(repr=False)
+
+    @property
+    def next_position(self) -> int:
+        """Logical position of the token that comes next."""
+        return self.tokens[-1].position + 1
+
+    def kv(self) -> torch.Tensor:
+        """Keys and values as ``[2 * layers, tokens, embed]``: k_0, v_0, k_1, v_1, ..."""
+        pairs = zip(self.keys, self.values, strict=True)
+        return torch.stack([torch.stack(block).flatten(1) for pair in pairs for block in pair])
+
+    @classmethod
+    def of(cls, kv: torch.Tensor, next_position: int, heads: int) -> TokenWindow:
+        """A window with these keys and values (``[2 * layers, tokens, embed]``) and unknown tokens."""
+        blocks = kv.unflatten(-1, (heads, -1))
+        unknown = kv.new_empty(0)
+        tokens = tuple(Token(unknown, next_position - kv.shape[1] + i) for i in range(kv.shape[1]))
+        return cls(tokens, tuple(map(tuple, blocks[0::2])), tuple(map(tuple, blocks[1::2])))
 
 
 @dataclass(frozen=True)
 class Answer:
     """One node: its window after the step, and the logits of its two tokens, each without a batch axis."""
 
-    window: Window
+    window: TokenWindow
     value: torch.Tensor
     policy: torch.Tensor
     reward: torch.Tensor | None = None
@@ -62,7 +83,15 @@ class Answer:
 
 
 class Recompute:
-    """Answers of ``world_model`` for whole histories; reads its weights anew at every call."""
+    """Answers of ``world_model`` for whole histories; reads its weights anew at every call.
+
+    Args:
+        world_model: the host's world model, or anything with its modules and configuration.
+        window: ``'shift'`` or ``'rebuild'``, see above.
+
+    Raises:
+        ValueError: the window has another name.
+    """
 
     def __init__(self, world_model: Any, window: str = 'shift') -> None:
         if window not in ('shift', 'rebuild'):
@@ -86,27 +115,39 @@ class Recompute:
             raise ValueError(
                 f'expected one action fewer than observations, got {len(actions)} and {len(observations)}'
             )
-        window = Window((), ((),) * len(self.layers), ((),) * len(self.layers))
-        position = 2 * first_step
-        window, out = self._append(window, Token(self.encode(observations[0]), position))
+        root = self.begin(Token(self.encode(observations[0]), 2 * first_step))
         for action, observation in zip(actions, observations[1:], strict=True):
-            window, _ = self._append(window, Token(self.embed_action(action), position + 1))
-            window, out = self._append(window, Token(self.encode(observation), position + 2))
-            window = self._trim(window)
-            position += 2
-        return Answer(window, self._value(out), self._policy(out))
+            first = root.window.next_position
+            step = Token(self.embed_action(action), first), Token(self.encode(observation), first + 1)
+            answer = self.step(root.window, *step)
+            root = Answer(answer.window, answer.value, answer.policy)
+        return root
+
+    @torch.no_grad()
+    def begin(self, token: Token) -> Answer:
+        """The root whose history is one observation."""
+        nothing = ((),) * len(self.layers)
+        window, out = self.append(TokenWindow((), nothing, nothing), token)
+        return Answer(window, self.value(out), self.policy(out))
+
+    @torch.no_grad()
+    def step(self, window: TokenWindow, action: Token, observation: Token) -> Answer:
+        """The node that a window becomes with an action token and an observation token (or latent state)."""
+        window, out = self.append(window, action)
+        reward, predicted = self.reward(out), self.latent(out)
+        window, out = self.append(window, observation)
+        return Answer(self._trim(window), self.value(out), self.policy(out), reward, predicted)
 
     @torch.no_grad()
     def child(self, parent: Answer, action: Any, latent: torch.Tensor | None = None) -> Answer:
         """The node that ``action`` leads to. ``latent`` [embed] is its latent state; None takes the
         predicted one.
         """
-        position = parent.window.tokens[-1].position
-        window, out = self._append(parent.window, Token(self.embed_action(action), position + 1))
-        reward = self.model.head_rewards.head_module(out[None])[0]
-        predicted = self.model.head_observations.head_module(out[None])[0]
-        window, out = self._append(window, Token(predicted if latent is None else latent, position + 2))
-        return Answer(self._trim(window), self._value(out), self._policy(out), reward, predicted)
+        first = parent.window.next_position
+        own = Token(self.embed_action(action), first)
+        if latent is None:
+            latent = self.latent(self.append(parent.window, own)[1])
+        return self.step(parent.window, own, Token(latent, first + 1))
 
     @torch.no_grad()
     def path(
@@ -129,21 +170,21 @@ class Recompute:
 
     def embed_action(self, action: Any) -> torch.Tensor:
         """[embed] of one action: a number, or [action dimensions] when continuous."""
+        weight = next(self.model.act_embedding_table.parameters())
         if self.model.continuous_action_space:
             # The host turns continuous actions to torch's default dtype before embedding them.
-            weights = next(self.model.act_embedding_table.parameters())
-            return self.model.act_embedding_table(torch.as_tensor(action).to(weights.dtype)[None])[0]
-        return self.model.act_embedding_table(torch.tensor(int(action)))
+            return self.model.act_embedding_table(torch.as_tensor(action).to(weight)[None])[0]
+        return self.model.act_embedding_table(torch.tensor(int(action), device=weight.device))
 
     @torch.no_grad()
-    def causal(self, tokens: Sequence[Token]) -> tuple[torch.Tensor, Window]:
+    def causal(self, tokens: Sequence[Token]) -> tuple[torch.Tensor, TokenWindow]:
         """The second form: all tokens at once at window positions 0, 1, 2. Returns their features [tokens,
         embed] and window.
         """
         x = torch.stack([token.embedding for token in tokens])
         if not self.rotary:
             x = x + self.model.pos_emb.weight[: len(tokens)]
-        future = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
+        future = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=x.device).triu(1)
         keys, values = [], []
         for block in self.model.transformer.blocks:
             query, key, value = (
@@ -160,13 +201,19 @@ class Recompute:
             x = self._residual(block, x, torch.einsum('hqk,khd->qhd', weights, value).flatten(1))
             keys.append(tuple(key))
             values.append(tuple(value))
-        return self.model.transformer.ln_f(x), Window(tuple(tokens), tuple(keys), tuple(values))
+        return self.model.transformer.ln_f(x), TokenWindow(tuple(tokens), tuple(keys), tuple(values))
 
-    def _append(self, window: Window, token: Token) -> tuple[Window, torch.Tensor]:
-        """One token behind those in the window; returns the new window and the token's features [embed]."""
+    @torch.no_grad()
+    def append(
+        self, window: TokenWindow, token: Token, place: int | None = None
+    ) -> tuple[TokenWindow, torch.Tensor]:
+        """One token behind those in the window; returns the new window and the token's features [embed].
+
+        ``place`` is the learned position, where it is not the number of tokens before it.
+        """
         x = token.embedding
         if not self.rotary:
-            x = x + self.model.pos_emb.weight[len(window.tokens)]
+            x = x + self.model.pos_emb.weight[len(window.tokens) if place is None else place]
         keys, values = [], []
         for layer, block in enumerate(self.model.transformer.blocks):
             normed = block.ln1(x)
@@ -181,7 +228,27 @@ class Recompute:
             scores = (torch.stack(keys[-1]) * query).sum(-1) / math.sqrt(self.head_dim)  # [tokens, heads]
             mixed = (scores.softmax(0)[..., None] * torch.stack(values[-1])).sum(0)
             x = self._residual(block, x, mixed.flatten())
-        return Window((*window.tokens, token), tuple(keys), tuple(values)), self.model.transformer.ln_f(x)
+        grown = TokenWindow((*window.tokens, token), tuple(keys), tuple(values))
+        return grown, self.model.transformer.ln_f(x)
+
+    def value(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [support] at an observation token's features [embed]."""
+        return self.model.head_value.head_module(features[None])[0]
+
+    def policy(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [actions] (continuous: mean and deviation) at an observation token's features [embed]."""
+        logits = self.model.head_policy.head_module(features[None])
+        if isinstance(logits, dict):
+            return torch.cat((logits['mu'], logits['sigma']), dim=-1)[0]
+        return logits[0]
+
+    def reward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [support] at an action token's features [embed]."""
+        return self.model.head_rewards.head_module(features[None])[0]
+
+    def latent(self, features: torch.Tensor) -> torch.Tensor:
+        """The predicted next latent state [embed] at an action token's features [embed]."""
+        return self.model.head_observations.head_module(features[None])[0]
 
     def _residual(self, block: Any, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         attended = block.attn.proj(mixed)
@@ -191,7 +258,7 @@ class Recompute:
         x = x + attended
         return x + block.mlp(block.ln2(x))
 
-    def _trim(self, window: Window) -> Window:
+    def _trim(self, window: TokenWindow) -> TokenWindow:
         trimmed = window
         while len(trimmed.tokens) > self.kept:
             trimmed = self._drop_oldest_step(trimmed)
@@ -199,7 +266,7 @@ class Recompute:
             return self.causal(trimmed.tokens)[1]
         return trimmed
 
-    def _drop_oldest_step(self, window: Window) -> Window:
+    def _drop_oldest_step(self, window: TokenWindow) -> TokenWindow:
         keys = [list(layer[2:]) for layer in window.keys]
         values = [list(layer[2:]) for layer in window.values]
         if not self.rotary:
@@ -209,7 +276,7 @@ class Recompute:
                     values[layer][new] = values[layer][new] + self._position_change(
                         block.attn.value, new + 2, new
                     )
-        return Window(window.tokens[2:], tuple(map(tuple, keys)), tuple(map(tuple, values)))
+        return TokenWindow(window.tokens[2:], tuple(map(tuple, keys)), tuple(map(tuple, values)))
 
     def _position_change(self, project: Any, old: int, new: int) -> torch.Tensor:
         table = self.model.pos_emb.weight
@@ -217,18 +284,8 @@ class Recompute:
 
     def _rotate(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """[heads, head_dim] with each neighbouring pair turned by position * theta ** (-2i / head_dim)."""
-        config = self.model.config
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64)
-        angle = (position % config.max_seq_len) * config.rope_theta ** (-pairs / self.head_dim)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        angle = position * self.model.config.rope_theta ** (-pairs / self.head_dim)
+        cos, sin = angle.cos().to(x), angle.sin().to(x)
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-
-    def _value(self, out: torch.Tensor) -> torch.Tensor:
-        return self.model.head_value.head_module(out[None])[0]
-
-    def _policy(self, out: torch.Tensor) -> torch.Tensor:
-        logits = self.model.head_policy.head_module(out[None])
-        if isinstance(logits, dict):  # a continuous policy
-            return torch.cat((logits['mu'], logits['sigma']), dim=-1)[0]
-        return logits[0]

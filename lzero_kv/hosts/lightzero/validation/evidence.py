@@ -1,0 +1,83 @@
+"""Why the old system is off: causes that the state of its structures and a repeated step prove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lzero_kv.validation.causes import Cause
+
+from .enactment import Enacted, HostStep
+from .twin import HistoryName, Trace
+
+Close = Callable[[torch.Tensor, torch.Tensor], bool]
+Causes = frozenset[Cause]
+
+
+def lookup_causes(trace: Trace, asked: HistoryName, other_observation: bool = False) -> Causes:
+    """Why the entry behind a key that was found is not that of the history that was asked for.
+
+    Args:
+        trace: the lookup, which found an entry.
+        asked: the history.
+        other_observation: whether the host asked with an observation that is not the environment's own last.
+    """
+    owner = trace.owner
+    if owner is None or owner.history == asked:
+        return frozenset()
+    if owner.key != trace.key:
+        return frozenset({Cause.SLOT_OVERWRITTEN})
+    if other_observation:
+        return frozenset({Cause.OTHER_ENVIRONMENT})
+    # The key is right and bit-equal, so the latent states are: nothing else is in it.
+    shared = {Cause.EQUAL_LATENTS}
+    if owner.history.env_id != asked.env_id:
+        shared.add(Cause.OTHER_ENVIRONMENT)
+    return frozenset(shared)
+
+
+def served_causes(trace: Trace, asked: HistoryName, other_observation: bool = False) -> Causes | None:
+    """Why what was found is not what it should be, by the slot's owner; None when nothing proves it."""
+    causes = lookup_causes(trace, asked, other_observation)
+    if causes:
+        return causes
+    if trace.owner is None or not trace.owner.proven or not trace.owner.causes:
+        return None
+    return trace.owner.causes
+
+
+def step_causes(
+    step: HostStep, answers: dict[str, torch.Tensor], enact: Callable[[HostStep], Enacted], close: Close
+) -> tuple[Causes | None, Enacted]:
+    """Which mistakes of the host's step changed its answers.
+
+    The repeated step, with all of the mistakes, must give the host's own answers; a mistake counts when the
+    step without it gives others.
+
+    Returns:
+        The causes, None when the repeated step does not give the host's answers; and the repeated step.
+    """
+    enacted = enact(step)
+
+    def same(other: dict[str, torch.Tensor]) -> bool:
+        return all(close(other[name], enacted.answers[name]) for name in enacted.answers if name in other)
+
+    if not same(answers):
+        return None, enacted
+    causes = set()
+    if step.zeros:
+        alone = enact(step.without_padding())
+        if not (same(alone.answers) and _newest_alike(alone, enacted, close)):
+            causes.add(Cause.ZERO_PADDING)
+    if step.positions != step.true_positions:
+        placed = enact(step.at_true_positions())
+        if not (same(placed.answers) and _newest_alike(placed, enacted, close)):
+            causes.add(Cause.ROTARY_POSITION)
+    return frozenset(causes), enacted
+
+
+def _newest_alike(one: Enacted, other: Enacted, close: Close) -> bool:
+    tokens = min(one.stored.shape[1], other.stored.shape[1])
+    sized = one.stored.shape == other.stored.shape
+    return sized and close(one.stored[:, -tokens:], other.stored[:, -tokens:])
