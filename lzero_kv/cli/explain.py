@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +45,10 @@ def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='F
         return 1
     show_line(str(finding))
     _show_reasons(finding)
-    show_table(layers_table(finding, truth))
+    if 'kv' in truth:
+        show_table(layers_table(finding, truth))
+    else:
+        show_line('an episode begins here: nothing was served, so there are no keys and values to compare')
     show_table(answers_table(finding, truth))
     confirmed, sentence = verdict(finding, truth)
     show_line(sentence)
@@ -51,10 +56,11 @@ def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='F
 
 
 def _replayed(finding: Finding) -> dict[str, torch.Tensor]:
-    # Imported here: LightZero takes seconds to load, and a wrong file does not need it.
-    from lzero_kv.hosts.lightzero.validation.replay import replay
+    # Imported here: LightZero takes seconds to load and says much while it does; a wrong file needs none of it.
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        from lzero_kv.hosts.lightzero.validation.replay import replay
 
-    return replay(finding)
+        return replay(finding)
 
 
 def _show_reasons(finding: Finding) -> None:
