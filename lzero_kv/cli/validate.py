@@ -17,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import lzero_kv
 from lzero_kv.cli.checks import installed_version
 from lzero_kv.cli.console import show_error, show_line, show_table
 from lzero_kv.cli.validation_run import Request
@@ -25,6 +26,7 @@ from lzero_kv.validation.report import ModeRun, ValidationReport
 
 MODES = ('store', 'model')
 PAGE, PICTURE, NUMBERS = 'validation.md', 'validation.png', 'validation.json'
+PACKAGES = Path(lzero_kv.__file__).resolve().parents[1]
 TOLD = ('lzero_kv', 'LightZero', 'DI-engine', 'torch', 'numpy')
 
 
@@ -56,7 +58,7 @@ def validate_with(arguments: Sequence[str]) -> Callable[..., int]:
                 quarter of them at most.
             modes: 'store' compares what each lookup is handed; 'model' also what a stock world model over the
                 same weights makes of it: latent states, rewards, policies and values.
-            rate: fraction of searches that are compared, above 0.
+            rate: fraction of searches whose nodes are compared, above 0; roots always are.
             simulations: of a search; the config's own number if it is not given.
             out: the folder of the report.
 
@@ -162,7 +164,9 @@ def _run_mode(request: Request, show_progress: Callable[[dict[str, int]], None])
     reader, writer = os.pipe()
     asked = json.dumps(dataclasses.asdict(request))
     command = [sys.executable, '-m', 'lzero_kv.cli.validation_run', str(writer), asked]
-    environment = {'OMP_NUM_THREADS': '1', **os.environ}
+    # The same package as here, also where that is a checkout; and threads wait for each other on few cores.
+    path = os.pathsep.join([str(PACKAGES), *filter(None, [os.environ.get('PYTHONPATH')])])
+    environment = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONPATH': path}
     with log.open('wb') as file, os.fdopen(reader, encoding='utf-8') as answers:
         child = subprocess.Popen(
             command,

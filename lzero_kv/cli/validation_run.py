@@ -40,7 +40,7 @@ class Request:
         arguments: of the config file's command line.
         mode: 'store' or 'model'.
         env_steps: environment steps of collection and evaluation after which the training ends.
-        rate: fraction of searches that are compared.
+        rate: fraction of searches whose nodes are compared; roots always are.
         simulations: of a search; None for the config's own number.
         folder: where findings and what the host writes go.
     """
@@ -59,7 +59,7 @@ def run(request: Request, report: TextIO) -> ModeRun:
 
     Raises:
         ConfigError: the config is none that can be validated.
-        RuntimeError: the training ran and nothing was compared.
+        RuntimeError: the training ran, and validation did not engage or compared nothing.
     """
     folder = Path(request.folder)
     call, notes = prepared(training_call(Path(request.config), request.arguments), request)
@@ -78,14 +78,7 @@ def run(request: Request, report: TextIO) -> ModeRun:
             pass
         else:
             notes.append(f'the training ended by itself after {progress.steps:,} environment steps')
-    tally = tally_of(progress)
-    if tally is None:
-        raise RuntimeError('validation did not engage: the policy acted without a validating world model')
-    if not tally.total.compared:
-        raise RuntimeError(
-            f'nothing was compared in {progress.steps:,} environment steps and {tally.searches:,} searches; '
-            f'write a larger --env-steps, or a --rate above {request.rate:g}'
-        )
+    tally = compared(tally_of(progress), progress, request)
     return ModeRun(
         mode=request.mode,
         tally=tally,
@@ -97,6 +90,25 @@ def run(request: Request, report: TextIO) -> ModeRun:
         failures=failures_in(findings_of(folder, request.mode), since=wall),
         notes=tuple(notes),
     )
+
+
+def compared(tally: ValidationTally | None, progress: Progress, request: Request) -> ValidationTally:
+    """The tally, where it says something.
+
+    Raises:
+        RuntimeError: validation did not engage, or nothing was compared.
+    """
+    if tally is None:
+        raise RuntimeError(
+            f'validation did not engage: the training ended after {progress.steps:,} environment steps and '
+            'no policy with the cache manager acted; look at the config with lzero-kv doctor'
+        )
+    if not tally.total.compared:
+        raise RuntimeError(
+            f'nothing was compared in {progress.steps:,} environment steps and {tally.searches:,} searches; '
+            f'write a larger --env-steps than {request.env_steps:,} or a --rate above {request.rate:g}'
+        )
+    return tally
 
 
 def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[str]]:

@@ -41,10 +41,10 @@ QUANTITIES = (
     Quantity('resident memory', lambda sample: sample.resident_bytes, 1.05, format_bytes),
     # Allocated once. The target model's pool follows its largest batch, which comes in the first quarter.
     Quantity('pool bytes', lambda sample: sample.pool_bytes, 1.0, format_bytes),
-    # The clock of a shared machine moves by a tenth or two within minutes; a search that walks through all
-    # that it ever saw would take many times as long at the end.
+    # Processor time moves by a tenth or so with what else shares the processor's caches; a search that walks
+    # through all that it ever saw would take many times as long at the end.
     Quantity(
-        'time of one search',
+        'processor time of one search',
         lambda sample: sample.search_seconds,
         1.25,
         lambda value: f'{1e3 * value:.1f} ms',
@@ -152,7 +152,7 @@ def plot_soak(samples: Sequence[Sample], path: Path) -> Path:
         (m, s.search_seconds) for m, s in zip(minutes, samples, strict=True) if s.search_seconds is not None
     ]
     search.plot([minute for minute, _ in timed], [1e3 * seconds for _, seconds in timed], label='median')
-    search.set_title('one search of all environments', loc='left', fontsize=10)
+    search.set_title('one search of all environments, processor time', loc='left', fontsize=10)
     search.set_ylabel('ms')
     for panel, names, title in (
         (compared, ('compared', 'different'), 'validation: rows so far'),

@@ -22,8 +22,8 @@ class Sample:
         seconds: since the training began.
         resident_bytes: memory of the process.
         pool_bytes: memory of the tensors of all pools, acting and reanalysis.
-        search_seconds: median time of one collection search of all environments since the last sample, None
-            where there was none.
+        search_seconds: median processor time of one collection search of all environments since the last
+            sample, None where there was none.
         env_steps: environment steps collected and evaluated so far.
         train_iterations: training iterations so far.
         compared, different, unexplained, manager_off: rows of the validation so far.
@@ -79,10 +79,10 @@ class Recorder:
 
     def _timed_search(self, original: Any, policy: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         self.policy = policy
-        begun = time.perf_counter()
+        begun = time.process_time()  # other programs on the machine do not count
         output = original(policy, data, *args, **kwargs)
         if len(data) == int(policy._cfg.collector_env_num):  # fewer environments take less time
-            self._searches.append(time.perf_counter() - begun)
+            self._searches.append(time.process_time() - begun)
         return output
 
     def _took_step(self) -> None:

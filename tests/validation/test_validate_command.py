@@ -1,0 +1,243 @@
+"""`lzero-kv validate` as a person runs it: real CartPole, both systems side by side, a bounded training."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lzero_kv.cli import main
+from lzero_kv.cli.bounded_training import EnoughSteps, Progress, bounded, every
+from lzero_kv.cli.checks import package_folder
+from lzero_kv.cli.training_call import ConfigError, training_call
+from lzero_kv.cli.validate import NUMBERS, PAGE, PICTURE
+from lzero_kv.cli.validation_run import Request, compared, failures_in, prepared
+from lzero_kv.validation.record import save_finding
+from lzero_kv.validation.report import ValidationReport
+from lzero_kv.validation.tally import ValidationTally
+
+from .drawn import a_finding, a_tally
+
+ROOT = Path(__file__).resolve().parents[2]
+CARTPOLE = ROOT / 'configs' / 'cartpole_unizero_kv_config.py'
+REQUEST = Request(str(CARTPOLE), ('--smoke',), 'model', 40, 0.25, None, 'somewhere')
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, '-m', 'lzero_kv.cli', 'validate', *map(str, arguments)]
+
+
+def validate(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_bounded_run_in_both_modes_and_its_report(tmp_path: Path) -> None:
+    done = validate(tmp_path, CARTPOLE, '--env-steps', 25, '--out', 'report', '--', '--smoke', '--seed', 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = ValidationReport.from_json((tmp_path / 'report' / NUMBERS).read_text())
+    assert report.passed
+    assert report.arguments == ('--smoke', '--seed', '3')
+    assert [run.mode for run in report.runs] == ['store', 'model']
+    for run in report.runs:
+        # Two environments act at a time: the bound is passed by one step at most, in the midst of episodes.
+        assert 25 <= run.steps <= 26
+        assert 1 <= run.evaluated <= 25 // 4 + 1
+        assert run.simulations == 8
+        assert run.tally.roots.compared == run.steps
+        assert run.tally.nodes.compared == 8 * run.steps
+        assert run.notes == ()
+    page = (tmp_path / 'report' / PAGE).read_text()
+    assert report.verdict in page
+    assert report.command in page
+    assert f'({PICTURE})' in page
+    assert (tmp_path / 'report' / PICTURE).read_bytes().startswith(b'\x89PNG')
+    assert done.stdout.splitlines()[-2:] == [report.verdict, f'report: report/{PAGE}']
+    assert 'Mode store: ' in done.stdout
+    assert 'Mode model: ' in done.stdout
+    again = report.command.split()
+    assert again[:3] == ['lzero-kv', 'validate', str(CARTPOLE)]
+    assert again[-4:] == ['--', '--smoke', '--seed', '3']
+
+
+def test_a_config_with_the_flag_off_is_switched_on_and_says_so(tmp_path: Path) -> None:
+    done = validate(
+        tmp_path, CARTPOLE, '--env-steps', 10, '--modes', 'store', '--rate', 0.5, '--simulations', 5,
+        '--', '--smoke', '--no-kv',
+    )  # fmt: skip
+    assert 'note: use_new_cache_manager is off in the config and was switched on' in done.stdout, done.stderr
+    (run,) = ValidationReport.from_json((tmp_path / 'data_lz/validation' / NUMBERS).read_text()).runs
+    assert run.simulations == 5
+    assert run.tally.searches == 2 * run.tally.validated > 0
+    assert run.tally.nodes.compared * 2 == run.steps * 5
+
+
+def test_an_interrupted_run_leaves_no_process_and_no_report(tmp_path: Path) -> None:
+    started = subprocess.Popen(
+        command(CARTPOLE, '--out', tmp_path, '--', '--smoke'), env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / 'store.log').exists():
+        assert started.poll() is None
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGINT)
+    _, error = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert error == 'lzero-kv: interrupted; no report was written\n'
+    assert not (tmp_path / NUMBERS).exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started.pid, 0)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['missing.py'], 'missing.py is no file; give a config file that LightZero can run'),
+        (['a.py', '--env-steps', '0'], '--env-steps: expected 1 or more, got 0'),
+        (['a.py', '--rate', '0'], '--rate: expected a fraction above 0 and up to 1, got 0'),
+        (['a.py', '--rate', '1.5'], '--rate: expected a fraction above 0 and up to 1, got 1.5'),
+        (['a.py', '--simulations', '0'], '--simulations: expected 1 or more, got 0'),
+        (['a.py', '--modes', 'store', 'store'], '--modes: expected store, model or both, got store store'),
+        (['a.py', '--out', 'a.py/below'], 'cannot write into a.py/below: Not a directory; choose another'),
+    ],
+)
+def test_what_cannot_run_is_said_in_one_line_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.py').write_text('raise RuntimeError\n')
+    assert main(['validate', *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('lzero-kv: ')
+    assert error.count('\n') == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('x = 1', 'a.py ended without calling a training entry'),
+        ('import sys; sys.exit("no such game")', 'exited with code no such game before it called'),
+        ('raise KeyError("lost")', "a.py fails: KeyError: 'lost'"),
+        ('import os; os._exit(7)', 'mode store: the process ended with code 7'),
+        (
+            'from lzero.entry import train_muzero as t\nt([{}, dict(policy=dict(type="muzero"))], seed=1)',
+            "a.py calls train_muzero with the policy 'muzero', for which there is no plugin; give a",
+        ),
+    ],
+)
+def test_a_config_that_cannot_be_validated_is_said_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.py').write_text(text + '\n')
+    assert main(['validate', 'a.py', '--out', 'report']) == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert message in error
+    assert error.endswith('(what LightZero wrote: report/store.log)\n')
+    assert not (tmp_path / 'report' / NUMBERS).exists()
+
+
+def test_arguments_of_a_config_are_for_validate_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['report', 'data_lz', '--', '--smoke']) == 2
+    assert 'only validate takes arguments of a config after --, got --smoke' in capsys.readouterr().err
+
+
+def test_the_config_is_given_its_arguments() -> None:
+    call = training_call(CARTPOLE, ['--smoke', '--seed', '5'])
+    assert call.options == {'seed': 5, 'model_path': None, 'max_env_step': 40}
+    assert call.config['policy']['num_simulations'] == 8
+    with pytest.raises(ConfigError, match=r'exited with code 2 .*: unrecognized arguments: --smok\w* 7'):
+        training_call(CARTPOLE, ['--smoking', '7'])
+
+
+def test_lightzeros_own_config_gets_what_it_needs_and_says_so() -> None:
+    path = package_folder('zoo') / 'classic_control' / 'cartpole' / 'config' / 'cartpole_unizero_config.py'
+    original = training_call(path)
+    call, notes = prepared(original, dataclasses.replace(REQUEST, simulations=100))
+    world_model = call.config['policy']['model']['world_model_cfg']
+    assert world_model['use_new_cache_manager'] is True
+    assert world_model['cache_validation_mode'] == 'model'
+    assert world_model['kv_cache'] == {
+        'validation_rate': 0.25,
+        'validation_on_failure': 'log',
+        'validation_folder': 'somewhere/findings/model',
+    }
+    assert call.config['policy']['num_simulations'] == 100
+    assert 'num_simulations' not in world_model  # the old system keeps LightZero's 50, as it has there
+    assert call.create_config['policy']['import_names'] == ['lzero.policy.unizero', 'lzero_kv.plugin']
+    assert call.create_config['env_manager'] == {'type': 'base'}
+    assert [note.split(' ')[0] for note in notes] == ['use_new_cache_manager', "'lzero_kv.plugin'", 'the']
+    assert 'use_new_cache_manager' not in original.config['policy']['model']['world_model_cfg']
+
+
+def test_the_configs_own_choices_of_the_cache_are_kept() -> None:
+    call = training_call(CARTPOLE, ['--smoke'])
+    call.config['policy']['model']['world_model_cfg']['kv_cache'] = dict(policy='lfu', validation_rate=0.5)
+    changed, notes = prepared(call, dataclasses.replace(REQUEST, simulations=6))
+    world_model = changed.config['policy']['model']['world_model_cfg']
+    assert (world_model['kv_cache']['policy'], world_model['kv_cache']['validation_rate']) == ('lfu', 0.25)
+    assert world_model['num_simulations'] == changed.config['policy']['num_simulations'] == 6
+    assert notes == []
+    call.config['policy']['model']['world_model_cfg']['kv_cache'] = dict(polcy='lfu')
+    with pytest.raises(ConfigError, match='did you mean'):
+        prepared(call, REQUEST)
+
+
+def test_a_run_that_compared_nothing_is_no_result() -> None:
+    progress = Progress(limit=40, collected=31)
+    with pytest.raises(RuntimeError, match='validation did not engage: the training ended after 31'):
+        compared(None, progress, REQUEST)
+    with pytest.raises(RuntimeError, match='nothing was compared in 31 environment steps and 9 searches'):
+        compared(ValidationTally(searches=9), progress, REQUEST)
+    assert compared(a_tally(), progress, REQUEST) == a_tally()
+
+
+def test_only_findings_of_this_run_are_reported(tmp_path: Path) -> None:
+    for name in ('old', 'new'):
+        save_finding(a_finding(), tmp_path / 'store' / f'{name}.pt')
+    os.utime(tmp_path / 'store' / 'old.pt', (1000, 1000))
+    (failure,) = failures_in(tmp_path / 'store', since=time.time() - 60)
+    assert failure.file == str(tmp_path / 'store' / 'new.pt')
+    assert failure.sentence.startswith('the manager is off (stale_entry)')
+    assert failures_in(tmp_path / 'missing', since=0.0) == ()
+
+
+def test_the_host_is_whole_again_after_a_bounded_training() -> None:
+    from ding.worker import BaseLearner
+    from lzero.worker import MuZeroEvaluator
+
+    from lzero_kv.hosts.lightzero.policy import KVPolicy
+
+    places = [(KVPolicy, '_forward_collect'), (KVPolicy, '_forward_eval'), (MuZeroEvaluator, 'eval')]
+    places.append((BaseLearner, 'train'))
+    before = [vars(owner)[name] for owner, name in places]
+    with pytest.raises(EnoughSteps), bounded(Progress(limit=0)):
+        assert all(vars(owner)[name] is not was for (owner, name), was in zip(places, before, strict=True))
+        KVPolicy._forward_collect(None, None)  # the bound comes before the policy is asked
+    assert [vars(owner)[name] for owner, name in places] == before
+
+
+def test_a_listener_acts_at_most_once_in_its_time() -> None:
+    heard: list[Progress] = []
+    listener, progress = every(3600.0, heard.append), Progress(limit=1)
+    for _ in range(3):
+        listener(progress)
+    assert heard == [progress]
