@@ -104,7 +104,6 @@ def make_config(
                     embed_dim=size.embed_dim,
                     obs_type='image',
                     env_num=max(size.collector_env_num, size.evaluator_env_num),
-                    num_simulations=size.num_simulations,  # the world model does not see the policy's
                     rotary_emb=False,
                     use_new_cache_manager=kv,
                     kv_cache=dict(),  # every field has a default

@@ -92,7 +92,6 @@ def make_config(
                     env_num=max(size.collector_env_num, size.evaluator_env_num),
                     collector_env_num=size.collector_env_num,
                     evaluator_env_num=size.evaluator_env_num,
-                    num_simulations=size.num_simulations,  # the world model does not see the policy's
                     obs_type='vector',
                     norm_type='BN',
                     rotary_emb=True,

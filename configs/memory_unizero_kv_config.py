@@ -107,7 +107,6 @@ def make_config(
                     num_heads=size.num_heads,
                     embed_dim=size.embed_dim,
                     env_num=max(size.collector_env_num, size.evaluator_env_num),
-                    num_simulations=size.num_simulations,  # the world model does not see the policy's
                     obs_type='image_memory',
                     policy_entropy_weight=5e-3,
                     use_new_cache_manager=kv,

@@ -106,7 +106,6 @@ def make_config(
                     env_num=max(size.collector_env_num, size.evaluator_env_num),
                     collector_env_num=size.collector_env_num,
                     evaluator_env_num=size.evaluator_env_num,
-                    num_simulations=size.num_simulations,  # the world model does not see the policy's
                     use_new_cache_manager=kv,
                     kv_cache=dict(),  # every field has a default
                 ),

@@ -48,7 +48,7 @@ def configs(mode: str) -> tuple[Any, Any]:
     world_model = main.policy.model.world_model_cfg
     if mode == 'stock':
         create.policy.import_names.remove(PLUGIN)
-        del world_model['use_new_cache_manager'], world_model['kv_cache'], world_model['num_simulations']
+        del world_model['use_new_cache_manager'], world_model['kv_cache']
     elif mode == 'off':
         if PLUGIN not in create.policy.import_names or world_model.use_new_cache_manager is not False:
             raise RuntimeError('expected a config with the plugin and the flag as False')

@@ -21,6 +21,8 @@ from .twin import HistoryName, HostTwin, Trace, contents
 
 CRASHED = frozenset({Cause.CRASHED})
 RESTARTED = frozenset({Cause.RESTARTED})
+UNREAD = 'none: nothing is read in reanalysis'
+WIPED = 'none: its last inputs were wiped'
 
 
 class OldSystem:
@@ -37,6 +39,7 @@ class OldSystem:
         self._enactment = enactment
         self._tolerance = tolerance
         self._running = True
+        self._reanalysis = False
 
     def close(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """Whether rounding explains the difference."""
@@ -77,7 +80,22 @@ class OldSystem:
         other = digest_rows(host_last[0][row][None]) != digest_rows(own[None])
         return served_causes(trace, asked or HistoryName(event.env_ids[row], -1, 0), other)
 
-    def restart(self, latent: torch.Tensor, position: int) -> torch.Tensor:
+    def host_timesteps(self, timesteps: np.ndarray, start_pos: Any) -> np.ndarray:
+        """Timesteps (int64 ``[B]``) as the host reads them: in reanalysis it takes 0 for the last step of
+        each sequence, of which it is told nothing."""
+        if not self._reanalysis or np.ndim(start_pos) < 2:
+            return timesteps
+        told = np.shape(start_pos)[1]
+        return np.where(np.arange(len(timesteps)) % (told + 1) == told, 0, timesteps)
+
+    def restart_causes(self, parent: int, host_timestep: int, timestep: int) -> frozenset[Cause] | None:
+        """Why what reanalysis begins every node with is not the node's history."""
+        if parent:
+            return RESTARTED
+        rotated = self.twin.config.rotary_emb and host_timestep != timestep
+        return frozenset({Cause.ROTARY_POSITION}) if rotated else None
+
+    def restart(self, latent: torch.Tensor, timestep: int) -> torch.Tensor:
         """Keys and values of a history of one latent state, as the host makes them after a miss."""
         twin = self.twin
         entry = twin.transformer.generate_empty_keys_values(n=1, max_tokens=twin.context_length)
@@ -85,7 +103,7 @@ class OldSystem:
             {'obs_embeddings': latent.reshape(1, 1, -1)},
             past_keys_values=entry,
             is_init_infer=True,
-            start_pos=position,
+            start_pos=timestep,
         )
         return contents(entry)
 
@@ -127,10 +145,13 @@ class OldStore(OldSystem):
     ) -> HostOpinion:
         causes = self.root_served_causes(event, row, trace, asked, host_last)
         if trace is None:
-            return HostOpinion('none: its last inputs were wiped', None, explain=lambda: causes)
+            alone = HostStep(None, None, truth.latent, 0, False, truth.positions, truth.positions, True)
+            return HostOpinion(
+                WIPED, None, explain=lambda: causes, moved=lambda: self._enactment.of(alone).answers
+            )
         if trace.place is None:
             latent = self.twin.tokenizer.encode_to_obs_embeddings(host_last[0][row][None])
-            kv = self.restart(latent, 2 * max(int(event.timesteps[row]), 0))
+            kv = self.restart(latent, int(event.timesteps[row]))
         else:
             kv = contents(trace.entry)
         return self._opinion(trace, asked, kv, truth, causes, root=True)
@@ -171,14 +192,13 @@ class OldStore(OldSystem):
     ) -> list[HostOpinion | None]:
         """One opinion for each row; afterwards the host's structures hold the new nodes."""
         opinions: list[HostOpinion | None] = []
+        told = self.host_timesteps(timesteps, start_pos)
         for row, truth in enumerate(truths):
-            latent = self._latents[int(event.parents[row])][row]
+            parent = int(event.parents[row])
+            latent = self._latents[parent][row]
             if self._reanalysis:
-                causes = RESTARTED if event.parents[row] else None
-                trace, kv = (
-                    Trace('none: nothing is read in reanalysis'),
-                    self.restart(latent, max(int(timesteps[row]), 0) * 2),
-                )
+                causes = self.restart_causes(parent, int(told[row]), int(timesteps[row]))
+                trace, kv = Trace(UNREAD), self.restart(latent, int(told[row]))
             else:
                 trace = self.twin.trace_node(row, latent)
                 causes = served_causes(trace, asked[row])
@@ -233,7 +253,7 @@ class OldModel(OldSystem):
             kv = twin.served[row] if twin.served else None
             step = self._root_step(event, row, kv, max(sizes), truth, latents[row].reshape(-1))
             answers = {'policy': policy[row].reshape(-1), 'value': value[row].reshape(-1)}
-            key = 'none: its last inputs were wiped' if trace is None else trace.key
+            key = WIPED if trace is None else trace.key
             opinions.append(self._opinion(row, key, kv, answers, step, served[row], truth))
         return opinions
 
@@ -277,12 +297,17 @@ class OldModel(OldSystem):
             return [None] * rows
         latents = torch.stack([self._latents[int(event.parents[row])][row] for row in range(rows)])
         traces = [
-            Trace('none: nothing is read in reanalysis')
+            Trace(UNREAD) if self._reanalysis else twin.trace_node(row, latents[row]) for row in range(rows)
+        ]
+        told = self.host_timesteps(timesteps, start_pos)
+        causes = [
+            self.restart_causes(int(event.parents[row]), int(told[row]), int(timesteps[row]))
             if self._reanalysis
-            else twin.trace_node(row, latents[row])
+            else CRASHED
+            if traces[row].place is None
+            else served_causes(traces[row], asked[row])
             for row in range(rows)
         ]
-        causes = [self._node_served_causes(event, row, traces[row], asked[row]) for row in range(rows)]
         twin.naming, twin.served, twin.reanalyze_phase = names, [], self._reanalysis
         history = [(latents.detach().cpu().numpy(), event.actions[:rows])]
         try:
@@ -296,7 +321,7 @@ class OldModel(OldSystem):
         opinions: list[HostOpinion | None] = []
         for row, truth in enumerate(truths):
             kv = twin.served[row]
-            positions = self._node_positions(int(depths[row]), int(timesteps[row]), truth)
+            positions = self._node_positions(int(depths[row]), int(told[row]), truth)
             step = HostStep(
                 kv,
                 truth.action,
@@ -311,13 +336,6 @@ class OldModel(OldSystem):
             answers = {name: logits[row].reshape(-1) for name, logits in named.items()}
             opinions.append(self._opinion(row, traces[row].key, kv, answers, step, causes[row], truth))
         return opinions
-
-    def _node_served_causes(
-        self, event: NodesExpanded, row: int, trace: Trace, asked: HistoryName
-    ) -> frozenset[Cause] | None:
-        if self._reanalysis:
-            return RESTARTED if event.parents[row] else None
-        return CRASHED if trace.place is None else served_causes(trace, asked)
 
     def _node_positions(self, depth: int, timestep: int, truth: RowTruth) -> tuple[int, int]:
         if not self.twin.config.rotary_emb:

@@ -306,10 +306,15 @@ class Validator(Observer):
             self._fail(row, part, manager, None)
             return
         tally.count_different(causes)
-        if host.largest < float('inf'):
-            tally.largest_host = max(tally.largest_host, host.largest)
+        tally.largest_host = max(tally.largest_host, self._farthest(given, truth))
         for name, moved in movement(row.host.moved(), row.truth.answers, self._twin).items():
             getattr(tally, name).add(moved)
+
+    def _farthest(self, given: Opinion, other: Opinion) -> float:
+        """Largest difference of what two opinions can be compared in."""
+        found = [self._tolerance.deviation(given[0], other[0])]
+        found += [self._tolerance.deviation(logits, other[1][name]) for name, logits in given[1].items()]
+        return max((part.largest for part in found if part.largest < float('inf')), default=0.0)
 
     def _worst(self, given: Opinion, other: Opinion) -> tuple[str, Deviation]:
         """What of one opinion is farthest from another, and how far; answers that one lacks are left out."""
