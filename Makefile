@@ -1,9 +1,10 @@
 # make help lists the targets. Variables: PYTHON (the interpreter of the set-up), VENV (the environment's folder),
-# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (test processes).
+# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (test processes), MINUTES (of the soak).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
 JOBS ?= 2
+MINUTES ?= 30
 BIN := $(VENV)/bin
 
 # On two cores several threads per process wait for each other: up to ten times slower than one.
@@ -11,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz types docs clean
+.PHONY: help setup demo test lint fuzz soak types docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ lint: setup  ## style and import contract
 
 fuzz: setup  ## pools and manager against the slow references, 100,000 random operations and more
 	$(BIN)/python tools/fuzz.py
+
+soak: setup  ## train Pong for MINUTES (30) with validation sampled: memory and time flat, nothing unexplained
+	@$(BIN)/python tools/soak.py --minutes $(MINUTES)
 
 types: setup  ## check types with pyright (installed on the first call)
 	@$(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check -r requirements/types.txt

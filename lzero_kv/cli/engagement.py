@@ -9,7 +9,7 @@ from typing import Any
 
 from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
-from lzero_kv.config import KVCacheConfig
+from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.hosts.lightzero.install import FLAG
 
 PLUGIN = 'lzero_kv.plugin'
@@ -36,6 +36,7 @@ def config_checks(path: Path) -> list[Check]:
         _import_check(call),
         _flag_check(world_model),
         _values_check(world_model),
+        _validation_check(world_model),
     ]
     if _at(call.create_config, 'policy', 'type') in POLICIES:
         checks.append(_world_model_check(call))
@@ -91,6 +92,14 @@ def _values_check(world_model: Any) -> Check:
         return Check(Mark.FAIL, 'kv_cache', ', '.join(map(str, given)) or 'defaults', str(error))
     values = ', '.join(f'{name}={getattr(config, name)}' for name in given)
     return Check(Mark.OK, 'kv_cache', values or 'defaults')
+
+
+def _validation_check(world_model: Any) -> Check:
+    try:
+        mode = validation_mode_of(world_model if world_model is not None else {})
+    except ValueError as error:
+        return Check(Mark.FAIL, 'validation', repr(_at(world_model, 'cache_validation_mode')), str(error))
+    return Check(Mark.OK, 'validation', mode or 'off')
 
 
 def _world_model_check(call: TrainingCall) -> Check:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import run_docs
 
+from lzero_kv.validation.causes import Cause, Fault
+
 PAGES = run_docs.pages()
 LINK = re.compile(r'\]\(([^)#]+?)(?:#[^)]*)?\)')
 
@@ -48,6 +50,13 @@ def test_files_that_commands_name_exist() -> None:
     }
     assert named
     assert not [name for name in named if not (run_docs.ROOT / name).is_file()]
+
+
+def test_each_cause_and_fault_stands_in_the_page_of_validation() -> None:
+    page = (run_docs.ROOT / 'docs' / 'validation.md').read_text(encoding='utf-8')
+    rows = re.findall(r'^\| `(\w+)` \| (.+) \|$', page, re.MULTILINE)
+    expected = [(name.value, name.sentence) for names in (Cause, Fault) for name in names]
+    assert [row for row in rows if row in expected] == expected
 
 
 def test_a_failing_snippet_is_noticed(tmp_path: Path) -> None:

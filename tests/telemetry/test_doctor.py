@@ -101,6 +101,7 @@ def test_a_config_for_which_the_plugin_engages(tmp_path: Path) -> None:
         ),
         ({'world_model': f'{FLAG}, tokens_per_block=3'}, 'world model', 'tokens_per_block=3: expected 2'),
         ({'world_model': f"{FLAG}, kv_cache=dict(polcy='lru')"}, 'kv_cache', "did you mean 'policy'?"),
+        ({'world_model': f"{FLAG}, cache_validation_mode='stores'"}, 'validation', "expected False, 'store'"),
     ],
 )
 def test_each_reason_for_not_engaging(

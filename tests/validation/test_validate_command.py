@@ -76,8 +76,9 @@ def test_a_config_with_the_flag_off_is_switched_on_and_says_so(tmp_path: Path) -
     assert 'note: use_new_cache_manager is off in the config and was switched on' in done.stdout, done.stderr
     (run,) = ValidationReport.from_json((tmp_path / 'data_lz/validation' / NUMBERS).read_text()).runs
     assert run.simulations == 5
-    assert run.tally.searches == 2 * run.tally.validated > 0
-    assert run.tally.nodes.compared * 2 == run.steps * 5
+    assert run.tally.validated == run.tally.searches // 2 > 0
+    assert run.tally.nodes.compared == 2 * 5 * run.tally.validated  # two environments act at a time
+    assert run.tally.roots.compared == run.steps
 
 
 def test_an_interrupted_run_leaves_no_process_and_no_report(tmp_path: Path) -> None:
@@ -190,7 +191,8 @@ def test_lightzeros_own_config_gets_what_it_needs_and_says_so() -> None:
 
 def test_the_configs_own_choices_of_the_cache_are_kept() -> None:
     call = training_call(CARTPOLE, ['--smoke'])
-    call.config['policy']['model']['world_model_cfg']['kv_cache'] = dict(policy='lfu', validation_rate=0.5)
+    given = call.config['policy']['model']['world_model_cfg']
+    given['kv_cache'], given['num_simulations'] = dict(policy='lfu', validation_rate=0.5), 8
     changed, notes = prepared(call, dataclasses.replace(REQUEST, simulations=6))
     world_model = changed.config['policy']['model']['world_model_cfg']
     assert (world_model['kv_cache']['policy'], world_model['kv_cache']['validation_rate']) == ('lfu', 0.25)
