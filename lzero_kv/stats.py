@@ -86,7 +86,8 @@ class CacheStats:
     rebuilt_tokens: int = 0
     """Tokens recomputed because their history was not found."""
     window_tokens: int = 0
-    """Tokens recomputed because a full window dropped its oldest step (``window='rebuild'``); no miss."""
+    """Tokens recomputed because a full window dropped its oldest step (``window='rebuild'``); no miss. The
+    window of a node is computed, and stored, when the node is first expanded; no query precedes that."""
     lifetime: Log2Histogram = field(default_factory=Log2Histogram)
     """Stores of the pool between an entry's first store and its removal (eviction, discard or clear)."""
     reuse_distance: Log2Histogram = field(default_factory=Log2Histogram)

@@ -33,6 +33,10 @@ CACHE = {
 SIMULATIONS = 6
 STOCK = {2: 132, 4: 264, 8: 528}
 """Operators of stock's cache work in one simulation, by layers."""
+STOCK_MODEL = {2: 126, 4: 206, 8: 366}
+"""Operators of stock's model in one simulation, by layers."""
+APPENDED = 2
+"""Tokens appended in one simulation."""
 
 
 class Operators(TorchDispatchMode):
@@ -72,16 +76,24 @@ def per_simulation(layers: int, window: str, environments: int = 4) -> Counter[s
     return Counter({name: round((long[name] - short[name]) / SIMULATIONS) for name in long})
 
 
+def cache_work(counts: Counter[str], layers: int) -> int:
+    """Operators of cache work, without the copy that puts a token's keys and values of one layer into place:
+    that one comes instead of two of the host's three projections."""
+    return sum(counts[name] for name in CACHE) - APPENDED * layers
+
+
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
 def test_cache_work_is_a_handful_of_operators_at_any_depth(window: str) -> None:
     work = {}
     for layers in STOCK:
         counts = per_simulation(layers, window)
-        work[layers] = sum(counts[name] for name in CACHE)
+        work[layers] = cache_work(counts, layers)
         assert counts['index_select'] == 1, 'one gather'
-        assert counts['index_copy_'] == 1, 'one scatter'
-    assert len(set(work.values())) == 1, work
-    assert work[2] <= 12, work
+        # A child whose exact window moved is stored when it is expanded, which not every simulation does.
+        assert counts['index_copy_'] == 1 or (window, counts['index_copy_']) == ('rebuild', 0), 'one scatter'
+        assert work[layers] <= 7
+        assert sum(counts.values()) < STOCK[layers] + STOCK_MODEL[layers]
+    assert window == 'rebuild' or set(work.values()) == {5}, work
 
 
 def test_what_is_not_cache_work_is_the_models_own() -> None:
@@ -89,9 +101,9 @@ def test_what_is_not_cache_work_is_the_models_own() -> None:
     transforms."""
     counts = per_simulation(2, 'shift')
     rest = {name: count for name, count in counts.items() if count and name not in CACHE}
-    # Each token in each of two layers: query, key, value, projection, two of the MLP; then four heads of two
-    # each.
-    assert rest['addmm'] == 2 * 2 * 6 + 4 * 2
+    # Each token in each of two layers: query, key and value at once, projection, two of the MLP; then four
+    # heads of two each.
+    assert rest['addmm'] == 2 * 2 * 4 + 4 * 2
     assert rest['native_layer_norm'] == 2 * (2 * 2 + 1)
     attention = [name for name in rest if 'scaled_dot_product' in name]
     assert sum(rest[name] for name in attention) == 2 * 2

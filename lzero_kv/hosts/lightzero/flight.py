@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,8 @@ from lzero_kv.window import TOKENS_PER_STEP, Window
 
 from .observer import Histories
 from .positions import positions_of
+from .prepared import Prepared
 from .transformer import additive_mask, append_token, causal_pass, position_shift
-
-WindowTokens = Callable[[np.ndarray], torch.Tensor]
-"""Rows (int64 ``[N]``) to the raw embeddings of their newest ``kept`` tokens, ``[N, kept, embed]``."""
 
 
 class Flights:
@@ -28,12 +26,29 @@ class Flights:
         self.manager = manager
         self.window = Window(world_model.context_length)
         self.positions = positions_of(world_model)
-        self.transformer = world_model.transformer
         self.host_padding = config.padding == 'host'
         rotary = world_model.config.rotary_emb
         self.exact_window = config.window == 'rebuild' or (config.window == 'auto' and not self.host_padding)
         self._learned = None if rotary else world_model.pos_emb
+        self._world_model = world_model
+        self._prepared: Prepared | None = None
         self._buffer: torch.Tensor | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        """Transformer and heads by the weights of the latest :meth:`take_weights`."""
+        if self._prepared is None:
+            self._prepared = Prepared(self._world_model, self.host_padding)
+        return self._prepared
+
+    def take_weights(self) -> None:
+        """Notice weights that changed; called where a root inference or a search begins."""
+        if self._prepared is not None and self._prepared.stale():
+            self._prepared = None
+
+    def forget_weights(self) -> None:
+        """The weights changed, whether that can be seen or not."""
+        self._prepared = None
 
     def load(self, slots: np.ndarray) -> Flight:
         """Load the histories in ``slots`` (int64 ``[B]``); a row with ``NO_SLOT`` starts empty, for the
@@ -57,7 +72,7 @@ class Flights:
         """The host's position correction by the present weights, None where positions need none."""
         if self._learned is None or self.exact_window:
             return None
-        return position_shift(self.transformer, self._learned, self.window.kept)
+        return position_shift(self._world_model.transformer, self._learned, self.window.kept)
 
     def recompute(
         self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray, out: torch.Tensor
@@ -73,7 +88,7 @@ class Flights:
         x, rotation = self.positions.place(
             tokens, lengths[:, None] + columns, next_positions[:, None] + columns
         )
-        causal_pass(self.transformer, x, lengths, rotation, out)
+        causal_pass(self.prepared, x, lengths, rotation, out)
 
     def forget_buffer(self) -> None:
         """Drop the reused buffer, after a failure that may have left non-finite numbers in it."""
@@ -157,60 +172,55 @@ class Flight:
         if int(visible.min()) < widest:
             inside = np.arange(widest)[None, :] >= widest - visible[:, None]
             mask = additive_mask(inside, x)
-        hidden = append_token(
-            flights.transformer,
-            self.buffer,
-            (own + 1 - widest, own),
-            placed,
-            mask,
-            rotation,
-            flights.host_padding,
-        )
+        columns = own + 1 - widest, own
+        hidden = append_token(flights.prepared, self.buffer, columns, placed, mask, rotation)
         grown = 1 if absent is None else (~absent).astype(np.int64)
         self.lengths = self.lengths + grown
         self.next_positions = self.next_positions + grown
         self._column += 1
         return hidden
 
-    def slide(self, shift: torch.Tensor | None, window_tokens: WindowTokens | None) -> None:
+    def slide(self, shift: torch.Tensor | None) -> np.ndarray:
         """Let the oldest step of full windows go; afterwards :attr:`kept` holds what stays.
 
         Args:
             shift: what :meth:`Flights.window_shift` gave, None where no correction applies.
-            window_tokens: raw tokens of rows whose window moved; asked for only where the window is rebuilt.
+
+        Returns:
+            bool ``[B]``: rows whose window moved. Where windows are exact, their part of :attr:`kept` still
+            knows what left: :meth:`rebuild` it, or do not store it.
         """
-        flights = self._flights
         self.kept = self.buffer[:, :, TOKENS_PER_STEP:]
-        self.lengths, overflow = flights.window.advance(self.lengths)
-        if not overflow.any():
-            return
-        if flights.exact_window:
-            if window_tokens is None:
-                raise RuntimeError('a rebuilt window needs its raw tokens; pass window_tokens')
-            self._rebuild(np.flatnonzero(overflow), window_tokens)
-        elif shift is not None and overflow.all():
+        self.lengths, moved = self._flights.window.advance(self.lengths)
+        if shift is not None and moved.all():
             self.kept += shift
-        elif shift is not None:
-            moved = torch.from_numpy(overflow.astype(np.float64)).to(self.kept)
-            self.kept.addcmul_(moved[:, None, None, None], shift)
+        elif shift is not None and moved.any():
+            self.kept.addcmul_(torch.from_numpy(moved).to(self.kept)[:, None, None, None], shift)
+        return moved
 
-    def histories(self, found: np.ndarray | None = None) -> Histories:
+    def histories(self, present: np.ndarray) -> Histories:
         """A copy of what the rows hold between steps: before the first token, or after :meth:`slide`."""
-        kept = self.buffer[:, :, : self._flights.window.kept] if found is not None else self.kept
-        return Histories(kept.clone(), self.lengths.copy(), found)
+        begun = self._column == self._flights.window.kept
+        kept = self.buffer[:, :, : self._flights.window.kept] if begun else self.kept
+        return Histories(kept.clone(), self.lengths.copy(), present)
 
-    def store(self, keys: Sequence[Any]) -> None:
-        """Store every row under its key (one per row)."""
-        kept = self._flights.window.kept
-        newest = kept if self._flights.host_padding else int(self.lengths.max())
-        self._flights.manager.store(
-            keys, self.kept[:, :, kept - newest :], self.lengths, self.next_positions, newest=newest
-        )
+    def rebuild(self, rows: np.ndarray, tokens: torch.Tensor) -> None:
+        """Compute what stays of windows that moved from their raw tokens alone.
 
-    def _rebuild(self, rows: np.ndarray, window_tokens: WindowTokens) -> None:
-        flights = self._flights
-        lengths = np.full(len(rows), flights.window.kept, dtype=np.int64)
+        Args:
+            rows: int64 ``[N]``.
+            tokens: ``[N, kept, embed]`` raw embeddings of their newest tokens.
+        """
         out = self.kept if len(rows) == len(self.kept) else torch.empty_like(self.kept[: len(rows)])
-        flights.recompute(window_tokens(rows), lengths, self.next_positions[rows], out)
+        self._flights.recompute(tokens, self.lengths[rows], self.next_positions[rows], out)
         if out is not self.kept:
             self.kept.index_copy_(0, torch.from_numpy(rows).to(out.device), out)
+
+    def store(self, keys: Sequence[Any], rows: np.ndarray | None = None) -> None:
+        """Store rows (int64 ``[N]``; None for all) under their keys, one for each."""
+        kept = self._flights.window.kept
+        kv, lengths, next_positions = self.kept, self.lengths, self.next_positions
+        if rows is not None and len(rows) < len(lengths):
+            kv, lengths, next_positions = kv[torch.from_numpy(rows)], lengths[rows], next_positions[rows]
+        newest = kept if self._flights.host_padding else int(lengths.max())
+        self._flights.manager.store(keys, kv[:, :, kept - newest :], lengths, next_positions, newest=newest)

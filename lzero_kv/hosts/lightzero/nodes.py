@@ -41,6 +41,7 @@ class SearchNodes:
         self._rows = np.arange(rows)
         self._shift = flights.window_shift()
         self._parents = np.full((simulations + 1, rows), ROOT, dtype=np.int64)
+        self._depths = np.zeros((simulations + 1, rows), dtype=np.int64)
         self._visits = np.ones((simulations + 1, rows), dtype=np.int64)
         self._by_priority = manager.recur_pool.eviction_strategy is EvictionStrategy.PRIORITY
         # Every raw token of the trees: the root's window, then an action and an observation for each
@@ -55,6 +56,8 @@ class SearchNodes:
         self._windows = np.zeros((recorded, rows, kept), dtype=np.int32)
         if self._flights.exact_window:
             self._windows[ROOT, :, kept - width :] = np.arange(width)
+        # Nodes whose window moved and whose keys and values were not asked for yet.
+        self._pending = np.zeros((recorded, rows), dtype=bool)
         self.expanded = 0
 
     def expand(self, parents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
@@ -73,18 +76,19 @@ class SearchNodes:
         flight, found = self._load(parents)
         observers = self._world_model.observers
         served = flight.histories(found) if observers else None
-        reward, latent = predict_reward_latent(self._world_model, flight.append(embedded))
-        outputs = predict_policy_value(self._world_model, flight.append(latent))
+        reward, latent = predict_reward_latent(self._flights.prepared, flight.append(embedded))
+        outputs = predict_policy_value(self._flights.prepared, flight.append(latent))
         self._record(simulation, parents, embedded, latent)
-        flight.slide(self._shift, lambda rows: self._moved_windows(rows, simulation))
-        flight.store([NodeKey(row, simulation) for row in range(len(parents))])
+        moved = flight.slide(self._shift)
         self._lengths[simulation] = flight.lengths
+        self._store(simulation, flight, moved)
         self.expanded = simulation
         if self._by_priority:
             self._visit(simulation)
         outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
         if served is not None:
-            event = NodesExpanded(simulation, parents, actions, served, flight.histories(), outputs)
+            stored = ~moved if self._flights.exact_window else np.ones(len(parents), dtype=bool)
+            event = NodesExpanded(simulation, parents, actions, served, flight.histories(stored), outputs)
             for observer in observers:
                 observer.nodes_expanded(event)
         return outputs
@@ -103,9 +107,40 @@ class SearchNodes:
     def _key(self, row: int, simulation: int) -> RootKey | NodeKey:
         return self._roots.keys[row] if simulation == ROOT else NodeKey(row, simulation)
 
+    def _store(self, simulation: int, flight: Flight, moved: np.ndarray) -> None:
+        """Store the children, except where an exact window moved: most nodes are never expanded, so those are
+        computed when they are (:meth:`_complete`)."""
+        rows = self._rows
+        if self._flights.exact_window and moved.any():
+            self._pending[simulation] = moved
+            rows = np.flatnonzero(~moved)
+        if len(rows):
+            flight.store([NodeKey(row, simulation) for row in rows.tolist()], rows)
+
+    def _complete(self, parents: np.ndarray) -> None:
+        """Compute and store the moved windows among ``parents`` that nobody has asked for yet, in one
+        batch."""
+        if not self._flights.exact_window:
+            return
+        pending = self._pending[parents, self._rows]
+        if not pending.any():
+            return
+        rows = np.flatnonzero(pending)
+        nodes = parents[rows]
+        tokens, lengths = self._window_tokens(rows, nodes), self._lengths[nodes, rows]
+        next_positions = self._next_positions(rows, nodes)
+        layout = self._manager.layout
+        kv = tokens.new_empty(len(rows), 2 * layout.layers, tokens.shape[1], layout.embed_dim)
+        self._flights.recompute(tokens, lengths, next_positions, kv)
+        keys = [NodeKey(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
+        self._manager.store(keys, kv, lengths, next_positions)
+        self._manager.count_window(int(lengths.sum()))
+        self._pending[nodes, rows] = False
+
     def _load(self, parents: np.ndarray) -> tuple[Flight, np.ndarray]:
         """The histories of ``parents``, computed again where they are gone; and which were found (bool
         ``[B]``)."""
+        self._complete(parents)
         slots = self._manager.lookup([self._key(row, node) for row, node in enumerate(parents.tolist())])
         missing = np.flatnonzero(slots == NO_SLOT)
         restored = self._restore(missing, parents[missing]) if len(missing) else None
@@ -122,9 +157,10 @@ class SearchNodes:
             ``[N, 2 * layers, kept, embed]``, and the lengths and next positions (int64 ``[N]``).
         """
         if self._flights.exact_window:
-            next_positions = self._roots.next_positions[rows] + 2 * self._depths(rows, nodes)
             return self._recompute(
-                self._window_tokens(rows, nodes), self._lengths[nodes, rows], next_positions
+                self._window_tokens(rows, nodes),
+                self._lengths[nodes, rows],
+                self._next_positions(rows, nodes),
             )
         # What a shifted window holds depends on the steps that left it: only taking them again reproduces it.
         return self._replay(rows, nodes)
@@ -172,7 +208,7 @@ class SearchNodes:
         at, first = torch.from_numpy(rows), torch.from_numpy(self._root_width + 2 * (nodes - 1))
         flight.append(self._tokens[at, first])
         flight.append(self._tokens[at, first + 1])
-        flight.slide(self._shift, None)
+        flight.slide(self._shift)
         self._manager.count_rebuilt(2 * len(rows), roots=False)
 
     def _path_from_stored(self, row: int, node: int) -> list[int]:
@@ -182,12 +218,8 @@ class SearchNodes:
             path.append(int(self._parents[path[-1], row]))
         return path[::-1]
 
-    def _depths(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-        depths, nodes = np.zeros(len(rows), dtype=np.int64), nodes.copy()
-        while (inner := nodes != ROOT).any():
-            depths += inner
-            nodes = np.where(inner, self._parents[nodes, rows], ROOT)
-        return depths
+    def _next_positions(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        return self._roots.next_positions[rows] + 2 * self._depths[nodes, rows]
 
     def _blank(self, rows: int) -> torch.Tensor:
         layout = self._manager.layout
@@ -199,6 +231,7 @@ class SearchNodes:
         """Write down the child's parent, its two raw tokens, and which tokens its window shows."""
         first = self._root_width + 2 * (simulation - 1)
         self._parents[simulation] = parents
+        self._depths[simulation] = self._depths[parents, self._rows] + 1
         self._tokens[:, first] = action
         self._tokens[:, first + 1] = latent
         if self._flights.exact_window:
@@ -210,12 +243,6 @@ class SearchNodes:
         """Raw embeddings ``[N, kept, embed]`` of the windows of ``nodes``."""
         columns = torch.from_numpy(self._windows[nodes, rows].astype(np.int64))
         return self._tokens[torch.from_numpy(rows)[:, None], columns]
-
-    def _moved_windows(self, rows: np.ndarray, simulation: int) -> torch.Tensor:
-        """Raw tokens of windows that are full and dropped their oldest step."""
-        tokens = self._window_tokens(rows, np.full(len(rows), simulation))
-        self._manager.count_window(tokens.shape[0] * tokens.shape[1])
-        return tokens
 
     def _visit(self, simulation: int) -> None:
         """Tell the pool how often each node was passed, from the new children's parents up to below the

@@ -19,13 +19,13 @@ class Histories:
     Attributes:
         kv: ``[B, 2 * layers, T, embed]``, right-aligned; a copy.
         lengths: int64 ``[B]``, tokens of each row; 0 for none.
-        found: bool ``[B]``, whether the row came out of a pool (and was not computed again); None where rows
-            go in.
+        present: bool ``[B]``, rows that came out of a pool (the others were computed again), or that went
+            into one (the others are computed when they are asked for: their part of ``kv`` is not theirs).
     """
 
     kv: torch.Tensor
     lengths: np.ndarray
-    found: np.ndarray | None = None
+    present: np.ndarray
 
     def row(self, row: int) -> torch.Tensor:
         """``[2 * layers, length, embed]`` of one row."""

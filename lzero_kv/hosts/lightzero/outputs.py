@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .prepared import Prepared
+
 
 class StepOutputs(NamedTuple):
     """What the world model predicts after a step; shapes as the host's ``forward_recurrent_inference``
@@ -28,19 +30,18 @@ class StepOutputs(NamedTuple):
     value: torch.Tensor
 
 
-def predict_policy_value(world_model: Any, hidden: torch.Tensor) -> StepOutputs:
+def predict_policy_value(prepared: Prepared, hidden: torch.Tensor) -> StepOutputs:
     """Policy and value at an observation token, ``hidden`` ``[B, embed]``."""
-    policy = world_model.head_policy.head_module(hidden)
+    policy = prepared.policy(hidden)
     if isinstance(policy, dict):
         policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
-    value = world_model.head_value.head_module(hidden)
-    return StepOutputs(hidden[:, None], None, None, policy[:, None], value[:, None])
+    return StepOutputs(hidden[:, None], None, None, policy[:, None], prepared.value(hidden)[:, None])
 
 
-def predict_reward_latent(world_model: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predict_reward_latent(prepared: Prepared, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reward logits ``[B, support]`` and next latent state ``[B, embed]`` at an action token, ``hidden``
     ``[B, embed]``."""
-    return world_model.head_rewards.head_module(hidden), world_model.head_observations.head_module(hidden)
+    return prepared.reward(hidden), prepared.latent(hidden)
 
 
 def action_embeddings(

@@ -73,6 +73,7 @@ class RootInference:
         """
         first = np.array([is_first_step(action) for action in last_actions])
         self._check(env_ids, last_observations, last_actions, observations, first)
+        self._flights.take_weights()
         latents = self._encode(observations, env_ids)
         digests = digest_rows(observations)
         last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[: len(first)])
@@ -89,7 +90,7 @@ class RootInference:
         flight.next_positions = np.where(first, 2 * np.maximum(timesteps, 0), flight.next_positions)
         hidden = flight.append(latents[:, 0])
         self._check_finite(hidden, env_ids)
-        outputs = predict_policy_value(self._world_model, hidden)
+        outputs = predict_policy_value(self._flights.prepared, hidden)
         contexts = self._remember(
             env_ids, first, last_actions, observations, digests, flight, actions, latents
         )
@@ -98,13 +99,12 @@ class RootInference:
         keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
         for env_id in env_ids:
             self._manager.init_pools[env_id].clear()  # a root's predecessor is never asked for again
-
-        def moved_windows(rows: np.ndarray) -> torch.Tensor:
+        moved = flight.slide(shift)
+        if self._flights.exact_window and moved.any():
+            rows = np.flatnonzero(moved)
             for row in rows:
-                self._manager.count_window(tokens.shape[1], env_id=env_ids[row])
-            return tokens[torch.from_numpy(rows)]
-
-        flight.slide(shift, moved_windows)
+                self._manager.count_window(kept, env_id=env_ids[row])
+            flight.rebuild(rows, tokens[torch.from_numpy(rows)])
         flight.store(keys)
         if served is not None:
             event = RootsInferred(
@@ -117,7 +117,7 @@ class RootInference:
                 keys,
                 latents,
                 served,
-                flight.histories(),
+                flight.histories(np.ones(len(first), dtype=bool)),
                 outputs,
             )
             for observer in self._world_model.observers:

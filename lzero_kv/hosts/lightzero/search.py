@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lzero.policy import to_detach_cpu_numpy
+
+from .scalars import expected_scalars
 
 
 def cached_search(
@@ -40,6 +41,7 @@ def cached_search(
     config, rows = mcts._cfg, roots.num
     continuous = bool(config.model.get('continuous_action_space', False))
     sampled = hasattr(roots, 'get_sampled_actions')
+    as_host = model.world_model.cache_config.padding == 'host'
     with torch.no_grad():
         model.eval()
         nodes = model.world_model.begin_search(latent_state_roots, timestep, config.num_simulations)
@@ -63,11 +65,10 @@ def cached_search(
                 )
                 actions = torch.from_numpy(np.asarray(actions)).to(config.device)
                 output = nodes.expand(np.asarray(parents), actions if continuous else actions.long())
-                value, reward = (
-                    to_detach_cpu_numpy(mcts.inverse_scalar_transform_handle(logits.squeeze(1))).reshape(-1)
-                    for logits in (output.value, output.reward)
+                value, reward = expected_scalars(
+                    mcts.inverse_scalar_transform_handle, (output.value, output.reward), as_host
                 )
-                policy = np.asarray(to_detach_cpu_numpy(output.policy.squeeze(1)))
+                policy = output.policy.squeeze(1).cpu().numpy()
                 check_finite(simulation, value=value, reward=reward, policy=policy)
                 tree.batch_backpropagate(
                     simulation + 1,

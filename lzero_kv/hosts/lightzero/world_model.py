@@ -232,6 +232,7 @@ class KVWorldModel(WorldModel):
             RuntimeError: the nodes of two simulations do not fit into ``max_bytes``.
         """
         engine, rows = self.engine, len(root_latents)
+        engine.flights.take_weights()
         latest = None if self.reanalyze_phase else engine.latest
         if latest is not None and not same_latents(latest.latents, root_latents):
             latest = None
@@ -297,6 +298,7 @@ class KVWorldModel(WorldModel):
         if self._engine is not None:
             self._engine.manager.clear_all()
             self._engine.roots.contexts.forget_tokens()
+            self._engine.flights.forget_weights()
         for observer in self.observers:
             observer.caches_cleared()
 

@@ -170,7 +170,7 @@ class OldStore(OldSystem):
         return HostOpinion(
             trace.key,
             kv,
-            exact=trace.owner is not None and trace.owner.history == asked,
+            exact=trace.owner is not None and trace.owner.history == asked and trace.owner.exact,
             explain=lambda: causes,
             moved=lambda: self._enactment.of(step).answers,
         )
@@ -212,7 +212,9 @@ class OldStore(OldSystem):
         if not self._reanalysis:
             self.twin.naming = names
             for row in range(len(names)):
-                self.twin.keep(row, latents[row], event.stored.row(row), root=False)
+                present = bool(event.stored.present[row])
+                kv = event.stored.row(row) if present else truths[row].stored
+                self.twin.keep(row, latents[row], kv, root=False, exact=present)
         return opinions
 
     def settle(self, row: int, opinion: HostOpinion, truth: RowTruth) -> None:

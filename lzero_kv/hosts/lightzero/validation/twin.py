@@ -39,12 +39,14 @@ class Owner:
         history: the history it was written for.
         causes: proven reasons for which its content is not that of ``history``.
         proven: whether those reasons account for all of the difference.
+        exact: whether the manager stored the same numbers.
     """
 
     key: str
     history: HistoryName
     causes: frozenset[Cause] = field(default_factory=frozenset)
     proven: bool = True
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,9 @@ class HostTwin(WorldModel):
         found = self._newest.get(row)
         return None if found is None else (found[0], contents(found[1]))
 
-    def keep(self, row: int, latent: torch.Tensor, kv: torch.Tensor, *, root: bool) -> None:
+    def keep(
+        self, row: int, latent: torch.Tensor, kv: torch.Tensor, *, root: bool, exact: bool = True
+    ) -> None:
         """Store keys and values ``[2 * layers, T, embed]`` of one row as the host stores its own."""
         if self.context_length <= 2:
             return  # the host stores nothing then
@@ -163,9 +167,9 @@ class HostTwin(WorldModel):
             index = self.custom_copy_kv_cache_to_shared_init_envs(entry, row)
             self.past_kv_cache_init_infer_envs[row][self._keys[row]] = index
         else:
-            self.past_kv_cache_recurrent_infer[self._keys[row]] = self.custom_copy_kv_cache_to_shared_recur(
-                entry
-            )
+            index = self.custom_copy_kv_cache_to_shared_recur(entry)
+            self.past_kv_cache_recurrent_infer[self._keys[row]] = index
+        self._newest[row][0].exact = exact
 
     # What follows watches the host's own methods.
 

@@ -151,7 +151,7 @@ class Validator(Observer):
             return None, False, truth, answer, course
         history = self._histories.continued(env_id, event.last_observations[row], timestep)
         before = history.name
-        lost = history.stored and not event.served.found[row]  # type: ignore[index]
+        lost = history.stored and not event.served.present[row]
         window = self._histories.window(history)
         course = history.course
         step = self._histories.extend(env_id, event.last_actions[row], event.observations[row])
@@ -269,7 +269,7 @@ class Validator(Observer):
     def _is_lost(self, event: NodesExpanded, row: int) -> bool:
         """Whether an entry is gone although the pool never was full."""
         stored = len(event.parents) * event.simulation
-        return stored <= self._capacity and not bool(event.served.found[row])  # type: ignore[index]
+        return stored <= self._capacity and not bool(event.served.present[row])
 
     # Verdicts
 

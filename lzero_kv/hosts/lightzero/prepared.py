@@ -1,0 +1,181 @@
+"""The host's transformer and heads, made ready for inference on a few rows.
+
+The host's modules stay the only home of the weights. What inference runs are plain functions over copies of
+them: the three projections of a layer are one matrix product, and on a CPU large single precision matrices
+are laid out once in the order in which oneDNN reads them, instead of at every product. With eight rows that
+order is worth more than anything else: a product is bound by reading its weights.
+
+The copies are made again when the weights change; see :meth:`Prepared.stale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+"""``[N, in]`` to ``[N, out]``."""
+
+PACKED_ELEMENTS = 1 << 17
+"""Weights from this size on are packed. Below it, measured with AVX-512, a call of oneDNN costs more than its
+order saves."""
+
+_ROWS_EXPECTED = 8
+
+
+class PreparedBlock:
+    """One block of the transformer.
+
+    Attributes:
+        norm1, norm2: layer norms, ``[N, embed]`` to ``[N, embed]``.
+        qkv: ``[N, embed]`` to ``[N, 3 * embed]``: query, key and value side by side.
+        project: the projection behind attention.
+        mlp: the feed-forward part, without its residual.
+        gates: the two gates of a gated block (GTrXL, Parisotto et al. 2020), None for plain residuals.
+    """
+
+    def __init__(self, block: Any, as_host: bool) -> None:
+        attention = block.attn
+        projections = [attention.query, attention.key, attention.value]
+        self.gates = (block.gate1, block.gate2) if block.gru_gating else None
+        self.norm1: Layer = block.ln1 if as_host else layer_norm(block.ln1)
+        self.norm2: Layer = block.ln2 if as_host else layer_norm(block.ln2)
+        self.qkv = _side_by_side(projections, as_host)
+        self.project: Layer = attention.proj if as_host else sequence([attention.proj])
+        self.mlp: Layer = block.mlp if as_host else sequence(block.mlp)
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The block's output for inputs ``x`` and what attention made of them, both ``[..., embed]``."""
+        attended = self.project(attended)
+        if self.gates is not None:
+            x = self.gates[0](x, attended)
+            return self.gates[1](x, self.mlp(self.norm2(x)))
+        x = x + attended
+        return x + self.mlp(self.norm2(x))
+
+
+class Prepared:
+    """Transformer and heads of a world model as functions, by the weights of this moment.
+
+    Args:
+        world_model: the host's ``WorldModel``.
+        as_host: run the host's own modules, one after another, so that results equal the host's to the last
+            bit.
+
+    Attributes:
+        blocks: one for each layer.
+        norm: the transformer's last norm.
+        reward, latent, policy, value: heads, ``[N, embed]`` to their logits; the policy of continuous actions
+            gives a dict.
+        heads: number of attention heads.
+        as_host: as given.
+    """
+
+    def __init__(self, world_model: Any, as_host: bool) -> None:
+        transformer = world_model.transformer
+        self.as_host = as_host
+        self.heads = transformer.blocks[0].attn.num_heads
+        self._parameters = list(world_model.parameters())
+        self._weights = self._fingerprint()
+        with torch.no_grad():
+            self.blocks = [PreparedBlock(block, as_host) for block in transformer.blocks]
+            self.norm: Layer = transformer.ln_f if as_host else layer_norm(transformer.ln_f)
+            self.reward, self.latent, self.policy, self.value = (
+                head.head_module if as_host else sequence(head.head_module)
+                for head in (
+                    world_model.head_rewards,
+                    world_model.head_observations,
+                    world_model.head_policy,
+                    world_model.head_value,
+                )
+            )
+
+    def stale(self) -> bool:
+        """Whether a parameter was written to, or replaced, since this was made.
+
+        A write that goes around autograd's version counter (``parameter.data``) is not seen here; those who
+        write like that clear the caches, as the host does after every update.
+        """
+        return self._fingerprint() != self._weights
+
+    def _fingerprint(self) -> list[tuple[int, int]]:
+        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+
+
+def sequence(modules: Sequence[nn.Module] | nn.Module) -> Any:
+    """A sequence of modules as one function: linear layers with the GELU behind them in one call, dropout
+    left out (inference is never in training mode), everything else as it is."""
+    if isinstance(modules, nn.Module) and not isinstance(modules, nn.Sequential):
+        return modules
+    rest, layers = [m for m in modules if not isinstance(m, nn.Dropout)], []
+    while rest:
+        module = rest.pop(0)
+        if not is_plain(module):
+            layers.append(module)
+            continue
+        gelu = rest.pop(0) if rest and type(rest[0]) is nn.GELU else None
+        layers.append(affine(module.weight, module.bias, None if gelu is None else gelu.approximate))
+    if len(layers) == 1:
+        return layers[0]
+
+    def run(x: torch.Tensor) -> Any:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return run
+
+
+def affine(weight: torch.Tensor, bias: torch.Tensor, gelu: str | None = None) -> Layer:
+    """``x @ weight.T + bias`` and, with ``gelu`` ('none' or 'tanh'), the GELU of it; by a packed copy of the
+    weights where that pays."""
+    weight, bias = weight.detach(), bias.detach()
+    if _packs(weight):
+        # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED)
+        pointwise = torch.ops.mkldnn._linear_pointwise.default
+        after, kind = ('none', '') if gelu is None else ('gelu', gelu)
+        return lambda x: pointwise(x, packed, bias, after, [], kind)
+    if gelu is None:
+        return lambda x: F.linear(x, weight, bias)
+    return lambda x: F.gelu(F.linear(x, weight, bias), approximate=gelu)
+
+
+def layer_norm(norm: nn.LayerNorm) -> Layer:
+    """A layer norm without its module's call."""
+    if type(norm) is not nn.LayerNorm:
+        return norm
+    shape, weight, bias, eps = list(norm.normalized_shape), norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with a bias that nobody has put a hook on."""
+    return (
+        type(module) is nn.Linear
+        and module.bias is not None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def _side_by_side(modules: Sequence[nn.Module], as_host: bool) -> Layer:
+    if as_host or not all(map(is_plain, modules)):
+        return lambda x: torch.cat([module(x) for module in modules], dim=-1)
+    return affine(torch.cat([m.weight for m in modules]), torch.cat([m.bias for m in modules]))
+
+
+def _packs(weight: torch.Tensor) -> bool:
+    return (
+        weight.device.type == 'cpu'
+        and weight.dtype == torch.float32
+        and weight.numel() >= PACKED_ELEMENTS
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
+    )
