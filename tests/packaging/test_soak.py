@@ -26,7 +26,7 @@ RATIOS = {quantity.name: quantity.bound for quantity in QUANTITIES}
 
 
 def run_of(count: int = 16, **growth: float) -> list[Sample]:
-    """Samples in which a field grows by a fraction from the second quarter to the last; the first is warm-up."""
+    """Samples in which fields grow by a fraction from the second quarter to the last, after a warm-up."""
     samples = []
     for number in range(count):
         changes = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,10 +72,12 @@ def test_the_installation_alone() -> None:
 
 
 def test_a_config_for_which_the_plugin_engages(tmp_path: Path) -> None:
-    path = write_config(tmp_path, world_model=f"{FLAG}, kv_cache=dict(policy='lfu', max_bytes=1000000)")
+    choices = "kv_cache=dict(policy='lfu', max_bytes=1000000), cache_validation_mode='model'"
+    path = write_config(tmp_path, world_model=f'{FLAG}, {choices}')
     done = run(path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'policy=lfu, max_bytes=1000000' in done.stdout
+    assert re.search(r'│ ok +│ validation +│ model ', done.stdout)
     assert done.stdout.splitlines()[-1] == f'The plugin would engage for {path}.'
     assert not (tmp_path / 'trained').exists()
 
@@ -101,7 +104,11 @@ def test_a_config_for_which_the_plugin_engages(tmp_path: Path) -> None:
         ),
         ({'world_model': f'{FLAG}, tokens_per_block=3'}, 'world model', 'tokens_per_block=3: expected 2'),
         ({'world_model': f"{FLAG}, kv_cache=dict(polcy='lru')"}, 'kv_cache', "did you mean 'policy'?"),
-        ({'world_model': f"{FLAG}, cache_validation_mode='stores'"}, 'validation', "expected False, 'store'"),
+        (
+            {'world_model': f"{FLAG}, cache_validation_mode='stores'"},
+            'world model',
+            "expected False, 'store'",
+        ),
     ],
 )
 def test_each_reason_for_not_engaging(
