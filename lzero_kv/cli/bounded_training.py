@@ -81,6 +81,9 @@ def bounded(progress: Progress) -> Iterator[None]:
         try:
             return original(evaluator, *args, **kwargs)
         except _EnoughEvaluation:
+            # As after the last step of each episode: nothing of them may reach the collection that follows.
+            for env_id in range(evaluator._env_num):
+                evaluator._policy.reset([env_id])
             return False, {}  # go on training; the entries only log the second
 
     def train(original: Any, learner: Any, *args: Any, **kwargs: Any) -> Any:
