@@ -27,7 +27,7 @@ from lzero_kv.validation.report import ModeRun, ValidationReport
 MODES = ('store', 'model')
 PAGE, PICTURE, NUMBERS = 'validation.md', 'validation.png', 'validation.json'
 PACKAGES = Path(lzero_kv.__file__).resolve().parents[1]
-TOLD = ('lzero_kv', 'LightZero', 'DI-engine', 'torch', 'numpy')
+TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy')
 
 
 class ValidationFailed(ValueError):
@@ -197,6 +197,7 @@ def _run_mode(request: Request, show_progress: Callable[[dict[str, int]], None])
 def versions() -> dict[str, str]:
     """Versions of what a difference may depend on."""
     found = {name: installed_version(name) or 'not installed' for name in TOLD}
+    found['lzero_kv'] = installed_version('lzero_kv') or 'a checkout, not installed'
     return {**found, 'Python': platform.python_version(), 'machine': platform.platform()}
 
 
