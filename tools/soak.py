@@ -71,12 +71,12 @@ def train(folder: Path, args: argparse.Namespace) -> None:
 
     size = EasyDict({**config.SMOKE, **SIZE})
     main_config, create_config = config.make_config(ENV_ID, 0, size=size)
-    main_config.exp_name = str(folder / 'pong')
-    main_config.policy.replay_buffer_size = REPLAY_TRANSITIONS
-    main_config.policy.reanalyze_ratio = REANALYZE_RATIO
-    world_model = main_config.policy.model.world_model_cfg
-    world_model.cache_validation_mode = args.mode
-    world_model.kv_cache = dict(
+    main_config['exp_name'] = str(folder / 'pong')
+    policy = main_config['policy']
+    policy['replay_buffer_size'], policy['reanalyze_ratio'] = REPLAY_TRANSITIONS, REANALYZE_RATIO
+    world_model = policy['model']['world_model_cfg']
+    world_model['cache_validation_mode'] = args.mode
+    world_model['kv_cache'] = dict(
         validation_rate=args.rate,
         validation_on_failure='log',
         validation_folder=str(folder / 'findings'),

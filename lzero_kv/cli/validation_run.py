@@ -124,7 +124,8 @@ def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[s
             f'{request.config} calls {call.entry} with the policy {kind!r}, for which there is no plugin; '
             f'give a config of {" or ".join(ENTRIES)} with {" or ".join(POLICIES)}'
         )
-    config, create_config = copy.deepcopy(call.config), copy.deepcopy(call.create_config)
+    config: Any = copy.deepcopy(call.config)
+    create_config: Any = copy.deepcopy(call.create_config)
     policy, notes = config['policy'], []
     world_model = policy['model']['world_model_cfg']
     if world_model.get('use_new_cache_manager') is not True:

@@ -149,8 +149,9 @@ class Tally:
     def from_dict(cls, numbers: dict[str, Any]) -> Tally:
         """What :meth:`as_dict` gave."""
         return cls(
-            **{name: int(numbers[name]) for name in _COUNTS},
-            **{name: float(numbers[name]) for name in _LARGEST},
+            *(int(numbers[name]) for name in _COUNTS),
+            largest_host=float(numbers['largest_host']),
+            largest_manager=float(numbers['largest_manager']),
             causes=Counter({Cause(name): count for name, count in numbers['causes'].items()}),
             faults=Counter({Fault(name): count for name, count in numbers['faults'].items()}),
             policy=Movement.from_dict(numbers['policy']),
