@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from lzero_kv.budget.preference import Preference
 
@@ -24,17 +25,20 @@ _GRID = 2**20
 logarithms and far below what an attention measured in float32 can tell."""
 
 
-class Allocation(Protocol):
+class Allocation(ABC):
     """Weights of the layers."""
 
-    needs_preference: ClassVar[bool]
-    """Whether the weights depend on the attention."""
+    @property
+    def needs_preference(self) -> bool:
+        """Whether the weights depend on the attention."""
+        return False
 
     @property
     def cascades(self) -> bool:
         """Whether the proportions among the first layers stay the same when deeper ones are added."""
-        ...
+        return True
 
+    @abstractmethod
     def weights(self, layers: int, preferences: Sequence[Preference]) -> list[Fraction]:
         """Weight of each layer, greater than 0; only proportions matter.
 
@@ -43,28 +47,21 @@ class Allocation(Protocol):
             preferences: of the layers measured so far, the first ones; weights are given for those alone
                 where :attr:`needs_preference`.
         """
-        ...
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocation):
     """The same for every layer."""
-
-    needs_preference: ClassVar[bool] = False
-    cascades: ClassVar[bool] = True
 
     def weights(self, layers: int, preferences: Sequence[Preference] = ()) -> list[Fraction]:
         return [Fraction(1)] * layers
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(Allocation):
     """Earlier layers get more: ``L - l``, or from 1 down to ``1 / beta`` along a straight line."""
 
     beta: float | None
-
-    needs_preference: ClassVar[bool] = False
-    cascades: ClassVar[bool] = True
 
     def weights(self, layers: int, preferences: Sequence[Preference] = ()) -> list[Fraction]:
         if self.beta is None:
@@ -81,7 +78,7 @@ class Pyramid(Adaptive):
 
 
 @dataclass(frozen=True)
-class AttentionBased:
+class AttentionBased(Allocation):
     """``(1 - alpha) / L + alpha P_l / sum P`` with the preference ``P_l = H_l^(1/tau1) V_l^(1/tau2)``.
 
     ``alpha = 1`` is CAKE (Qin et al., ICLR 2025). Modes: ``'normal'`` as above, ``'reverse_disp'`` with
@@ -94,13 +91,16 @@ class AttentionBased:
     tau2: float
     preference: str
 
-    needs_preference: ClassVar[bool] = True
     signs: ClassVar[dict[str, tuple[int, int]]] = {
         'normal': (1, 1),
         'reverse_disp': (-1, 1),
         'reverse': (-1, -1),
     }
     """Exponents of ``H`` and of ``V`` in each mode."""
+
+    @property
+    def needs_preference(self) -> bool:
+        return True
 
     @property
     def cascades(self) -> bool:
@@ -184,9 +184,10 @@ def apportion(
     with ``lambda`` such that the sum is ``min(total, sum(caps))``.
 
     The k-th slot of layer ``l`` is a claim of rank ``w_l / (k - 1/2)``; slots up to ``minimum`` go before all
-    others, in rounds, the largest weight first; the lower layer wins ties. The result is the first ``total`` claims in this order. A
-    claim's rank does not depend on other layers or on ``total``, therefore one slot more takes nothing from
-    any layer, and a further layer gives nothing to any (Balinski & Young, Fair Representation, 1982).
+    others, in rounds, the largest weight first; the lower layer wins ties. The result is the first ``total``
+    claims in this order. A claim's rank does not depend on other layers or on ``total``, therefore one slot
+    more takes nothing from any layer, and a further layer gives nothing to any (Balinski & Young, Fair
+    Representation, 1982, on divisor methods).
 
     Raises:
         ValueError: there is not one cap for each weight, a weight is not greater than 0, or a number is

@@ -205,8 +205,8 @@ class BudgetedCache:
 
     def _first_block(self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None) -> _Layer:
         rows, heads, columns = keys.shape[:3]
-        if lengths is None:
-            lengths = torch.full((rows,), columns, device=keys.device)
+        full = torch.full((rows,), columns, device=keys.device)
+        lengths = full if lengths is None else lengths
         if lengths.shape != (rows,) or int(lengths.min()) < 1 or int(lengths.max()) > columns:
             raise ValueError(
                 f'lengths must be {rows} integers in [1, {columns}], the columns of keys, '

@@ -51,7 +51,7 @@ class AttentionRecord:
         shares = attention.shape[1] // self.groups
         keys = real_columns(lengths, columns).repeat_interleave(shares, dim=1)
         rows = real_columns(queries, block).repeat_interleave(shares, dim=1)
-        attention = at_least_float32(attention)
+        attention = at_least_float32(attention.detach())
         attention = torch.where(keys[:, :, None] & rows[..., None], attention, attention.new_zeros(()))
         if 'accumulated' in self.reads:
             self._accumulate(attention)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,30 +13,27 @@ from lzero_kv.budget.record import AttentionRecord
 from lzero_kv.budget.tokens import Tokens
 
 
-class Selection(Protocol):
+class Selection(ABC):
     """A score for every token that may be evicted; the lowest go first."""
 
     @property
     def reads(self) -> frozenset[str]:
         """What is read of an :class:`AttentionRecord`: ``'accumulated'``, ``'recent'``, both or nothing."""
-        ...
+        return frozenset()
 
     @property
     def decay(self) -> float:
         """Factor of the accumulated attention at each observation, ``rho``."""
-        ...
+        return 1.0
 
+    @abstractmethod
     def scores(self, record: AttentionRecord, tokens: Tokens) -> torch.Tensor:
         """``[B, G, n]``; what it says about tokens that are not evictable is not read."""
-        ...
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(Selection):
     """The newest tokens (StreamingLLM, Xiao et al., ICLR 2024, with sinks)."""
-
-    reads: ClassVar[frozenset[str]] = frozenset()
-    decay: ClassVar[float] = 1.0
 
     def scores(self, record: AttentionRecord, tokens: Tokens) -> torch.Tensor:
         # float32 tells positions apart up to 16,777,216
@@ -43,12 +41,14 @@ class Streaming:
 
 
 @dataclass(frozen=True)
-class H2O:
+class H2O(Selection):
     """Accumulated attention (Heavy-Hitter Oracle, Zhang et al., NeurIPS 2023); ``rho`` < 1 forgets."""
 
     rho: float | None
 
-    reads: ClassVar[frozenset[str]] = frozenset({'accumulated'})
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({'accumulated'})
 
     @property
     def decay(self) -> float:
@@ -59,34 +59,36 @@ class H2O:
 
 
 @dataclass(frozen=True)
-class SnapKV:
+class SnapKV(Selection):
     """Mean attention of the last queries, pooled (SnapKV, Li et al., NeurIPS 2024)."""
 
     kernel: int
 
-    reads: ClassVar[frozenset[str]] = frozenset({'recent'})
-    decay: ClassVar[float] = 1.0
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({'recent'})
 
     def scores(self, record: AttentionRecord, tokens: Tokens) -> torch.Tensor:
         return indicator(record, tokens, 0.0, self.kernel)
 
 
 @dataclass(frozen=True)
-class Cake:
+class Cake(Selection):
     """Mean attention of the last queries plus ``gamma`` times its variance, pooled (CAKE)."""
 
     gamma: float
     kernel: int
 
-    reads: ClassVar[frozenset[str]] = frozenset({'recent'})
-    decay: ClassVar[float] = 1.0
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({'recent'})
 
     def scores(self, record: AttentionRecord, tokens: Tokens) -> torch.Tensor:
         return indicator(record, tokens, self.gamma, self.kernel)
 
 
 @dataclass(frozen=True)
-class HACE:
+class HACE(Selection):
     """``mix s / sum s + (1 - mix) I / sum I`` with ``s`` of :class:`H2O` and ``I`` of :class:`Cake`.
 
     The name (Hierarchical Adaptive Cache Eviction) and its strategies were published without a definition;

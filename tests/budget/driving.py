@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerKV
-from lzero_kv.budget.selection import HACE
 
 from .reference_cache import ReferenceCache
 
@@ -39,7 +38,8 @@ class Case:
 
 class Driver:
     """Attention comes from a table of random logits for each (layer, row, head, query, key), so that it does
-    not depend on what a cache holds, but for the softmax over it. Keys and values say which token they are of.
+    not depend on what a cache holds, but for the softmax over it. Keys and values say which token they are
+    of.
     """
 
     def __init__(self, case: Case, *, cascade: bool = True) -> None:
@@ -126,14 +126,16 @@ def reference_of(driver: Driver) -> ReferenceCache:
     allocation: dict[str, Any] = {
         'mode' if name == 'preference' else name: getattr(config, name) for name in names | {'allocation'}
     }
-    selector = config.selector()
     parameters = {
         name: getattr(config, name)
         for name in ('gamma', 'kernel', 'theta')
         if name in config.model_fields_set or name != 'theta'
     }
-    if isinstance(selector, HACE):
-        parameters['mix'] = selector.accumulated_share
+    mix, rho = {'attention': (1, 1), 'time_decay': (1, 0.95), 'hybrid': (0.5, 1)}[config.strategy]
+    if config.selection == 'hace':
+        parameters['mix'] = mix if config.mix is None else config.mix
+    else:
+        rho = 1
 
     numbers = driver.logits.tolist()
 
@@ -151,7 +153,7 @@ def reference_of(driver: Driver) -> ReferenceCache:
         **sizes._asdict(),
         allocation=allocation,
         selection=config.selection,
-        decay=selector.decay,
+        decay=rho if config.rho is None else config.rho,
         parameters=parameters,
         attention=attention,
     )
@@ -160,3 +162,23 @@ def reference_of(driver: Driver) -> ReferenceCache:
 def kept_by(slow: ReferenceCache) -> list[list[list[list[int]]]]:
     """Positions by layer, row and group."""
     return [[[group.positions for group in row] for row in layer] for layer in slow.groups]
+
+
+def driver_of(case: Case) -> Driver:
+    return Driver(case, cascade=case.config.allocator().cascades)
+
+
+def compare(case: Case, blocks: tuple[int, ...] = (1, 1, 2)) -> Driver:
+    """Run both caches over a prompt and blocks of new tokens; they must hold the same all the way."""
+    driver = driver_of(case)
+    slow = reference_of(driver)
+    driver.prompt()
+    slow.prompt()
+    for tokens in (0, *blocks):
+        if tokens:
+            driver.block(tokens)
+            slow.block(tokens)
+        assert list(driver.cache.slots) == slow.slots()
+        assert driver.kept() == kept_by(slow)
+        driver.check_contents()
+    return driver

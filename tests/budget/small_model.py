@@ -1,4 +1,5 @@
-"""A small transformer with random weights and rotary positions, and its cache that drops nothing but hides."""
+"""A small transformer with random weights and rotary positions, and a cache for it that hides tokens instead
+of dropping them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class SmallModel(nn.Module):
         self.requires_grad_(False)
 
     def heads_of(self, layer: int, x: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:
-        """Queries, keys and values ``[B, heads, Q, head_dim]`` with the rotation of their positions ``[B, Q]``."""
+        """Queries, keys and values ``[B, heads, Q, head_dim]``, rotated to their positions ``[B, Q]``."""
         x = self.norm(x)
         found = [
             table[layer](x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -11,33 +11,13 @@ from hypothesis import strategies as st
 
 from lzero_kv.budget import BudgetConfig, BudgetedCache, attend
 
-from .driving import Case, Driver, kept_by, reference_of
+from .driving import Case, Driver, compare, driver_of
 from .methods import ALLOCATION_VARIANTS, SELECTION_VARIANTS, config_of, label
 from .small_model import FullCacheWithMasks, SmallModel
 
 SIZES: dict[str, Any] = dict(tokens=9, window=4, sinks=2)
 every_allocation = pytest.mark.parametrize('allocation', ALLOCATION_VARIANTS, ids=label)
 every_selection = pytest.mark.parametrize('selection', SELECTION_VARIANTS, ids=label)
-
-
-def driver_of(case: Case) -> Driver:
-    return Driver(case, cascade=case.config.allocator().cascades)
-
-
-def compare(case: Case, blocks: tuple[int, ...] = (1, 1, 2)) -> Driver:
-    """Run both caches over a prompt and blocks of new tokens; they must hold the same all the way."""
-    driver = driver_of(case)
-    slow = reference_of(driver)
-    driver.prompt()
-    slow.prompt()
-    for tokens in (0, *blocks):
-        if tokens:
-            driver.block(tokens)
-            slow.block(tokens)
-        assert list(driver.cache.slots) == slow.slots()
-        assert driver.kept() == kept_by(slow)
-        driver.check_contents()
-    return driver
 
 
 # --- the plain reference ---
