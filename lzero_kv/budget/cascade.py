@@ -68,6 +68,7 @@ class BudgetedCache:
         self._held: list[_Layer] = []
         self._preferences: list[Preference] = []
         self._seen = 0
+        self._block = 0
         self._shared_out_at = 0
         self._waiting: int | None = None
         self._turn = 0
@@ -119,7 +120,7 @@ class BudgetedCache:
             self._held[layer].kv = self._next_block(self._held[layer].kv, keys, values, lengths)
         if layer == 0:
             self._seen += keys.shape[2]
-        self._waiting = layer
+        self._waiting, self._block = layer, keys.shape[2]
         self.peak_tokens = max(self.peak_tokens, self.held_tokens)
         return self._held[layer].kv
 
@@ -129,8 +130,8 @@ class BudgetedCache:
 
         Arguments:
             layer: the layer appended to last.
-            attention: ``[B, query heads, Q, n]``, probabilities of the newest ``Q`` tokens over all ``n``. Of
-                a prompt the last ``window`` queries suffice, unless accumulated attention is read. None where
+            attention: ``[B, query heads, Q, n]``, probabilities of the block's ``Q`` tokens over all ``n``.
+                The last ``window`` queries suffice, unless accumulated attention is read. None where
                 :attr:`reads_attention` is False.
 
         Raises:
@@ -250,8 +251,14 @@ class BudgetedCache:
                 )
             return
         rows, heads, columns = kv.keys.shape[:3]
-        shape = tuple(attention.shape)
+        shape, block = tuple(attention.shape), self._block
         if attention.ndim != 4 or (shape[0], shape[3]) != (rows, columns) or shape[1] % heads:
             raise ValueError(
                 f'attention must be [{rows}, a multiple of {heads}, Q, {columns}], got {list(shape)}'
+            )
+        least = block if 'accumulated' in self._selection.reads else min(block, self.sizes.window)
+        if not least <= shape[2] <= block:
+            raise ValueError(
+                f'attention must be of at least the last {least} queries of the block of {block}, '
+                f'got {shape[2]}'
             )

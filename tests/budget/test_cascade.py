@@ -191,6 +191,22 @@ def test_a_prompt_within_the_budget_grows_into_it():
     assert driver.cache.slots == (4 + 14, 4 + 11, 4 + 7, 4 + 4)
 
 
+def test_the_last_queries_of_a_prompt_suffice_where_nothing_is_accumulated():
+    config = config_of(dict(selection='cake'), **SIZES)
+    whole, window = Driver(Case(config)), Driver(Case(config))
+    attention = window.attention
+    window.attention = lambda layer, kv, block: attention(layer, kv, block)[:, :, -4:]
+    for driver in (whole, window):
+        driver.prompt()
+        driver.block()
+    assert whole.kept() == window.kept()
+    accumulating = Driver(Case(config_of(dict(selection='h2o'), **SIZES)))
+    full = accumulating.attention
+    accumulating.attention = lambda layer, kv, block: full(layer, kv, block)[:, :, -4:]
+    with pytest.raises(ValueError, match='at least the last 17 queries of the block of 17, got 4'):
+        accumulating.prompt()
+
+
 def test_nothing_leaks_into_the_next_cache():
     case = Case(config_of(dict(selection='hace'), **SIZES))
     first, second = Driver(case), Driver(case)
@@ -239,6 +255,12 @@ def test_calls_out_of_order_and_wrong_shapes_are_refused():
     columns = cache[0].tokens
     refused(driver, RuntimeError, r'call observe\(0, ...\) first', lambda: cache.append(1, block, block))
     refused(driver, ValueError, 'got None; allocation=', lambda: cache.observe(0))
+    refused(
+        driver,
+        ValueError,
+        'at least the last 1 queries of the block of 1, got 2',
+        lambda: cache.observe(0, torch.zeros(3, 6, 2, columns)),
+    )
     refused(driver, ValueError, rf'attention must be \[3, a multiple of 2, Q, {columns}\]',
             lambda: cache.observe(0, torch.zeros(3, 6, 1, columns - 1)))  # fmt: skip
     cache.observe(0, driver.attention(0, cache[0], 1))
