@@ -46,6 +46,8 @@ class AttentionRecord:
         """
         if not self.reads:
             return
+        if 'accumulated' not in self.reads:
+            attention = attention[:, :, -self.window :]
         block, columns = attention.shape[2:]
         queries = lengths.clamp(max=block)
         shares = attention.shape[1] // self.groups
