@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz soak types docs clean
+.PHONY: help setup demo test lint fuzz soak bench types docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ types: setup  ## check types with pyright (installed on the first call)
 
 docs: setup  ## run every command and snippet of the documentation (many minutes: the demo among them)
 	$(BIN)/python tools/run_docs.py
+
+bench: setup  ## planning with each cache against LightZero's own and the model alone: one table, one JSON line (minutes)
+	@$(BIN)/python benchmarks/benchmark_kv_cache.py
 
 clean:  ## remove .venv and what runs and tests left behind
 	rm -rf $(VENV) $(VENV).lock build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -57,7 +57,7 @@ def reanalyze(policy: Any, segments: int, *, seed: int = 0) -> Reanalysis:
     steps = config.num_unroll_steps
     with precision(dtype):
         buffer = UniZeroGameBuffer(config)
-        games = [_segment(config, steps + 2, seed, number) for number in range(segments)]
+        games = [segment(config, steps + 2, seed, number) for number in range(segments)]
         actions = np.stack([game.action_segment[:steps] for game in games])
         timesteps = np.stack([game.timestep_segment[:steps] for game in games])
         context = buffer._prepare_policy_reanalyzed_context(list(range(segments)), games, [0] * segments)
@@ -71,7 +71,7 @@ def reanalyze(policy: Any, segments: int, *, seed: int = 0) -> Reanalysis:
     return Reanalysis(observations, nodes, np.asarray(policies), counter.products)
 
 
-def _segment(config: Any, length: int, seed: int, number: int) -> Any:
+def segment(config: Any, length: int, seed: int, number: int) -> Any:
     from gymnasium.spaces import Discrete
     from lzero.mcts.buffer.game_segment import GameSegment
 

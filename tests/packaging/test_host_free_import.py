@@ -29,6 +29,7 @@ def hosts_loaded_by(statement: str) -> list[str]:
         'from lzero_kv import install, uninstall',
         'import lzero_kv.telemetry.tensorboard, lzero_kv.telemetry.table',
         'import lzero_kv.cli',
+        'import lzero_kv.budget',
     ],
 )
 def test_no_host_is_loaded(statement: str) -> None:

@@ -84,7 +84,9 @@ def causal_pass(
     rows, steps, embed = x.shape
     split = (prepared.heads, embed // prepared.heads)
     full = int(lengths.min()) == steps
-    mask = None if full else additive_mask(_visible(lengths, steps), x)[:, None]
+    # One mask serves all rows when they are full. Not is_causal: that kernel turns nan scores into zeros, and
+    # broken weights would go unnoticed.
+    mask = additive_mask(_visible(lengths[:1] if full else lengths, steps), x)[:, None]
     x = x.reshape(rows * steps, embed)
     blocks: list[torch.Tensor] = []
     for block in prepared.blocks:
@@ -96,7 +98,7 @@ def causal_pass(
         if len(blocks) == out.shape[1]:
             break  # what follows the last layer's keys and values is not asked for
         query, keys, values = (t.unflatten(-1, split).transpose(1, 2) for t in (query, keys, values))
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=full)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         x = block.finish(x, attended.transpose(1, 2).reshape(rows * steps, embed))
     torch.stack(blocks, dim=1, out=out)
     if not full:

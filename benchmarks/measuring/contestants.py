@@ -1,0 +1,129 @@
+"""Those who are compared: LightZero's own cache, the manager in its modes, and the model alone."""
+
+from __future__ import annotations
+
+import os
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lzero_kv.hosts.lightzero.outputs import action_embeddings
+from lzero_kv.hosts.lightzero.prepared import Prepared
+from lzero_kv.hosts.lightzero.transformer import append_token
+from tests.host.episodes import Episodes
+from tests.host.families import Family
+from tests.host.models import collect_model, make_policy, world_model_of
+
+ENVIRONMENTS = 8
+
+SHAPES = {
+    'atari': Family('atari', 2, 8, 768, 8, 8, (3, 64, 64), 6, 50),
+    'memory': Family('memory', 4, 4, 256, 8, 162, (3, 5, 5), 4, 50, timesteps=False),
+    'lunarlander': Family('lunarlander', 4, 4, 256, 8, 8, 8, 4, 50, timesteps=False),
+    'cartpole': Family('cartpole', 2, 2, 64, 8, 8, 4, 2, 25, rotary=True),
+}
+"""The shapes of LightZero's configs."""
+
+CACHES: dict[str, dict[str, Any] | None] = {
+    'stock': None,
+    'rebuild': dict(window='rebuild'),
+    'shift': dict(window='shift'),
+}
+"""Options of ``kv_cache``; None for LightZero's own."""
+
+
+@dataclass
+class Contestant:
+    """A policy with one of the caches, and the episodes it plays."""
+
+    name: str
+    policy: Any
+    episodes: Episodes
+
+    @property
+    def model(self) -> Any:
+        return collect_model(self.policy)
+
+    def simulations(self, number: int) -> None:
+        """How many simulations the next searches have."""
+        self.policy._mcts_collect._cfg.num_simulations = number
+
+    def cache_bytes(self) -> int:
+        """Bytes of the tensors that hold keys and values between calls, besides the host's training."""
+        world_model = world_model_of(self.policy)
+        if hasattr(world_model, 'kv_cache_manager'):
+            return int(world_model.kv_cache_manager.bytes)
+        pools = [world_model.shared_pool_recur_infer, world_model.shared_pool_wm]
+        pools += world_model.shared_pool_init_infer
+        return sum(_bytes_of(entry) for pool in pools for entry in pool if entry is not None)
+
+
+def contestant(shape: str, cache: str, simulations: int) -> Contestant:
+    """Build a policy of LightZero's own kind with the same random weights for every cache."""
+    family, options = SHAPES[shape], CACHES[cache]
+    with quiet():
+        policy = make_policy(
+            family,
+            kv=options is not None,
+            kv_cache=options,
+            collector_env_num=ENVIRONMENTS,
+            num_simulations=simulations,
+        )
+        episodes = Episodes(policy, range(ENVIRONMENTS), record=False, timesteps=family.timesteps)
+    return Contestant(cache, policy, episodes)
+
+
+class Floor:
+    """The model's own operators on static shapes: no cache is read or written, no tree is walked.
+
+    One encoding of the observations and two tokens for the root, then two tokens and all heads for each
+    simulation, over windows of ``tokens`` tokens.
+    """
+
+    def __init__(self, shape: str, tokens: int, simulations: int) -> None:
+        family = SHAPES[shape]
+        self._simulations = simulations
+        with quiet():
+            policy = make_policy(family, kv=True, collector_env_num=ENVIRONMENTS)
+        self._world_model = world_model_of(policy)
+        self._prepared = Prepared(self._world_model, as_host=False)
+        size = (family.observation,) if isinstance(family.observation, int) else family.observation
+        self._observations = torch.randn(ENVIRONMENTS, *size)
+        self._actions = torch.zeros(ENVIRONMENTS, dtype=torch.int64)
+        self._tokens = tokens
+        self._buffer = torch.randn(ENVIRONMENTS, 2 * family.layers, tokens + 2, family.embed)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """What the model computes in one environment step."""
+        latent = self._world_model.tokenizer.encode_to_obs_embeddings(self._observations)[:, 0]
+        self._two_tokens(latent)
+        for _ in range(self._simulations):
+            self._two_tokens(None)
+
+    def _two_tokens(self, latent: torch.Tensor | None) -> None:
+        prepared, buffer, own = self._prepared, self._buffer, self._tokens
+        x = action_embeddings(self._world_model, self._actions)
+        hidden = append_token(prepared, buffer, (0, own), x, None, None)
+        if latent is None:
+            prepared.reward(hidden)
+            latent = prepared.latent(hidden)
+        hidden = append_token(prepared, buffer, (0, own + 1), latent, None, None)
+        prepared.policy(hidden)
+        prepared.value(hidden)
+
+
+def quiet() -> Any:
+    """The host prints while it builds models and plays."""
+    return redirect_stdout(Path(os.devnull).open('w'))
+
+
+def _bytes_of(entry: Any) -> int:
+    return sum(
+        cache._cache.numel() * cache._cache.element_size()
+        for layer in entry._keys_values
+        for cache in (layer._k_cache, layer._v_cache)
+    )
