@@ -79,7 +79,7 @@ class Validator(Observer):
         self._tolerance = Tolerance(*tolerance_of(config, world_model.transformer.ln_f.weight.dtype))
         self._histories = TrueHistories(self._oracle, Window(world_model.context_length))
         self._twin = HostTwin.over(world_model)
-        enactment = Enactment(self._oracle, self._twin)
+        enactment = Enactment(self._oracle, self._twin, self._tolerance.close)
         self._host = (OldStore if mode == 'store' else OldModel)(self._twin, enactment, self._tolerance)
         self.tally = tally
         self.host_last: tuple[torch.Tensor, Sequence[Any]] | None = None
