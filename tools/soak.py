@@ -37,7 +37,7 @@ SIZE = {
     'replay_ratio': 0.05,
     'eval_freq': 40,  # training iterations
 }
-REPLAY_TRANSITIONS = 1500  # full after a few collections
+REPLAY_TRANSITIONS = 600  # full after three collections, within the first minutes
 REANALYZE_RATIO = 0.25
 WIDTH = 120  # of what goes into a file or a pipe
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from soaking.judging import QUANTITIES, judge, passed, soak_table
-from soaking.samples import Recorder, Sample, TimeIsUp
+from soaking.samples import Recorder, Sample, TimeIsUp, resident_bytes
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 FIRST = Sample(20.0, 600 * 2**20, 3 * 2**20, 0.2, 90, 7, 50, 30, 0, 0)
@@ -165,3 +165,12 @@ def test_a_short_soak_trains_and_compares() -> None:
     assert numbers['compared'] > 0
     assert (numbers['unexplained'], numbers['manager_off']) == (0, 0)
     assert run.returncode == (0 if numbers['passed'] else 1)  # two minutes are within the warm-up
+
+
+def test_memory_that_is_held_counts_and_memory_that_was_freed_does_not() -> None:
+    size = 200 * 2**20
+    before = resident_bytes()
+    held = [bytearray(b'x' * 2**16) for _ in range(size // 2**16)]  # small enough to lie in the heap
+    assert resident_bytes() - before > 0.9 * size
+    held.clear()
+    assert resident_bytes() - before < 0.2 * size

@@ -35,9 +35,8 @@ class Quantity:
 
 
 QUANTITIES = (
-    # The replay buffer is full within the first quarter. What is left is the allocator, which gives pages
-    # back late: a few percent. A pool that is made again and kept, or a history that is never forgotten,
-    # adds megabytes a minute.
+    # The replay buffer is full within the first quarter. What is left is fragmentation: a few percent. A pool
+    # that is made again and kept, or a history that is never forgotten, adds megabytes a minute.
     Quantity('resident memory', lambda sample: sample.resident_bytes, 1.05, format_bytes),
     # Allocated once. The target model's pool follows its largest batch, which comes in the first quarter.
     Quantity('pool bytes', lambda sample: sample.pool_bytes, 1.0, format_bytes),
