@@ -37,8 +37,8 @@ def play(policy: Any, schedule: Any, environments: int = 3, **options: Any) -> A
 
 
 class RingOracle(Observer):
-    """Counts lookups of parents that a ring of ``size`` slots has overwritten: child ``n`` of row ``r`` was the
-    ``(n - 1) * rows + r``-th that was stored in its search."""
+    """Counts lookups of parents that a ring of ``size`` slots has overwritten: child ``n`` of row ``r`` was
+    the ``(n - 1) * rows + r``-th that was stored in its search."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -56,8 +56,8 @@ def test_more_simulations_than_the_ring_holds(tmp_path: Path) -> None:
     policy = validated_policy('store', tmp_path, environments=2, num_simulations=100, infer_context_length=2)
     ring = RingOracle(2 * 50)
     world_model_of(policy).observers.append(ring)
-    nodes = play(policy, 2, 2).nodes
-    assert nodes.compared == 2 * 2 * 100
+    nodes = play(policy, 1, 2).nodes
+    assert nodes.compared == 2 * 100
     assert nodes.causes == {Cause.SLOT_OVERWRITTEN: ring.overwritten}
     assert nodes.different == ring.overwritten > 0
     assert nodes.largest_host > 0.1, 'other histories are far'
@@ -78,12 +78,12 @@ def test_as_many_lookups_are_wrong_as_in_the_stock_package(
             policy = make_policy('tiny', kv=False, collector_env_num=2, evaluator_env_num=1, **options)
         heads_zeroed(policy, 'head_value', 'head_policy', 'head_rewards')
         if kv:
-            nodes = play(policy, 2, 2).nodes
+            nodes = play(policy, 1, 2).nodes
             wrong.append((nodes.compared, nodes.different, nodes.causes[Cause.SLOT_OVERWRITTEN]))
         else:
             lookups = StockLookups(policy)
             with lookups.counted():
-                Episodes(policy, range(2), record=False).run(2)
+                Episodes(policy, range(2), record=False).run(1)
             wrong.append((lookups.total, lookups.wrong, lookups.wrong))
     assert wrong[0] == wrong[1]
     assert (wrong[0][1] == 0) is equal
@@ -108,7 +108,7 @@ def test_a_subset_of_ready_environments(mode: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, infer_context_length=8)
     roots = play(policy, [{0, 1, 2}, {0, 1, 2}, {1, 2}, {0, 1, 2}, {0, 1, 2}]).roots
     assert roots.compared == 14
-    # The third step looks for environments 1 and 2 in the dictionaries of 0 and 1; it then wipes all last inputs.
+    # The third step looks for environments 1 and 2 in the dictionaries of 0 and 1, then wipes all last inputs.
     assert roots.causes[Cause.OTHER_ENVIRONMENT] == 2
     assert roots.causes[Cause.RESTARTED] == (3 if mode == 'store' else 6)
 

@@ -1,4 +1,4 @@
-"""Saved findings: they load without running code, and their truth can be computed again from the file alone."""
+"""Saved findings: they load without running code, and their truth is computed again from the file alone."""
 
 from __future__ import annotations
 
