@@ -1,7 +1,7 @@
 """Faults that the manager or the engine may have, planted one at a time by patching their own methods.
 
-Every plant strikes from the second environment step on, so that histories are several tokens long; ``row`` 0
-of a batch is hit.
+A plant strikes as soon as there is something to hit: most need histories of some tokens, or parents below the
+roots.
 """
 
 from __future__ import annotations

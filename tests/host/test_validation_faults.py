@@ -1,6 +1,5 @@
-"""Faults planted in the manager: each is caught by its name, in both modes; a validation that cannot judge is
-noticed.
-"""
+"""Faults planted in the manager: each is caught by its name, in both modes; and a judge that cannot judge is
+noticed."""
 
 from __future__ import annotations
 
@@ -74,10 +73,14 @@ def test_a_planted_fault_is_an_error_that_names_it(
     assert finding.file is not None and str(finding.file) in str(finding)
 
 
-@EVERY_PLANT
+@pytest.mark.parametrize(
+    'name',
+    ['root for a node', 'stale entry', 'learned positions off', 'rotary positions off', 'lost at roots'],
+)
 def test_it_is_found_where_windows_are_shifted_too(
-    plant: Plant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    plant = PLANTS[name]
     plant.plant(monkeypatch)
     assert_named(finding_of(plant, 'store', tmp_path, window='shift'), plant)
 
@@ -123,8 +126,7 @@ def test_a_perturbation_below_the_tolerance_is_rounding_to_the_recomputation(
     owner: type, window: str, times: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """With keys and values of its own the twin has no equal bits to ask for. Half the tolerance, and less
-    where shifted windows pass it on from step to step: it grows on its way through the layers.
-    """
+    where shifted windows pass it on from step to step: it grows on its way through the layers."""
     perturbed(owner, times)(monkeypatch)
     policy = validated_policy('model', tmp_path, kv_cache=dict(window=window))
     play(policy)
@@ -137,8 +139,7 @@ def test_a_perturbation_below_the_tolerance_is_seen_where_both_hold_the_same_ent
     owner: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Both caches were given the same bits. Which of them changed the number nothing proves: both are within
-    the tolerance of the truth. So it is a difference without a cause.
-    """
+    the tolerance of the truth. So it is a difference without a cause."""
     perturbed(owner, 0.01)(monkeypatch)
     policy = validated_policy('store', tmp_path)
     with pytest.raises(ValidationError, match='differ and no cause is proven') as raised:

@@ -38,8 +38,7 @@ def play(policy: Any, schedule: Any, environments: int = 3, **options: Any) -> A
 
 class RingOracle(Observer):
     """Counts lookups of parents that a ring of ``size`` slots has overwritten: child ``n`` of row ``r`` was
-    the ``(n - 1) * rows + r``-th that was stored in its search.
-    """
+    the ``(n - 1) * rows + r``-th that was stored in its search."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -57,8 +56,8 @@ def test_more_simulations_than_the_ring_holds(tmp_path: Path) -> None:
     policy = validated_policy('store', tmp_path, environments=2, num_simulations=100, infer_context_length=2)
     ring = RingOracle(2 * 50)
     world_model_of(policy).observers.append(ring)
-    nodes = play(policy, 2, 2).nodes
-    assert nodes.compared == 2 * 2 * 100
+    nodes = play(policy, 1, 2).nodes
+    assert nodes.compared == 2 * 100
     assert nodes.causes == {Cause.SLOT_OVERWRITTEN: ring.overwritten}
     assert nodes.different == ring.overwritten > 0
     assert nodes.largest_host > 0.1, 'other histories are far'
@@ -79,12 +78,12 @@ def test_as_many_lookups_are_wrong_as_in_the_stock_package(
             policy = make_policy('tiny', kv=False, collector_env_num=2, evaluator_env_num=1, **options)
         heads_zeroed(policy, 'head_value', 'head_policy', 'head_rewards')
         if kv:
-            nodes = play(policy, 2, 2).nodes
+            nodes = play(policy, 1, 2).nodes
             wrong.append((nodes.compared, nodes.different, nodes.causes[Cause.SLOT_OVERWRITTEN]))
         else:
             lookups = StockLookups(policy)
             with lookups.counted():
-                Episodes(policy, range(2), record=False).run(2)
+                Episodes(policy, range(2), record=False).run(1)
             wrong.append((lookups.total, lookups.wrong, lookups.wrong))
     assert wrong[0] == wrong[1]
     assert (wrong[0][1] == 0) is equal
@@ -109,7 +108,7 @@ def test_a_subset_of_ready_environments(mode: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, infer_context_length=8)
     roots = play(policy, [{0, 1, 2}, {0, 1, 2}, {1, 2}, {0, 1, 2}, {0, 1, 2}]).roots
     assert roots.compared == 14
-    # The third step looks for environments 1 and 2 in the dictionaries of 0 and 1, and wipes all last inputs.
+    # The third step looks for environments 1 and 2 in the dictionaries of 0 and 1, then wipes all inputs.
     assert roots.causes[Cause.OTHER_ENVIRONMENT] == 2
     assert roots.causes[Cause.RESTARTED] == (3 if mode == 'store' else 6)
 
@@ -223,6 +222,16 @@ def test_fewer_last_inputs_than_rows_crash_the_host(mode: str, tmp_path: Path) -
     collection.step()
     assert_accounted(tally_of(policy).total)
     assert tally_of(policy).roots.causes[Cause.CRASHED] == 3
+
+
+def test_a_root_without_timesteps_crashes_the_host(tmp_path: Path) -> None:
+    """It cuts them to the batch, whatever was passed."""
+    policy = validated_policy('model', tmp_path, environments=2)
+    world_model, draw = world_model_of(policy), torch.randn(3, 2, 7)
+    world_model.forward_initial_inference(dict(obs=draw[0], action=[-1, -1], current_obs=draw[1]))
+    world_model.forward_initial_inference(dict(obs=draw[1], action=[1, 3], current_obs=draw[2]))
+    assert_accounted(tally_of(policy).total)
+    assert tally_of(policy).roots.causes == {Cause.CRASHED: 2}
 
 
 @pytest.mark.parametrize('refreshed', [False, True])

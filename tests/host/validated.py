@@ -9,7 +9,6 @@ import torch
 
 from lzero_kv.validation.tally import Tally, ValidationTally
 
-from .families import FAMILIES
 from .models import collect_model, load_weights, make_policy, world_model_of
 
 MODES = ('store', 'model')
@@ -72,8 +71,3 @@ def heads_zeroed(policy: Any, *heads: str) -> None:
     names = [name for name in weights if any(f'{head}.head_module.2' in name for head in heads)]
     assert names
     load_weights(policy, weights | {name: torch.zeros_like(weights[name]) for name in names})
-
-
-def rotary(family: str) -> bool:
-    """Whether the family has rotary positions."""
-    return FAMILIES[family].rotary
