@@ -1,5 +1,5 @@
-"""Faults planted in the manager: each is caught by its name, in both modes; and a validation that cannot judge
-is noticed."""
+"""Faults planted in the manager: each is caught by its name, in both modes; and a judge that cannot judge is
+noticed."""
 
 from __future__ import annotations
 

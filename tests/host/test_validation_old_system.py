@@ -108,7 +108,7 @@ def test_a_subset_of_ready_environments(mode: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, infer_context_length=8)
     roots = play(policy, [{0, 1, 2}, {0, 1, 2}, {1, 2}, {0, 1, 2}, {0, 1, 2}]).roots
     assert roots.compared == 14
-    # The third step looks for environments 1 and 2 in the dictionaries of 0 and 1, then wipes all last inputs.
+    # The third step looks for environments 1 and 2 in the dictionaries of 0 and 1, then wipes all inputs.
     assert roots.causes[Cause.OTHER_ENVIRONMENT] == 2
     assert roots.causes[Cause.RESTARTED] == (3 if mode == 'store' else 6)
 
@@ -222,6 +222,16 @@ def test_fewer_last_inputs_than_rows_crash_the_host(mode: str, tmp_path: Path) -
     collection.step()
     assert_accounted(tally_of(policy).total)
     assert tally_of(policy).roots.causes[Cause.CRASHED] == 3
+
+
+def test_a_root_without_timesteps_crashes_the_host(tmp_path: Path) -> None:
+    """It cuts them to the batch, whatever was passed."""
+    policy = validated_policy('model', tmp_path, environments=2)
+    world_model, draw = world_model_of(policy), torch.randn(3, 2, 7)
+    world_model.forward_initial_inference(dict(obs=draw[0], action=[-1, -1], current_obs=draw[1]))
+    world_model.forward_initial_inference(dict(obs=draw[1], action=[1, 3], current_obs=draw[2]))
+    assert_accounted(tally_of(policy).total)
+    assert tally_of(policy).roots.causes == {Cause.CRASHED: 2}
 
 
 @pytest.mark.parametrize('refreshed', [False, True])

@@ -240,7 +240,9 @@ class OldModel(OldSystem):
         try:
             _, latents, _, policy, value = twin.forward_initial_inference(inputs, start_pos)
         except Exception as error:  # whatever the host's own code meets: that is its answer
-            return self._crash(error, rows, self.host_crashes(rows, host_last))
+            # Beside those inputs, the host's own code needs a timestep for each row of a continued episode.
+            untimed = np.ndim(start_pos) == 0 and not self.host_begins(host_last[1])
+            return self._crash(error, rows, untimed or self.host_crashes(rows, host_last))
         self._running = True
         self._latents = [latents]
         sizes = [kv.shape[1] for kv in twin.served] or [0] * rows
