@@ -17,7 +17,7 @@ from .models import make_policy, world_model_of
 from .plays import assert_same_play
 from .precision import precision
 from .reanalysis import reanalyze
-from .recompute import Recompute
+from lzero_kv.hosts.lightzero.validation.recompute import Recompute
 from .recorder import replaced
 
 ROWS = 3

@@ -382,6 +382,8 @@ class Validator(Observer):
 
     def _displaced(self, row: Compared) -> Iterator[torch.Tensor]:
         """Keys and values of the true history with every token one or two places off."""
+        if not isinstance(row.course.base, list):
+            return  # its tokens are not kept
         tokens = [*row.course.base, *(token for step in row.course.steps[:-1] for token in step)]
         tokens = tokens[-self._oracle.kept :]
         for off in (-2, -1, 1, 2):
