@@ -10,6 +10,7 @@ import torch
 
 from lzero_kv.hosts.lightzero import flight, world_model
 from lzero_kv.hosts.lightzero.trees import SearchTrees
+from lzero_kv.hosts.lightzero.validation.recompute import Recompute
 
 from .episodes import Episodes
 from .judging import judge_nodes, judge_reanalysis, judge_roots
@@ -17,7 +18,6 @@ from .models import make_policy, world_model_of
 from .plays import assert_same_play
 from .precision import precision
 from .reanalysis import reanalyze
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute
 from .recorder import replaced
 
 ROWS = 3
