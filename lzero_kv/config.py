@@ -34,7 +34,8 @@ class KVCacheConfig(BaseModel):
     """Root histories kept for each environment."""
     recurrent_slots: Count | None = None
     """Search nodes kept for all environments together; None for the number of nodes of the largest search
-    (rows times num_simulations + 1), which no search overflows."""
+    (rows times num_simulations + 1), which no search overflows. Nodes that share their root's history (long
+    contexts) need none until their window moves."""
     enable_stats: StrictBool = True
     """Whether events are counted."""
     tensorboard: StrictBool = True

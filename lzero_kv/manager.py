@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ class KVCacheManager(NamedAccess):
             raise ValueError(f'num_simulations must be at least 1, got {num_simulations}')
         self.num_simulations = num_simulations
         self.init_pools = []
+        self._trees: torch.Tensor | None = None
         self._build(env_num)
 
     def _build(self, env_num: int) -> None:
@@ -108,7 +110,8 @@ class KVCacheManager(NamedAccess):
         bound = self.cache_config.max_bytes
         if bound is None:
             return None
-        return bound // self.layout.row_bytes - 2 * env_num * self.cache_config.root_slots - env_num
+        slots = (bound - self.tree_bytes) // self.layout.row_bytes
+        return slots - 2 * env_num * self.cache_config.root_slots - env_num
 
     def set_environments(self, env_num: int) -> None:
         """Change the number of environments before the first use.
@@ -151,6 +154,44 @@ class KVCacheManager(NamedAccess):
         if capacity > self.recur_pool.pool_size:
             self.recur_pool.resize(capacity)
         return capacity
+
+    def tree_buffer(self, rows: int, columns: int, most: int) -> torch.Tensor | None:
+        """Memory for one search whose nodes share their roots' histories; the next search gets it again.
+
+        Arguments:
+            rows: of the search.
+            columns: tokens of a row.
+            most: tokens that a row of a later search may have; at least ``columns``. Memory is taken for
+                them at once, so that it is not taken anew while histories grow.
+
+        Returns:
+            ``[rows, 2 * layers, columns, embed_dim]`` with finite numbers of no meaning; None where it does
+            not fit into ``max_bytes`` beside the pools.
+        """
+        layout = self.layout
+        shape = rows, 2 * layout.layers, columns, layout.embed_dim
+        elements = math.prod(shape)
+        if self._trees is None or self._trees.numel() < elements:
+            self._trees = None
+            taken = elements // columns * most
+            limit = self._recurrent_limit(self.env_num)
+            if limit is not None:
+                spare = (limit - self.recur_pool.pool_size) * layout.row_bytes // layout.dtype.itemsize
+                if elements > spare:
+                    return None
+                taken = min(taken, spare)
+            with torch.inference_mode(False):
+                self._trees = torch.zeros(taken, dtype=layout.dtype, device=layout.device)
+        return self._trees[:elements].view(shape)
+
+    def forget_trees(self) -> None:
+        """Free the memory of :meth:`tree_buffer`."""
+        self._trees = None
+
+    @property
+    def tree_bytes(self) -> int:
+        """Bytes of :meth:`tree_buffer`."""
+        return 0 if self._trees is None else self._trees.numel() * self._trees.element_size()
 
     def lookup(self, keys: Iterable[Key]) -> np.ndarray:
         """Absolute slots (int64 ``[B]``) or ``NO_SLOT``; one query for each key, counted on the pool of its

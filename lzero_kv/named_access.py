@@ -29,6 +29,8 @@ class NamedAccess:
     """Number of environments."""
     enable_stats: bool
     """Whether events are counted."""
+    tree_bytes: int
+    """Bytes of the trees that share histories, beside the pools."""
 
     def __init__(self, clear_recur_log_freq: int, clear_all_log_freq: int) -> None:
         self.clear_recur_log_freq = clear_recur_log_freq
@@ -96,8 +98,8 @@ class NamedAccess:
 
     @property
     def bytes(self) -> int:
-        """Bytes allocated for all pools."""
-        return self.slab.bytes + self.wm_pool.bytes
+        """Bytes allocated for all pools and for trees that share histories."""
+        return self.slab.bytes + self.wm_pool.bytes + self.tree_bytes
 
     def count_rebuilt(self, tokens: int, *, roots: bool, env_id: int | None = None) -> None:
         """Count tokens that were recomputed after misses.
@@ -125,6 +127,15 @@ class NamedAccess:
             pool = self.recur_pool if env_id is None else self.init_pools[self._env(env_id)]
             pool.stats.window_tokens += tokens
 
+    def count_shared(self, nodes: int) -> None:
+        """Count nodes that were found where they are, in a tree that shares its root's history, and as many
+        children that are kept there: queries, hits and stores of nodes."""
+        if self.enable_stats:
+            stats = self.recur_pool.stats
+            stats.queries += nodes
+            stats.hits += nodes
+            stats.stores += nodes
+
     def stats_snapshot(self) -> dict[str, CacheStats]:
         """Copies of the counters of all root pools together ('roots') and of the recurrent pool ('nodes')."""
         roots = sum((pool.stats for pool in self.init_pools), CacheStats(rebuilt_tokens=self._rebuilt_roots))
@@ -135,8 +146,9 @@ class NamedAccess:
 
         Returns:
             ``stats_enabled``, ``init_pools`` (by ``env_0``, ``env_1``, ...), ``recur_pool``, ``wm_pool``,
-            ``roots`` (all root pools together), ``nodes`` (the recurrent pool) and ``total`` (both), each as
-            :meth:`KVCachePool.describe`; only ``{'stats_enabled': False}`` when events are not counted.
+            ``roots`` (all root pools together), ``nodes`` (the recurrent pool, and the bytes of trees that
+            share histories) and ``total`` (both), each as :meth:`KVCachePool.describe`; only
+            ``{'stats_enabled': False}`` when events are not counted.
         """
         if not self.enable_stats:
             return {'stats_enabled': False}
@@ -148,8 +160,10 @@ class NamedAccess:
             'recur_pool': self.recur_pool.describe(),
             'wm_pool': self.wm_pool.describe(),
             'roots': _describe_together(counters['roots'], self.init_pools),
-            'nodes': self.recur_pool.describe(),
-            'total': _describe_together(both, [*self.init_pools, self.recur_pool]),
+            'nodes': _with_trees(self.recur_pool.describe(), self.tree_bytes),
+            'total': _with_trees(
+                _describe_together(both, [*self.init_pools, self.recur_pool]), self.tree_bytes
+            ),
         }
 
     def reset_stats(self) -> None:
@@ -180,6 +194,10 @@ def _describe_together(stats: CacheStats, pools: list[KVCachePool]) -> dict[str,
         'occupancy': entries / capacity,
         'bytes': sum(pool.bytes for pool in pools),
     }
+
+
+def _with_trees(described: dict[str, int | float], tree_bytes: int) -> dict[str, int | float]:
+    return {**described, 'bytes': described['bytes'] + tree_bytes}
 
 
 def _log_now_and_then(what: str, calls: int, every: int) -> None:

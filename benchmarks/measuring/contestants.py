@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lzero_kv.hosts.lightzero.outputs import action_embeddings
+from lzero_kv.hosts.lightzero.positions import positions_of
 from lzero_kv.hosts.lightzero.prepared import Prepared
 from lzero_kv.hosts.lightzero.transformer import append_token
 from tests.host.episodes import Episodes
@@ -94,6 +96,7 @@ class Floor:
         self._observations = torch.randn(ENVIRONMENTS, *size)
         self._actions = torch.zeros(ENVIRONMENTS, dtype=torch.int64)
         self._tokens = tokens
+        self._positions = positions_of(self._world_model)
         self._buffer = torch.randn(ENVIRONMENTS, 2 * family.layers, tokens + 2, family.embed)
 
     @torch.no_grad()
@@ -106,12 +109,14 @@ class Floor:
 
     def _two_tokens(self, latent: torch.Tensor | None) -> None:
         prepared, buffer, own = self._prepared, self._buffer, self._tokens
-        x = action_embeddings(self._world_model, self._actions)
-        hidden = append_token(prepared, buffer, (0, own), x, None, None)
+        at = np.full(ENVIRONMENTS, own)
+        x, rotation = self._positions.place(action_embeddings(self._world_model, self._actions), at, at)
+        hidden = append_token(prepared, buffer, (0, own), x, None, rotation)
         if latent is None:
             prepared.reward(hidden)
             latent = prepared.latent(hidden)
-        hidden = append_token(prepared, buffer, (0, own + 1), latent, None, None)
+        x, rotation = self._positions.place(latent, at + 1, at + 1)
+        hidden = append_token(prepared, buffer, (0, own + 1), x, None, rotation)
         prepared.policy(hidden)
         prepared.value(hidden)
 

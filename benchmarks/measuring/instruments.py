@@ -62,7 +62,7 @@ class Split:
         from lzero.model.unizero_world_models.transformer import Transformer
         from lzero.model.unizero_world_models.world_model import WorldModel
 
-        from lzero_kv.hosts.lightzero import flight, nodes, roots
+        from lzero_kv.hosts.lightzero import flight, nodes, roots, trees
         from lzero_kv.hosts.lightzero.world_model import KVWorldModel
 
         tree = host_trees()[0]
@@ -72,6 +72,7 @@ class Split:
                 (Head, 'forward'),
                 (Tokenizer, 'encode_to_obs_embeddings'),
                 (flight, 'append_token'),
+                (trees, 'append_token'),
                 (flight, 'causal_pass'),
                 *((module, 'predict_policy_value') for module in (nodes, roots)),
                 *((module, 'action_embeddings') for module in (nodes, roots)),

@@ -50,7 +50,7 @@ _CAUSES = {
     Cause.ZERO_PADDING: 'shorter rows of the batch were padded with zero keys, which attention sees',
     Cause.ROOT_LOST: 'the root is stored, but its observation, encoded again, gives another key',
     Cause.RESTARTED: 'the context was gone, and the old system began again from one token',
-    Cause.CRASHED: 'the entry was missing, and the old system ends with an error there',
+    Cause.CRASHED: 'an entry or an input was missing, and the old system ends with an error there',
     Cause.WINDOW_CORRECTION: 'a full window moved, and its keys and values were not computed again',
     Cause.ROTARY_POSITION: 'tokens were rotated to other positions than those of their steps',
 }

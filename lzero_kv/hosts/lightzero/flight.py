@@ -18,6 +18,19 @@ from .positions import positions_of
 from .prepared import Prepared
 from .transformer import additive_mask, append_token, causal_pass, position_shift
 
+SHARED_FROM = 24
+"""Searches share histories where windows keep at least so many tokens; shorter ones are as quick to copy."""
+
+
+def is_exact(config: KVCacheConfig) -> bool:
+    """Whether windows that drop a step are rebuilt."""
+    return config.window == 'rebuild' or (config.window == 'auto' and config.padding != 'host')
+
+
+def shares_histories(config: KVCacheConfig, window: Window) -> bool:
+    """Whether searches keep their nodes in trees that share the roots' histories."""
+    return is_exact(config) and window.kept >= SHARED_FROM
+
 
 class Flights:
     """Makes flights: binds the host's transformer, the manager, the window and one reused buffer."""
@@ -28,7 +41,8 @@ class Flights:
         self.positions = positions_of(world_model)
         self.host_padding = config.padding == 'host'
         rotary = world_model.config.rotary_emb
-        self.exact_window = config.window == 'rebuild' or (config.window == 'auto' and not self.host_padding)
+        self.exact_window = is_exact(config)
+        self.shares_histories = shares_histories(config, self.window)
         self._learned = None if rotary else world_model.pos_emb
         self._world_model = world_model
         self._prepared: Prepared | None = None

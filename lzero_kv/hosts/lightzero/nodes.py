@@ -15,6 +15,7 @@ from .flight import Flight, Flights
 from .observer import NodesExpanded
 from .outputs import StepOutputs, action_embeddings, predict_policy_value, predict_reward_latent
 from .roots import RootBatch
+from .trees import Branch, SearchTrees
 
 ROOT = 0
 """Simulation number of a root; the node that simulation ``i`` adds (counted from 0) has number ``i + 1``."""
@@ -26,10 +27,18 @@ class SearchNodes:
     Args:
         roots: where the trees begin.
         simulations: how many children each row will get at most.
+        trees: ``[B, 2 * layers, T + 2 * simulations, embed]`` where histories are shared, T the
+            longest root's tokens: see :class:`SearchTrees`. None where each node has a slot of its own.
     """
 
     def __init__(
-        self, world_model: Any, manager: KVCacheManager, flights: Flights, roots: RootBatch, simulations: int
+        self,
+        world_model: Any,
+        manager: KVCacheManager,
+        flights: Flights,
+        roots: RootBatch,
+        simulations: int,
+        trees: torch.Tensor | None = None,
     ) -> None:
         rows, width, embed = roots.tokens.shape
         kept = flights.window.kept
@@ -58,7 +67,9 @@ class SearchNodes:
             self._windows[ROOT, :, kept - width :] = np.arange(width)
         # Nodes whose window moved and whose keys and values were not asked for yet.
         self._pending = np.zeros((recorded, rows), dtype=bool)
+        self._moved = np.zeros((recorded, rows), dtype=bool)
         self.expanded = 0
+        self._trees = None if trees is None else self._shared(trees)
 
     def expand(self, parents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
         """Add one child to every row's tree.
@@ -73,21 +84,18 @@ class SearchNodes:
         simulation = self.expanded + 1
         self._check(parents, simulation)
         embedded = action_embeddings(self._world_model, actions)
-        flight, found = self._load(parents)
+        flight, found = self._begin(simulation, parents)
         observers = self._world_model.observers
         served = flight.histories(found) if observers else None
         reward, latent = predict_reward_latent(self._flights.prepared, flight.append(embedded))
         outputs = predict_policy_value(self._flights.prepared, flight.append(latent))
         self._record(simulation, parents, embedded, latent)
-        moved = flight.slide(self._shift)
-        self._lengths[simulation] = flight.lengths
-        self._store(simulation, flight, moved)
+        stored = self._store(simulation, flight)
         self.expanded = simulation
         if self._by_priority:
             self._visit(simulation)
         outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
         if served is not None:
-            stored = ~moved if self._flights.exact_window else np.ones(len(parents), dtype=bool)
             event = NodesExpanded(simulation, parents, actions, served, flight.histories(stored), outputs)
             for observer in observers:
                 observer.nodes_expanded(event)
@@ -107,26 +115,58 @@ class SearchNodes:
     def _key(self, row: int, simulation: int) -> RootKey | NodeKey:
         return self._roots.keys[row] if simulation == ROOT else NodeKey(row, simulation)
 
-    def _store(self, simulation: int, flight: Flight, moved: np.ndarray) -> None:
-        """Store the children, except where an exact window moved: most nodes are never expanded, so those are
-        computed when they are (:meth:`_complete`)."""
+    def _shared(self, kv: torch.Tensor) -> SearchTrees:
+        """The trees of this search in ``kv``, with the roots' histories in place."""
+        width, kept = kv.shape[2] - 2 * self._simulations, self._flights.window.kept
+        if self._roots.kv is None:
+            flight, _ = self._load(self._rows, self._parents[ROOT])
+            kv[:, :, :width].copy_(flight.buffer[:, :, kept - width : kept])
+        else:
+            kv[:, :, :width].copy_(self._roots.kv)
+        return SearchTrees(self._flights, kv, self._roots.lengths, self._simulations)
+
+    def _begin(self, simulation: int, parents: np.ndarray) -> tuple[Flight | Branch, np.ndarray]:
+        """The histories of ``parents``, ready for two tokens: a copy of what is stored, or a branch of the
+        trees; and which were there (bool ``[B]``)."""
+        if self._trees is None:
+            return self._load(self._rows, parents)
+        found = np.ones(len(parents), dtype=bool)
+        rows, apart = np.flatnonzero(self._moved[parents, self._rows]), None
+        if len(rows):
+            flight, found[rows] = self._load(rows, parents[rows])
+            apart = rows, flight
+        self._manager.count_shared(len(parents) - len(rows))
+        lengths, next_positions = (
+            self._lengths[parents, self._rows],
+            self._next_positions(self._rows, parents),
+        )
+        return self._trees.branch(simulation, parents, lengths, next_positions, apart), found
+
+    def _store(self, simulation: int, flight: Flight | Branch) -> np.ndarray:
+        """Store the children, except where an exact window moved: such a child has nothing but its raw tokens
+        until it is expanded (:meth:`_complete`), and most never are.
+
+        Returns:
+            bool ``[B]``: children whose keys and values are there.
+        """
+        moved = flight.slide() if isinstance(flight, Branch) else flight.slide(self._shift)
+        self._lengths[simulation] = flight.lengths
         rows = self._rows
         if self._flights.exact_window and moved.any():
-            self._pending[simulation] = moved
+            self._pending[simulation] = self._moved[simulation] = moved
             rows = np.flatnonzero(~moved)
-        if len(rows):
+        if len(rows) and not isinstance(flight, Branch):
             flight.store([NodeKey(row, simulation) for row in rows.tolist()], rows)
+        return ~moved if self._flights.exact_window else np.ones(len(moved), dtype=bool)
 
-    def _complete(self, parents: np.ndarray) -> None:
-        """Compute and store the moved windows among ``parents`` that nobody has asked for yet, in one
-        batch."""
+    def _complete(self, rows: np.ndarray, nodes: np.ndarray) -> None:
+        """Compute and store the windows that moved and that nobody has asked for yet, in one batch."""
         if not self._flights.exact_window:
             return
-        pending = self._pending[parents, self._rows]
+        pending = self._pending[nodes, rows]
         if not pending.any():
             return
-        rows = np.flatnonzero(pending)
-        nodes = parents[rows]
+        rows, nodes = rows[pending], nodes[pending]
         tokens, lengths = self._window_tokens(rows, nodes), self._lengths[nodes, rows]
         next_positions = self._next_positions(rows, nodes)
         layout = self._manager.layout
@@ -137,13 +177,14 @@ class SearchNodes:
         self._manager.count_window(int(lengths.sum()))
         self._pending[nodes, rows] = False
 
-    def _load(self, parents: np.ndarray) -> tuple[Flight, np.ndarray]:
-        """The histories of ``parents``, computed again where they are gone; and which were found (bool
-        ``[B]``)."""
-        self._complete(parents)
-        slots = self._manager.lookup([self._key(row, node) for row, node in enumerate(parents.tolist())])
+    def _load(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[Flight, np.ndarray]:
+        """Copies of the histories of ``nodes``, one of each of ``rows``, computed again where they are gone;
+        and which were found (bool ``[N]``)."""
+        self._complete(rows, nodes)
+        keys = [self._key(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
+        slots = self._manager.lookup(keys)
         missing = np.flatnonzero(slots == NO_SLOT)
-        restored = self._restore(missing, parents[missing]) if len(missing) else None
+        restored = self._restore(rows[missing], nodes[missing]) if len(missing) else None
         flight = self._flights.load(slots)
         if restored is not None:
             flight.fill(missing, *restored)

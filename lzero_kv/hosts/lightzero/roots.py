@@ -31,6 +31,8 @@ class RootBatch:
         tokens: ``[B, T, embed]`` raw embeddings of each root's window, right-aligned, zero in front.
         lengths: int64 ``[B]``, how many of them belong to the root.
         next_positions: int64 ``[B]``, logical position of each root's next token.
+        kv: ``[B, 2 * layers, T, embed]`` keys and values of roots that are not stored under their keys; None
+            where they are.
     """
 
     keys: list[RootKey] | list[NodeKey]
@@ -38,6 +40,7 @@ class RootBatch:
     tokens: torch.Tensor
     lengths: np.ndarray
     next_positions: np.ndarray
+    kv: torch.Tensor | None = None
 
 
 class RootInference:

@@ -19,7 +19,7 @@ from lzero_kv.validation.tally import ValidationTally
 from lzero_kv.window import Window
 
 from .by_latent import NodesByLatent
-from .flight import Flights
+from .flight import Flights, shares_histories
 from .inputs import check_finite_latents, check_world_model_config, same_latents, timesteps_of
 from .legacy import Clearable
 from .nodes import SearchNodes
@@ -29,6 +29,11 @@ from .validation.validator import Validator
 
 HostLast = tuple[torch.Tensor, Sequence[Any]]
 """A batch of last observations and last actions, as the host's policy keeps one for all environments."""
+
+
+MOVED_NODES = 4
+"""Slots for each row where nodes share histories: only windows that moved need one, and few are in use at
+once."""
 
 
 @dataclass
@@ -114,12 +119,13 @@ class KVWorldModel(WorldModel):
         return self._validator
 
     def _make_manager(self) -> KVCacheManager:
-        weight = self.transformer.ln_f.weight
+        weight, window = self.transformer.ln_f.weight, Window(self.context_length)
+        shared = shares_histories(self.cache_config, window)
         layout = KVLayout(
             layers=self.num_layers,
             heads=self.num_heads,
             head_dim=self.embed_dim // self.num_heads,
-            tokens=Window(self.context_length).kept,
+            tokens=window.kept,
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -129,7 +135,7 @@ class KVWorldModel(WorldModel):
             self.cache_config.enable_stats,
             layout=layout,
             cache_config=self.cache_config,
-            num_simulations=self._num_simulations,
+            num_simulations=MOVED_NODES if shared else self._num_simulations,
         )
 
     def expect(self, environments: int, num_simulations: int) -> None:
@@ -238,18 +244,27 @@ class KVWorldModel(WorldModel):
             latest = None
         if latest is None:
             check_finite_latents(root_latents)
-        own = 0 if latest is not None else rows
         engine.manager.clear_recur_cache()
-        engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
-        roots = self._begin_with_latents(root_latents, timestep) if latest is None else latest
+        trees = None
+        if engine.flights.shares_histories:
+            width, most = (1, 1) if latest is None else (int(latest.lengths.max()), latest.tokens.shape[1])
+            grown = 2 * num_simulations
+            trees = engine.manager.tree_buffer(rows, width + grown, most + grown)
+        if trees is None:
+            own = 0 if latest is not None else rows
+            engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
+        else:
+            engine.manager.reserve_recurrent(rows * MOVED_NODES, minimum=rows)
+        roots = latest or self._begin_with_latents(root_latents, timestep, store=trees is None)
         capacity = engine.manager.recur_pool.pool_size
         begun = SearchBegun(root_latents, timestep, latest is not None, roots.next_positions, capacity)
         for observer in self.observers:
             observer.search_begun(begun)
-        return SearchNodes(self, engine.manager, engine.flights, roots, num_simulations)
+        return SearchNodes(self, engine.manager, engine.flights, roots, num_simulations, trees)
 
-    def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any) -> RootBatch:
-        """Store histories of one observation each, all computed in one batch."""
+    def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any, store: bool) -> RootBatch:
+        """Histories of one observation each, all computed in one batch, and stored unless the caller keeps
+        them."""
         engine, rows = self.engine, len(root_latents)
         layout = engine.manager.layout
         # Long windows of thousands of reanalysed roots would not fit in memory, and hold one token each.
@@ -260,8 +275,9 @@ class KVWorldModel(WorldModel):
         kv = latents.new_zeros(rows, 2 * layout.layers, width, layout.embed_dim)
         engine.flights.recompute(latents, lengths, next_positions, kv[:, :, width - 1 :])
         keys = [NodeKey(row, 0) for row in range(rows)]
-        engine.manager.store(keys, kv, lengths, next_positions, newest=width)
-        return RootBatch(keys, latents, latents, lengths, next_positions)
+        if store:
+            engine.manager.store(keys, kv, lengths, next_positions, newest=width)
+        return RootBatch(keys, latents, latents, lengths, next_positions, None if store else kv)
 
     @contextmanager
     def clean_on_failure(self) -> Iterator[None]:
@@ -277,6 +293,7 @@ class KVWorldModel(WorldModel):
             yield
         except Exception as error:
             engine.flights.forget_buffer()
+            engine.manager.forget_trees()
             if isinstance(error, RuntimeError):
                 engine.latest = engine.by_latent = None
                 self.clear_caches()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .recompute import Answer, Recompute, Token, TokenWindow
+
+Close = Callable[[torch.Tensor, torch.Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,9 @@ class HostStep:
 
     Attributes:
         kv: ``[2 * layers, T, embed]`` that it was served; None for nothing.
-        action: embedding ``[embed]`` of the action; None where an episode begins.
+        action: embedding ``[embed]`` of the action that the host appends; None where it takes an episode to
+            begin.
+        true_action: embedding of the action that the environment took.
         latent: ``[embed]`` of the observation token.
         zeros: tokens of zero padding in front of the row.
         zeros_count: whether the padding counts as tokens of the history (root inference) or not.
@@ -27,6 +32,7 @@ class HostStep:
 
     kv: torch.Tensor | None
     action: torch.Tensor | None
+    true_action: torch.Tensor | None
     latent: torch.Tensor
     zeros: int
     zeros_count: bool
@@ -37,6 +43,10 @@ class HostStep:
     def without_padding(self) -> HostStep:
         """The same step, alone in its batch."""
         return replace(self, zeros=0)
+
+    def with_true_action(self) -> HostStep:
+        """The same step with the environment's own action."""
+        return replace(self, action=self.true_action)
 
     def at_true_positions(self) -> HostStep:
         """The same step, its tokens rotated to where they belong."""
@@ -49,8 +59,8 @@ class Enacted:
 
     answers: dict[str, torch.Tensor]
     stored: torch.Tensor
-    moved: bool
-    """Whether the window was full and its oldest step left."""
+    stale: bool
+    """Whether the window was full, and what stays without its oldest step is not what it should be."""
 
 
 class Enactment:
@@ -59,11 +69,17 @@ class Enactment:
     Args:
         oracle: the reference.
         twin: the host's world model, for its window and its position correction.
+        close: whether rounding explains the difference of two tensors.
     """
 
-    def __init__(self, oracle: Recompute, twin: Any) -> None:
+    def __init__(self, oracle: Recompute, twin: Any, close: Close) -> None:
         self._oracle = oracle
         self._twin = twin
+        self._close = close
+
+    def embed_action(self, action: Any) -> torch.Tensor:
+        """``[embed]`` of one action."""
+        return self._oracle.embed_action(action)
 
     @torch.no_grad()
     def of(self, step: HostStep) -> Enacted:
@@ -82,7 +98,10 @@ class Enactment:
         size = self._twin.context_length
         if kv.shape[1] < size - 1:
             return Enacted(answers, kv, False)
-        return Enacted(answers, self._corrected(kv[:, 2 : size - 1]), True)
+        kept = kv[:, 2 : size - 1]
+        stored = self._corrected(kept)
+        right = None if self._oracle.rule == 'rebuild' else self._oracle.moved(kept)
+        return Enacted(answers, stored, right is None or not self._close(stored, right))
 
     def _padded(self, step: HostStep) -> tuple[TokenWindow, int]:
         """The row with its padding, and the learned position of its next token."""

@@ -8,10 +8,9 @@ import torch
 
 from lzero_kv.validation.causes import Cause
 
-from .enactment import Enacted, HostStep
+from .enactment import Close, Enacted, HostStep
 from .twin import HistoryName, Trace
 
-Close = Callable[[torch.Tensor, torch.Tensor], bool]
 Causes = frozenset[Cause]
 
 
@@ -39,6 +38,8 @@ def lookup_causes(trace: Trace, asked: HistoryName, other_observation: bool = Fa
 
 def served_causes(trace: Trace, asked: HistoryName, other_observation: bool = False) -> Causes | None:
     """Why what was found is not what it should be, by the slot's owner; None when nothing proves it."""
+    if not trace.intact:
+        return None  # what lies there is not what was written for its owner, whoever that is
     causes = lookup_causes(trace, asked, other_observation)
     if causes:
         return causes
@@ -65,15 +66,18 @@ def step_causes(
 
     if not same(answers):
         return None, enacted
-    causes = set()
+    mended = {}
     if step.zeros:
-        alone = enact(step.without_padding())
-        if not (same(alone.answers) and _newest_alike(alone, enacted, close)):
-            causes.add(Cause.ZERO_PADDING)
+        mended[Cause.ZERO_PADDING] = step.without_padding()
     if step.positions != step.true_positions:
-        placed = enact(step.at_true_positions())
-        if not (same(placed.answers) and _newest_alike(placed, enacted, close)):
-            causes.add(Cause.ROTARY_POSITION)
+        mended[Cause.ROTARY_POSITION] = step.at_true_positions()
+    if step.action is not None and step.true_action is not None and not close(step.action, step.true_action):
+        mended[Cause.OTHER_ENVIRONMENT] = step.with_true_action()
+    causes = set()
+    for cause, without in mended.items():
+        other = enact(without)
+        if not (same(other.answers) and _newest_alike(other, enacted, close)):
+            causes.add(cause)
     return frozenset(causes), enacted
 
 

@@ -15,17 +15,23 @@ from lzero_kv.window import Window
 from .recompute import Answer, Recompute, Token, TokenWindow
 from .twin import HistoryName
 
+REPLAYED = 32
+"""Steps of a shifted window that a replay takes again at most; episodes may have thousands."""
 REMEMBERED = 4
 """Earlier roots of an environment that a stale entry is looked for among."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a window came about: tokens computed in one causal pass, then steps of an action and an observation
-    token.
+    """How a window came about: where it began, then steps of an action and an observation token.
+
+    Attributes:
+        base: tokens, computed in one causal pass; or a window as it stood, where the way there is too long to
+            keep.
+        steps: what came after.
     """
 
-    base: list[Token]
+    base: list[Token] | TokenWindow
     steps: list[tuple[Token, Token]]
 
     def then(self, step: tuple[Token, Token]) -> Course:
@@ -138,6 +144,8 @@ class TrueHistories:
         history.course = course
         if self._oracle.rule == 'shift':
             history.window = answer.window
+            if len(course.steps) >= REPLAYED:
+                history.course = Course(answer.window, [])
         history.name, history.stored = name, True
         history.earlier.append(answer.window.kv())
 

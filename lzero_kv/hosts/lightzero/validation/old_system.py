@@ -51,13 +51,21 @@ class OldSystem:
             return not isinstance(actions[0], np.ndarray)
         return max(actions) == NO_ACTION
 
+    def host_crashes(self, rows: int, host_last: tuple[torch.Tensor, Sequence[Any]]) -> bool:
+        """Whether the host's root inference must end with an error: it has room for fewer than ``rows`` rows,
+        fewer last inputs, or windows too short for the last observation, an action and the new one."""
+        observations, actions = host_last
+        if max(rows, len(observations)) > self.twin.env_num:
+            return True
+        return not self.host_begins(actions) and (len(observations) < rows or self.twin.context_length < 3)
+
     def root_traces(
         self, event: RootsInferred, host_last: tuple[torch.Tensor, Sequence[Any]]
     ) -> list[Trace | None]:
         """What the host's lookup of each row's last root meets; None where it looks for nothing."""
         observations, actions = host_last
         rows = len(event.env_ids)
-        if self.host_begins(actions) or len(observations) < rows or rows > self.twin.env_num:
+        if self.host_begins(actions) or self.host_crashes(rows, host_last):
             return [None] * rows
         latents = self.twin.tokenizer.encode_to_obs_embeddings(observations)
         return [self.twin.trace_root(row, latents[row]) for row in range(rows)]
@@ -72,6 +80,8 @@ class OldSystem:
     ) -> frozenset[Cause] | None:
         """Why the root that the host continues is not the row's own."""
         if trace is None:
+            if self.host_crashes(len(event.env_ids), host_last):
+                return CRASHED
             return frozenset() if event.first[row] else RESTARTED
         if trace.place is None:
             lost = asked is not None and any(at == row for at, _ in self.twin.has_root(asked))
@@ -145,7 +155,9 @@ class OldStore(OldSystem):
     ) -> HostOpinion:
         causes = self.root_served_causes(event, row, trace, asked, host_last)
         if trace is None:
-            alone = HostStep(None, None, truth.latent, 0, False, truth.positions, truth.positions, True)
+            alone = HostStep(
+                None, None, truth.action, truth.latent, 0, False, truth.positions, truth.positions, True
+            )
             return HostOpinion(
                 WIPED, None, explain=lambda: causes, moved=lambda: self._enactment.of(alone).answers
             )
@@ -154,7 +166,8 @@ class OldStore(OldSystem):
             kv = self.restart(latent, int(event.timesteps[row]))
         else:
             kv = contents(trace.entry)
-        return self._opinion(trace, asked, kv, truth, causes, root=True)
+        found = bool(event.served.present[row])
+        return self._opinion(trace, asked, kv, truth, causes, found=found, root=True)
 
     def _opinion(
         self,
@@ -164,13 +177,16 @@ class OldStore(OldSystem):
         truth: RowTruth,
         causes: frozenset[Cause] | None,
         *,
+        found: bool,
         root: bool,
     ) -> HostOpinion:
-        step = HostStep(kv, truth.action, truth.latent, 0, False, truth.positions, truth.positions, root)
+        """``found``: whether the manager had the entry too, and did not compute it again."""
+        action, at = truth.action, truth.positions
+        step = HostStep(kv, action, action, truth.latent, 0, False, at, at, root)
         return HostOpinion(
             trace.key,
             kv,
-            exact=trace.owner is not None and trace.owner.history == asked and trace.owner.exact,
+            exact=found and trace.owner is not None and trace.owner.history == asked and trace.owner.exact,
             explain=lambda: causes,
             moved=lambda: self._enactment.of(step).answers,
         )
@@ -206,7 +222,8 @@ class OldStore(OldSystem):
                     opinions.append(HostOpinion(trace.key, None, explain=lambda: CRASHED))
                     continue
                 kv = contents(trace.entry)
-            opinions.append(self._opinion(trace, asked[row], kv, truth, causes, root=False))
+            found = bool(event.served.present[row])
+            opinions.append(self._opinion(trace, asked[row], kv, truth, causes, found=found, root=False))
         latents = event.outputs.latent
         self._latents.append(latents)
         if not self._reanalysis:
@@ -246,14 +263,17 @@ class OldModel(OldSystem):
         try:
             _, latents, _, policy, value = twin.forward_initial_inference(inputs, start_pos)
         except Exception as error:  # whatever the host's own code meets: that is its answer
-            return self._crash(error, rows, traces)
+            # Beside those inputs, the host's own code needs a timestep for each row of a continued episode.
+            untimed = np.ndim(start_pos) == 0 and not self.host_begins(host_last[1])
+            return self._crash(error, rows, untimed or self.host_crashes(rows, host_last))
         self._running = True
         self._latents = [latents]
         sizes = [kv.shape[1] for kv in twin.served] or [0] * rows
         opinions: list[HostOpinion | None] = []
         for row, (trace, truth) in enumerate(zip(traces, truths, strict=True)):
             kv = twin.served[row] if twin.served else None
-            step = self._root_step(event, row, kv, max(sizes), truth, latents[row].reshape(-1))
+            action = None if kv is None else self._enactment.embed_action(host_last[1][row])
+            step = self._root_step(event, row, kv, max(sizes), truth, action, latents[row].reshape(-1))
             answers = {'policy': policy[row].reshape(-1), 'value': value[row].reshape(-1)}
             key = WIPED if trace is None else trace.key
             opinions.append(self._opinion(row, key, kv, answers, step, served[row], truth))
@@ -266,14 +286,14 @@ class OldModel(OldSystem):
         kv: torch.Tensor | None,
         longest: int,
         truth: RowTruth,
+        action: torch.Tensor | None,
         latent: torch.Tensor,
     ) -> HostStep:
         now = 2 * int(event.timesteps[row])
         # The host shows learned positions and rotates by what it is told; where it is told nothing, by -1.
         positions = (now - 1, now) if self.twin.config.rotary_emb else truth.positions
         zeros = 0 if kv is None else longest - kv.shape[1]
-        action = None if kv is None else truth.action
-        return HostStep(kv, action, latent, zeros, True, positions, truth.positions, True)
+        return HostStep(kv, action, truth.action, latent, zeros, True, positions, truth.positions, True)
 
     def begin(self, event: SearchBegun, rows: int) -> None:
         """A search begins; its first ``rows`` rows will be compared."""
@@ -317,7 +337,8 @@ class OldModel(OldSystem):
                 history, event.simulation - 1, depths.tolist(), start_pos
             )
         except Exception as error:  # whatever the host's own code meets: that is its answer
-            return self._crash(error, rows, traces)
+            missing = any(trace.place is None for trace in traces) and isinstance(error, TypeError)
+            return self._crash(error, rows, missing and not self._reanalysis)
         self._latents.append(new)
         longest = max(kv.shape[1] for kv in twin.served)
         opinions: list[HostOpinion | None] = []
@@ -326,6 +347,7 @@ class OldModel(OldSystem):
             positions = self._node_positions(int(depths[row]), int(told[row]), truth)
             step = HostStep(
                 kv,
+                truth.action,
                 truth.action,
                 new[row].reshape(-1),
                 longest - kv.shape[1],
@@ -384,13 +406,11 @@ class OldModel(OldSystem):
         if causes is None or not self.close(stored, enacted.stored):
             owner.proven = False
             return
-        owner.causes = causes | ({Cause.WINDOW_CORRECTION} if enacted.moved else set())
+        owner.causes = causes | ({Cause.WINDOW_CORRECTION} if enacted.stale else set())
 
-    def _crash(self, error: Exception, rows: int, traces: Sequence[Trace | None]) -> list[HostOpinion | None]:
-        """The host ended with an error: proven where an entry is missing or rows are more than it has room
-        for."""
+    def _crash(self, error: Exception, rows: int, expected: bool) -> list[HostOpinion | None]:
+        """The host ended with an error, which what was missing proves (``expected``) or not."""
         self._running = False
-        missing = any(trace is not None and trace.place is None for trace in traces)
-        causes = CRASHED if missing or rows > self.twin.env_num else None
+        causes = CRASHED if expected else None
         said = f'{type(error).__name__}: {error}'
         return [HostOpinion(said, None, explain=lambda: causes) for _ in range(rows)]

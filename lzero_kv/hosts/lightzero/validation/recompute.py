@@ -258,6 +258,20 @@ class Recompute:
         x = x + attended
         return x + block.mlp(block.ln2(x))
 
+    def moved(self, kv: torch.Tensor) -> torch.Tensor:
+        """Kept keys and values ``[2 * layers, tokens, embed]`` after their window dropped a step, by the rule
+        of 'shift'.
+        """
+        if self.rotary:
+            return kv
+        blocks = self.model.transformer.blocks
+        projections = [p for block in blocks for p in (block.attn.key, block.attn.value)]
+        rows = [
+            torch.stack([self._position_change(p, new + 2, new).flatten() for new in range(kv.shape[1])])
+            for p in projections
+        ]
+        return kv + torch.stack(rows)
+
     def _trim(self, window: TokenWindow) -> TokenWindow:
         trimmed = window
         while len(trimmed.tokens) > self.kept:

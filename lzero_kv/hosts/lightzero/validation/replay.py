@@ -13,7 +13,7 @@ from lzero_kv.validation.finding import Finding
 
 from .enactment import answers_of
 from .histories import Course
-from .recompute import Answer, Recompute, Token
+from .recompute import Recompute, Token, TokenWindow
 
 
 def replay_data(world_model: Any, rule: str, course: Course) -> dict[str, Any]:
@@ -31,7 +31,8 @@ def replay_data(world_model: Any, rule: str, course: Course) -> dict[str, Any]:
         'rule': rule,
         'config': _plain(world_model.config),
         'weights': weights,
-        'base': _packed(course.base),
+        'base': _packed(course.base) if isinstance(course.base, list) else None,
+        'window': None if isinstance(course.base, list) else _window(course.base),
         'steps': _packed(steps) if steps else None,
     }
 
@@ -51,16 +52,17 @@ def replay(finding: Finding) -> dict[str, torch.Tensor]:
     if not data:
         raise ValueError('the finding holds no tokens and weights; give a file that a validation saved')
     oracle = Recompute(_model(data), data['rule'])
-    base = _unpacked(data['base'])
     steps = _unpacked(data['steps']) if data['steps'] is not None else []
     if not steps:
-        answer = oracle.begin(base[0])
-        return answers_of(answer)
-    answer = Answer(oracle.causal(base)[1], torch.empty(0), torch.empty(0))
-    served = answer.window
+        return answers_of(oracle.begin(_unpacked(data['base'])[0]))
+    if data['base'] is None:
+        following = TokenWindow.of(data['window']['kv'], data['window']['next_position'], oracle.heads)
+    else:
+        following = oracle.causal(_unpacked(data['base']))[1]
     for action, latent in zip(steps[0::2], steps[1::2], strict=True):
-        served = answer.window
+        served = following
         answer = oracle.step(served, action, latent)
+        following = answer.window
     found = {'kv': served.kv(), **answers_of(answer)}
     return {name: found[name] for name in found if name == 'kv' or name in finding.tensors['truth']}
 
@@ -78,6 +80,10 @@ def _model(data: Mapping[str, Any]) -> Any:
     model.to(dtype)
     model.load_state_dict(weights, strict=False)
     return model.eval()
+
+
+def _window(window: TokenWindow) -> dict[str, Any]:
+    return {'kv': window.kv().detach().cpu(), 'next_position': window.next_position}
 
 
 def _packed(tokens: list[Token]) -> dict[str, torch.Tensor]:

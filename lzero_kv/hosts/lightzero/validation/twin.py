@@ -12,6 +12,7 @@ import torch
 from lzero.model.unizero_world_models.utils import hash_state
 from lzero.model.unizero_world_models.world_model import WorldModel
 
+from lzero_kv.keys import digest_rows
 from lzero_kv.validation.causes import Cause
 
 
@@ -37,6 +38,7 @@ class Owner:
     Attributes:
         key: the key it was written under.
         history: the history it was written for.
+        digest: digest of what was written.
         causes: proven reasons for which its content is not that of ``history``.
         proven: whether those reasons account for all of the difference.
         exact: whether the manager stored the same numbers.
@@ -44,6 +46,7 @@ class Owner:
 
     key: str
     history: HistoryName
+    digest: int
     causes: frozenset[Cause] = field(default_factory=frozenset)
     proven: bool = True
     exact: bool = True
@@ -58,12 +61,14 @@ class Trace:
         place: ``'roots'`` or ``'nodes'``, None where no dictionary has the key.
         owner: whose entry lies in the slot now.
         entry: the host's ``KeysValues`` in that slot.
+        intact: whether it holds what was written for its owner, to the last bit.
     """
 
     key: str
     place: str | None = None
     owner: Owner | None = None
     entry: Any = None
+    intact: bool = True
 
 
 class HostTwin(WorldModel):
@@ -121,20 +126,17 @@ class HostTwin(WorldModel):
         """What recurrent inference finds under the latent state ``latent``: roots first, then nodes."""
         key = key_of(latent)
         index = self.past_kv_cache_recurrent_infer.get(key)
-        nodes = (
-            Trace(key)
-            if index is None
-            else Trace(key, 'nodes', self._node_owners.get(index), self.shared_pool_recur_infer[index])
-        )
+        nodes = Trace(key)
+        if index is not None:
+            nodes = _found(key, 'nodes', self._node_owners.get(index), self.shared_pool_recur_infer[index])
         return self._in_roots(row, key) or nodes
 
     def _in_roots(self, row: int, key: str) -> Trace | None:
         index = self.past_kv_cache_init_infer_envs[row].get(key) if row < self.env_num else None
         if index is None:
             return None
-        return Trace(
-            key, 'roots', self._root_owners.get((row, index)), self.shared_pool_init_infer[row][index]
-        )
+        entry = self.shared_pool_init_infer[row][index]
+        return _found(key, 'roots', self._root_owners.get((row, index)), entry)
 
     def has_root(self, history: HistoryName) -> list[tuple[int, str]]:
         """Rows and keys under which a dictionary still leads to the root of ``history``."""
@@ -181,16 +183,18 @@ class HostTwin(WorldModel):
 
     def custom_copy_kv_cache_to_shared_init_envs(self, src_kv: Any, env_id: int) -> int:
         index = super().custom_copy_kv_cache_to_shared_init_envs(src_kv, env_id)
-        owner = Owner(self._keys[env_id], self.naming[env_id])
+        entry = self.shared_pool_init_infer[env_id][index]
+        owner = Owner(self._keys[env_id], self.naming[env_id], _digest(entry))
         self._root_owners[env_id, index] = owner
-        self._newest[env_id] = owner, self.shared_pool_init_infer[env_id][index]
+        self._newest[env_id] = owner, entry
         return index
 
     def custom_copy_kv_cache_to_shared_recur(self, src_kv: Any) -> int:
         index, row = super().custom_copy_kv_cache_to_shared_recur(src_kv), self._row
-        owner = Owner(self._keys[row], self.naming[row])
+        entry = self.shared_pool_recur_infer[index]
+        owner = Owner(self._keys[row], self.naming[row], _digest(entry))
         self._node_owners[index] = owner
-        self._newest[row] = owner, self.shared_pool_recur_infer[index]
+        self._newest[row] = owner, entry
         self._row += 1
         return index
 
@@ -213,6 +217,14 @@ def key_of(latent: torch.Tensor | np.ndarray) -> str:
     """The host's key of a latent state ``[1, embed]`` or ``[embed]``."""
     array = latent.detach().cpu().numpy() if isinstance(latent, torch.Tensor) else np.asarray(latent)
     return hash_state(np.ascontiguousarray(array.reshape(-1)))
+
+
+def _found(key: str, place: str, owner: Owner | None, entry: Any) -> Trace:
+    return Trace(key, place, owner, entry, owner is not None and owner.digest == _digest(entry))
+
+
+def _digest(entry: Any) -> int:
+    return digest_rows(contents(entry)[None])[0]
 
 
 def contents(entry: Any) -> torch.Tensor:

@@ -79,7 +79,7 @@ class Validator(Observer):
         self._tolerance = Tolerance(*tolerance_of(config, world_model.transformer.ln_f.weight.dtype))
         self._histories = TrueHistories(self._oracle, Window(world_model.context_length))
         self._twin = HostTwin.over(world_model)
-        enactment = Enactment(self._oracle, self._twin)
+        enactment = Enactment(self._oracle, self._twin, self._tolerance.close)
         self._host = (OldStore if mode == 'store' else OldModel)(self._twin, enactment, self._tolerance)
         self.tally = tally
         self.host_last: tuple[torch.Tensor, Sequence[Any]] | None = None
@@ -88,6 +88,7 @@ class Validator(Observer):
         self._saved = 0
         self._rows = 0
         self._capacity = 0
+        self._roots_kept = False
         self._roots: list[tuple[HistoryName, Answer, Course]] = []
 
     # Root inference
@@ -133,7 +134,7 @@ class Validator(Observer):
         ]
         for name, answer, course in roots:
             self._histories.settle(name.env_id, answer, name, course)
-        self._roots = roots
+        self._roots, self._roots_kept = roots, True
         self._judge(rows, self.tally.roots)
 
     def _true_root(
@@ -267,9 +268,12 @@ class Validator(Observer):
         return self._courses[parent][row].then((action, Token(latent, first + 1)))
 
     def _is_lost(self, event: NodesExpanded, row: int) -> bool:
-        """Whether an entry is gone although the pool never was full."""
-        stored = len(event.parents) * event.simulation
-        return stored <= self._capacity and not bool(event.served.present[row])
+        """Whether an entry is gone although nobody cleared it and the pool never was full."""
+        if event.served.present[row]:
+            return False
+        if self._kind == 'nodes' and not event.parents[row]:
+            return self._roots_kept
+        return len(event.parents) * event.simulation <= self._capacity
 
     # Verdicts
 
@@ -318,7 +322,10 @@ class Validator(Observer):
 
     def _worst(self, given: Opinion, other: Opinion) -> tuple[str, Deviation]:
         """What of one opinion is farthest from another, and how far; answers that one lacks are left out."""
-        parts = {'keys and values': self._tolerance.deviation(given[0], other[0], kv=True)}
+        kv = self._tolerance.deviation(given[0], other[0], kv=True)
+        if not kv.within:
+            return 'keys and values', kv  # what is answered follows from them
+        parts = {'keys and values': kv}
         for name, logits in given[1].items():
             parts[name] = self._tolerance.deviation(logits, other[1][name])
         name = max(parts, key=lambda part: parts[part].excess)
@@ -341,15 +348,15 @@ class Validator(Observer):
         )
 
     def _candidates(self, row: Compared) -> Iterator[tuple[Fault, torch.Tensor]]:
-        for env_id, history in self._histories:
-            fault = Fault.STALE_ENTRY if env_id == row.name.env_id else Fault.OTHER_ENVIRONMENT
-            if row.kind != 'reanalysis':
-                yield from ((fault, kv) for kv in history.earlier)
-        if row.kind != 'roots':
+        if row.kind != 'roots':  # first: the present root is the newest of the earlier ones too
             for nodes in self._nodes:
                 for other, answer in enumerate(nodes):
                     own = other == row.row
                     yield (Fault.ANOTHER_NODE if own else Fault.OTHER_ENVIRONMENT), answer.window.kv()
+        for env_id, history in self._histories:
+            fault = Fault.STALE_ENTRY if env_id == row.name.env_id else Fault.OTHER_ENVIRONMENT
+            if row.kind != 'reanalysis':
+                yield from ((fault, kv) for kv in history.earlier)
 
     def _misplaced(self, row: Compared) -> Iterator[dict[str, torch.Tensor]]:
         """Answers of the true history with its newest tokens one or two places off."""
@@ -375,6 +382,8 @@ class Validator(Observer):
 
     def _displaced(self, row: Compared) -> Iterator[torch.Tensor]:
         """Keys and values of the true history with every token one or two places off."""
+        if not isinstance(row.course.base, list):
+            return  # its tokens are not kept
         tokens = [*row.course.base, *(token for step in row.course.steps[:-1] for token in step)]
         tokens = tokens[-self._oracle.kept :]
         for off in (-2, -1, 1, 2):
@@ -398,7 +407,8 @@ class Validator(Observer):
         if host is not None:
             given = host.kv, host.answers
             off = self._worst(given, (row.truth.served, row.truth.answers))[1]
-            between = self._worst(given, (row.kv, row.answers))[1]
+            where, between = self._worst(given, (row.kv, row.answers))
+            part = part if fault is not None else where
         finding = Finding(
             row.kind,
             row.name.env_id,
@@ -406,7 +416,7 @@ class Validator(Observer):
             row.node,
             part,
             manager,
-            None if host is None or host.kv is None else off,
+            None if host is None or (host.kv is None and not host.answers) else off,
             between,
             row.manager_key,
             'none' if host is None else host.key,
@@ -417,8 +427,8 @@ class Validator(Observer):
         )
         if self._saved < SAVED:
             self._saved += 1
-            name = f'finding_{self._mode}_{row.kind}_{self._serial}_{row.row}_{row.node or 0}.pt'
-            finding = save_finding(finding, Path(self._config.validation_folder) / name)
+            stem = f'finding_{self._mode}_{row.kind}_{self._serial}_{row.row}_{row.node or 0}'
+            finding = save_finding(finding, unused_path(Path(self._config.validation_folder), stem))
         if self._config.validation_on_failure == 'raise':
             raise ValidationError(finding)
         logging.getLogger(__name__).warning('%s', finding)
@@ -433,13 +443,13 @@ class Validator(Observer):
         """The pools are empty, and so are the host's."""
         self._histories.forget_keys_and_values()
         self._twin.clear_caches()
-        self._rows = 0
+        self._roots_kept, self._rows = False, 0
 
     def roots_cleared(self) -> None:
         """The pools of the roots are empty, and so are the host's dictionaries."""
         self._histories.forget_keys_and_values()
         self._twin.clear_roots()
-        self._capacity = 0
+        self._roots_kept = False
 
     def nodes_cleared(self) -> None:
         """Somebody outside cleared the nodes."""
@@ -455,6 +465,15 @@ class Validator(Observer):
     def host_clears(self) -> None:
         """The host alone would have emptied its caches now; the manager did not."""
         self._twin.clear_caches()
+
+
+def unused_path(folder: Path, stem: str) -> Path:
+    """A file of that name that is not there yet: findings of earlier runs, and of the same node, stay."""
+    path, number = folder / f'{stem}.pt', 1
+    while path.exists():
+        number += 1
+        path = folder / f'{stem}_{number}.pt'
+    return path
 
 
 def tolerance_of(config: KVCacheConfig, dtype: torch.dtype) -> tuple[float, float]:
