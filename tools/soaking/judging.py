@@ -35,9 +35,10 @@ class Quantity:
 
 
 QUANTITIES = (
-    # The replay buffer is full within the first quarter. What is left is fragmentation: a few percent. A pool
-    # that is made again and kept, or a history that is never forgotten, adds megabytes a minute.
-    Quantity('resident memory', lambda sample: sample.resident_bytes, 1.05, format_bytes),
+    # The host's replay buffer holds ever more segments (see replay_bytes) and is counted apart. What is left
+    # moves by one or two percent between collection and training; a pool that is made again and kept, or a
+    # history that is never forgotten, adds megabytes a minute.
+    Quantity('memory without replay buffer', lambda sample: sample.own_bytes, 1.03, format_bytes),
     # Allocated once. The target model's pool follows its largest batch, which comes in the first quarter.
     Quantity('pool bytes', lambda sample: sample.pool_bytes, 1.0, format_bytes),
     # Processor time moves by a tenth or so with what else shares the processor's caches; a search that walks
@@ -144,6 +145,8 @@ def plot_soak(samples: Sequence[Sample], path: Path) -> Path:
     memory, search, compared, failures = figure.subplots(4, 1, sharex=True)
     minutes = [sample.seconds / 60 for sample in samples]
     memory.plot(minutes, [sample.resident_bytes / 2**20 for sample in samples], label='resident')
+    memory.plot(minutes, [sample.own_bytes / 2**20 for sample in samples], ':', label='without replay buffer')
+    memory.plot(minutes, [sample.replay_bytes / 2**20 for sample in samples], '-.', label='replay buffer')
     memory.plot(minutes, [sample.pool_bytes / 2**20 for sample in samples], '--', label='pools')
     memory.set_title('memory', loc='left', fontsize=10)
     memory.set_ylabel('MiB')

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import psutil
 from demonstration.progress import TrainingProgress
 from demonstration.watch import replaced, watching
@@ -24,6 +25,7 @@ class Sample:
         seconds: since the training began.
         resident_bytes: memory of the process, after what nothing refers to was given back (see
             :func:`resident_bytes`).
+        replay_bytes: observations that the host's replay buffer holds.
         pool_bytes: memory of the tensors of all pools, acting and reanalysis.
         search_seconds: median processor time of one collection search of all environments since the last
             sample, None where there was none.
@@ -34,6 +36,7 @@ class Sample:
 
     seconds: float
     resident_bytes: int
+    replay_bytes: int
     pool_bytes: int
     search_seconds: float | None
     env_steps: int
@@ -42,6 +45,11 @@ class Sample:
     different: int
     unexplained: int
     manager_off: int
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory of the process without the observations of the replay buffer."""
+        return self.resident_bytes - self.replay_bytes
 
 
 class TimeIsUp(BaseException):
@@ -66,19 +74,27 @@ class Recorder:
     progress: TrainingProgress = field(default_factory=TrainingProgress)
     samples: list[Sample] = field(default_factory=list)
     policy: Any = None
+    replay: Any = None
     _searches: list[float] = field(default_factory=list)
     _begun: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Within the block: take samples, and end the training by :class:`TimeIsUp`."""
+        from lzero.mcts.buffer.game_buffer import GameBuffer
+
         from lzero_kv.hosts.lightzero.policy import KVPolicy
 
         self.progress.listener = self._took_step
         with ExitStack() as stack:
             stack.enter_context(watching(self.progress))
             stack.enter_context(replaced(KVPolicy, '_forward_collect', self._timed_search))
+            stack.enter_context(replaced(GameBuffer, 'remove_oldest_data_to_fit', self._fit))
             yield
+
+    def _fit(self, original: Any, replay: Any) -> None:
+        self.replay = replay
+        original(replay)
 
     def _timed_search(self, original: Any, policy: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         self.policy = policy
@@ -105,6 +121,7 @@ class Recorder:
         sample = Sample(
             seconds=now,
             resident_bytes=resident_bytes(),
+            replay_bytes=0 if self.replay is None else replay_bytes(self.replay),
             pool_bytes=sum(
                 model.kv_cache_manager.get_stats_summary()['total']['bytes'] for model in models.values()
             ),
@@ -120,6 +137,16 @@ class Recorder:
         self._searches.clear()
         self.samples.append(sample)
         self.show(sample)
+
+
+def replay_bytes(replay: Any) -> int:
+    """Observations that a replay buffer of the host holds.
+
+    They grow in LightZero 0.2.0, with any cache: for each segment that leaves, the buffer takes more
+    transitions out of its index than the segment brought, so the number of transitions is bounded as
+    configured, and that of segments is not.
+    """
+    return sum(np.asarray(segment.obs_segment).nbytes for segment in replay.game_segment_buffer)
 
 
 def resident_bytes() -> int:
