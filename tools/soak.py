@@ -133,7 +133,8 @@ def line_of(sample: object) -> str:
     search = '     - ' if s['search_seconds'] is None else f'{1e3 * s["search_seconds"]:5.0f} ms'
     return (
         f'{s["seconds"] / 60:5.1f} min  {format_bytes(s["resident_bytes"])} resident, '
-        f'{format_bytes(s["replay_bytes"])} of it replay, {format_bytes(s["pool_bytes"])} pools, {search} a search, {s["env_steps"]:,} steps, '
+        f'{format_bytes(s["replay_bytes"])} of it replay, {format_bytes(s["pool_bytes"])} pools, '
+        f'{search} a search, {s["env_steps"]:,} steps, '
         f'{s["train_iterations"]:,} iterations; {s["compared"]:,} compared, {s["different"]:,} explained, '
         f'{s["unexplained"] + s["manager_off"]:,} not'
     )
