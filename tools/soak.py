@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -87,6 +88,9 @@ def train(folder: Path, args: argparse.Namespace) -> None:
 def main() -> int:
     """Entry point: 0 when everything stayed flat and right, 1 when not or it failed, 130 when interrupted."""
     args = parse()
+    # A shell lets what it runs in the background ignore the first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     os.chdir(ROOT)
     folder = RUNS / time.strftime('%Y%m%d-%H%M%S')
     folder.mkdir(parents=True)
