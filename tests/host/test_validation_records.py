@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation import failures
+from lzero_kv.hosts.lightzero.validation import failures, histories
 from lzero_kv.hosts.lightzero.validation.replay import replay
 from lzero_kv.validation.deviation import Tolerance
 from lzero_kv.validation.finding import Finding
@@ -48,6 +48,25 @@ def assert_replays(finding: Finding) -> None:
     assert set(again) == set(truth)
     for name, tensor in truth.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('family', SHAPES[:2])
+def test_of_a_long_episode_with_shifted_windows_the_last_steps_are_taken_again(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(histories, 'REPLAYED', 3)
+    policy = validated_policy(
+        'model', tmp_path, family=family, environments=2, on_failure='log', kv_cache=dict(window='shift')
+    )
+    episodes = Episodes(policy, range(2), record=False)
+    episodes.run(9)
+    noisy_twin(policy, monkeypatch)
+    episodes.run(1)
+    findings = saved_findings(tmp_path)
+    assert len(findings) == failures.SAVED
+    assert all(finding.replay['base'] is None and len(finding.replay['window']) == 2 for finding in findings)
+    for finding in findings:
+        assert_replays(finding)
 
 
 @pytest.mark.parametrize('window', WINDOWS)
