@@ -77,9 +77,11 @@ def per_simulation(layers: int, window: str, environments: int = 4) -> Counter[s
 
 
 def cache_work(counts: Counter[str], layers: int) -> int:
-    """Operators of cache work, without the copy that puts a token's keys and values of one layer into place:
-    that one comes instead of two of the host's three projections."""
-    return sum(counts[name] for name in CACHE) - APPENDED * layers
+    """Operators of cache work. Not counted: the copy that puts a token's keys and values of one layer into
+    place, which comes instead of two of the host's three projections, and the one that joins the logits of
+    value and reward."""
+    assert counts['cat'] == 1
+    return sum(counts[name] for name in CACHE) - APPENDED * layers - counts['cat']
 
 
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation import evidence, old_system
+from lzero_kv.hosts.lightzero.validation import evidence
 from lzero_kv.validation.causes import Cause
 from lzero_kv.validation.finding import Finding, ValidationError
 
@@ -131,7 +131,7 @@ def always(*causes: Cause) -> Callable[..., frozenset[Cause]]:
 def test_a_cause_that_is_always_found_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(old_system, 'served_causes', always(Cause.EQUAL_LATENTS))
+    monkeypatch.setattr(evidence, 'served_causes', always(Cause.EQUAL_LATENTS))
     with pytest.raises(pytest.fail.Exception, match='DID NOT RAISE'):
         first_finding('store', slots_written_over, tmp_path, monkeypatch)
 
@@ -139,13 +139,13 @@ def test_a_cause_that_is_always_found_would_be_noticed(
 def test_steps_that_are_not_repeated_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    true = old_system.step_causes
+    true = evidence.step_causes
 
     def by_elimination(*args: Any) -> Any:
         causes, enacted = true(*args)
         return causes or frozenset({Cause.ZERO_PADDING}), enacted
 
-    monkeypatch.setattr(old_system, 'step_causes', by_elimination)
+    monkeypatch.setattr(evidence, 'step_causes', by_elimination)
     with pytest.raises(pytest.fail.Exception, match='DID NOT RAISE'):
         first_finding('model', tampered('forward_recurrent_inference', 4), tmp_path, monkeypatch)
 
@@ -154,7 +154,6 @@ def test_a_trace_that_does_not_look_at_the_slot_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The names alone say that the entry is right; its bits say that it is not."""
-    assert evidence.served_causes is old_system.served_causes
     policy = validated_policy('store', tmp_path, environments=2, num_simulations=100, on_failure='log')
     episodes = Episodes(policy, range(2), record=False)
     episodes.step()

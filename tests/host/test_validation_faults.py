@@ -12,7 +12,7 @@ import torch
 
 from lzero_kv.hosts.lightzero.nodes import SearchNodes
 from lzero_kv.hosts.lightzero.roots import RootInference
-from lzero_kv.hosts.lightzero.validation import validator
+from lzero_kv.hosts.lightzero.validation import failures, judge
 from lzero_kv.validation.causes import Fault
 from lzero_kv.validation.deviation import Deviation, Tolerance
 from lzero_kv.validation.finding import Finding, ValidationError
@@ -105,7 +105,7 @@ def test_it_can_be_logged_instead_and_the_run_goes_on(
     assert len(warnings) == tally.total.failures
     assert plant.fault.sentence in warnings[0].getMessage()
     files = sorted(tmp_path.iterdir())
-    assert len(files) == validator.SAVED
+    assert len(files) == failures.SAVED
     assert plant.fault in {load_finding(file).fault for file in files}
 
 
@@ -194,7 +194,7 @@ def test_a_comparison_that_always_agrees_would_be_noticed(
 def test_a_diagnosis_that_names_one_fault_for_all_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(validator, 'diagnose', lambda *args: Fault.STALE_ENTRY)
+    monkeypatch.setattr(judge, 'diagnose', lambda *args: Fault.STALE_ENTRY)
     plant = PLANTS['another node']
     plant.plant(monkeypatch)
     with pytest.raises(AssertionError):

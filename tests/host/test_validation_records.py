@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation import validator
+from lzero_kv.hosts.lightzero.validation import failures, histories
 from lzero_kv.hosts.lightzero.validation.replay import replay
 from lzero_kv.validation.deviation import Tolerance
 from lzero_kv.validation.finding import Finding
@@ -50,13 +50,32 @@ def assert_replays(finding: Finding) -> None:
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('family', SHAPES[:2])
+def test_of_a_long_episode_with_shifted_windows_the_last_steps_are_taken_again(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(histories, 'REPLAYED', 3)
+    policy = validated_policy(
+        'model', tmp_path, family=family, environments=2, on_failure='log', kv_cache=dict(window='shift')
+    )
+    episodes = Episodes(policy, range(2), record=False)
+    episodes.run(9)
+    noisy_twin(policy, monkeypatch)
+    episodes.run(1)
+    findings = saved_findings(tmp_path)
+    assert len(findings) == failures.SAVED
+    assert all(finding.replay['base'] is None and len(finding.replay['window']) == 2 for finding in findings)
+    for finding in findings:
+        assert_replays(finding)
+
+
 @pytest.mark.parametrize('window', WINDOWS)
 @pytest.mark.parametrize('family', SHAPES)
 def test_the_truth_of_a_saved_finding_is_computed_again(
     family: str, window: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of a first root, of roots whose windows are full, and of nodes below them."""
-    monkeypatch.setattr(validator, 'SAVED', 1000)
+    monkeypatch.setattr(failures, 'SAVED', 1000)
     policy = validated_policy(
         'model', tmp_path, family=family, environments=2, on_failure='log', kv_cache=dict(window=window)
     )
@@ -102,7 +121,7 @@ def test_a_replay_that_went_wrong_would_be_noticed(monkeypatch: pytest.MonkeyPat
 
 
 def one_finding(patch: pytest.MonkeyPatch, folder: Path) -> list[Finding]:
-    patch.setattr(validator, 'SAVED', 1)
+    patch.setattr(failures, 'SAVED', 1)
     with patch.context() as planted:
         PLANTS['exchanged at nodes'].plant(planted)
         policy = validated_policy('store', folder, on_failure='log')
@@ -179,6 +198,6 @@ def test_the_number_of_files_is_bounded_and_none_is_written_over(
     for run in (1, 2):
         policy = validated_policy('store', tmp_path, on_failure='log', num_simulations=6)
         Episodes(policy, range(3), record=False).run(3)
-        assert tally_of(policy).total.failures > validator.SAVED
-        assert len(list(tmp_path.iterdir())) == run * validator.SAVED
-    assert len({str(finding).rsplit('\n', 1)[0] for finding in saved_findings(tmp_path)}) == validator.SAVED
+        assert tally_of(policy).total.failures > failures.SAVED
+        assert len(list(tmp_path.iterdir())) == run * failures.SAVED
+    assert len({str(finding).rsplit('\n', 1)[0] for finding in saved_findings(tmp_path)}) == failures.SAVED

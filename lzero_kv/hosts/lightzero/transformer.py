@@ -10,6 +10,7 @@ The layers are those of :class:`Prepared`; nothing here holds a weight.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,9 @@ def causal_pass(
     full = int(lengths.min()) == steps
     # One mask serves all rows when they are full. Not is_causal: that kernel turns nan scores into zeros, and
     # broken weights would go unnoticed.
-    mask = additive_mask(_visible(lengths[:1] if full else lengths, steps), x)[:, None]
+    mask = (
+        _full_mask(steps, x.dtype, x.device) if full else additive_mask(_visible(lengths, steps), x)[:, None]
+    )
     x = x.reshape(rows * steps, embed)
     blocks: list[torch.Tensor] = []
     for block in prepared.blocks:
@@ -104,6 +107,12 @@ def causal_pass(
     if not full:
         inside = np.arange(steps)[None, :] >= steps - lengths[:, None]
         out.masked_fill_(torch.from_numpy(~inside).to(x.device)[:, None, :, None], 0.0)
+
+
+@cache
+def _full_mask(steps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The causal mask of full windows, ``[1, 1, steps, steps]``."""
+    return additive_mask(_visible(np.array([steps]), steps), torch.empty(0, dtype=dtype, device=device))[None]
 
 
 def _visible(lengths: np.ndarray, steps: int) -> np.ndarray:

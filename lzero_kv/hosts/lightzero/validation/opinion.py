@@ -1,4 +1,4 @@
-"""What the old system says about one row, and how it can be held against the truth."""
+"""One compared row: what the manager, the old system and the recomputation say about it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from lzero_kv.validation.causes import Cause
+
+from .histories import Course
+from .twin import HistoryName
+
+Opinion = tuple[torch.Tensor | None, dict[str, torch.Tensor]]
+"""Keys and values that were served, ``[2 * layers, T, embed]``, and answers by name."""
 
 
 @dataclass
@@ -51,3 +57,33 @@ class RowTruth:
     positions: tuple[int, int]
     action: torch.Tensor | None
     latent: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One row with all three opinions.
+
+    Attributes:
+        kind: ``'roots'``, ``'nodes'`` or ``'reanalysis'``.
+        name: the history that the row was to be served; at root inference, the new root.
+        row: row of the batch.
+        node: number of the parent; None at root inference.
+        manager_key: the manager's name of what was served.
+        kv, answers: the manager's.
+        truth: the recomputation's.
+        host: the old system's; None where it has none.
+        lost: whether the manager should have had the entry and had not.
+        course: how the true history came about.
+    """
+
+    kind: str
+    name: HistoryName
+    row: int
+    node: int | None
+    manager_key: str
+    kv: torch.Tensor | None
+    answers: dict[str, torch.Tensor]
+    truth: RowTruth
+    host: HostOpinion | None
+    lost: bool
+    course: Course

@@ -1,59 +1,31 @@
-"""Watches a caching world model: asks the old system and the recomputation about every row, and counts."""
+"""Watches a caching world model: asks the old system and the recomputation about every row, and has them
+judged."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.validation.causes import Fault
-from lzero_kv.validation.deviation import MISMATCH, Deviation, Tolerance
-from lzero_kv.validation.finding import Finding, ValidationError
-from lzero_kv.validation.record import save_finding
+from lzero_kv.validation.deviation import Tolerance
 from lzero_kv.validation.tally import Tally, ValidationTally
 from lzero_kv.window import Window
 
 from ..inputs import timesteps_of
 from ..observer import NodesExpanded, Observer, RootsInferred, SearchBegun
-from .diagnosis import Candidate, Suspect, diagnose
 from .enactment import Enactment, answers_of
+from .failures import Failures
 from .histories import Course, TrueHistories
-from .movement import movement
-from .old_system import OldModel, OldStore
-from .opinion import HostOpinion, RowTruth
+from .judge import Judge
+from .lineup import Lineup
+from .old_model import OldModel
+from .old_store import OldStore
+from .opinion import Compared, RowTruth
 from .recompute import Answer, Recompute, Token, TokenWindow
-from .replay import replay_data
 from .twin import HistoryName, HostTwin
-
-SAVED = 3
-"""Findings that a run writes to files at most: each holds the weights of the model."""
-
-
-Opinion = tuple[torch.Tensor | None, dict[str, torch.Tensor]]
-"""Keys and values that were served, ``[2 * layers, T, embed]``, and answers by name."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One row with all three opinions."""
-
-    kind: str
-    name: HistoryName
-    row: int
-    node: int | None
-    manager_key: str
-    kv: torch.Tensor | None
-    answers: dict[str, torch.Tensor]
-    truth: RowTruth
-    host: HostOpinion | None
-    lost: bool
-    course: Course
 
 
 class Validator(Observer):
@@ -73,19 +45,19 @@ class Validator(Observer):
     def __init__(self, world_model: Any, mode: str, config: KVCacheConfig, tally: ValidationTally) -> None:
         rebuild = config.window != 'shift'
         self._model = world_model
-        self._mode = mode
         self._config = config
         self._oracle = Recompute(world_model, 'rebuild' if rebuild else 'shift')
-        self._tolerance = Tolerance(*tolerance_of(config, world_model.transformer.ln_f.weight.dtype))
         self._histories = TrueHistories(self._oracle, Window(world_model.context_length))
         self._twin = HostTwin.over(world_model)
-        enactment = Enactment(self._oracle, self._twin, self._tolerance.close)
-        self._host = (OldStore if mode == 'store' else OldModel)(self._twin, enactment, self._tolerance)
+        tolerance = Tolerance(*tolerance_of(config, world_model.transformer.ln_f.weight.dtype))
+        enactment = Enactment(self._oracle, self._twin, tolerance.close)
+        self._host = (OldStore if mode == 'store' else OldModel)(self._twin, enactment, tolerance)
+        lineup = Lineup(self._oracle, world_model, self._histories)
+        self._judge = Judge(tolerance, lineup, Failures(world_model, mode, config, self._oracle.rule))
         self.tally = tally
         self.host_last: tuple[torch.Tensor, Sequence[Any]] | None = None
         self.start_pos: Any = 0
         self._serial = 0
-        self._saved = 0
         self._rows = 0
         self._capacity = 0
         self._roots_kept = False
@@ -135,7 +107,7 @@ class Validator(Observer):
         for name, answer, course in roots:
             self._histories.settle(name.env_id, answer, name, course)
         self._roots, self._roots_kept = roots, True
-        self._judge(rows, self.tally.roots)
+        self._compare(rows, self.tally.roots, [])
 
     def _true_root(
         self, event: RootsInferred, row: int
@@ -251,7 +223,7 @@ class Validator(Observer):
             )
             for row in rows
         ]
-        self._judge(compared, getattr(self.tally, self._kind))
+        self._compare(compared, getattr(self.tally, self._kind), self._nodes)
         self._names.append(names)
         self._nodes.append(answers)
         self._courses.append(courses)
@@ -275,163 +247,11 @@ class Validator(Observer):
             return self._roots_kept
         return len(event.parents) * event.simulation <= self._capacity
 
-    # Verdicts
-
-    def _judge(self, rows: Sequence[Compared], tally: Tally) -> None:
+    def _compare(self, rows: Sequence[Compared], tally: Tally, nodes: Sequence[Sequence[Answer]]) -> None:
         for row in rows:
-            self._judge_row(row, tally)
+            self._judge.of(row, tally, nodes)
             if row.host is not None:
                 self._host.settle(row.row, row.host, row.truth)
-
-    def _judge_row(self, row: Compared, tally: Tally) -> None:
-        truth = row.truth.served, row.truth.answers
-        part, manager = self._worst((row.kv, row.answers), truth)
-        if manager.largest < float('inf'):
-            tally.largest_manager = max(tally.largest_manager, manager.largest)
-        if row.lost or not manager.within:
-            fault = Fault.ENTRY_LOST if row.lost else diagnose(self._suspect(row), self._tolerance)
-            tally.count_manager_off(fault)
-            self._fail(row, part, manager, fault)
-            return
-        if row.host is None:
-            return
-        given = row.host.kv, row.host.answers
-        host, between = self._worst(given, truth)[1], self._worst(given, (row.kv, row.answers))[1]
-        if row.host.exact:
-            same = row.kv is not None and row.host.kv is not None and torch.equal(row.kv, row.host.kv)
-        else:
-            same = host.within or between.within
-        if same:
-            tally.count_equal()
-            return
-        causes = row.host.explain()
-        if not causes or host.within:
-            tally.count_unexplained()
-            self._fail(row, part, manager, None)
-            return
-        tally.count_different(causes)
-        tally.largest_host = max(tally.largest_host, self._farthest(given, truth))
-        for name, moved in movement(row.host.moved(), row.truth.answers, self._twin).items():
-            getattr(tally, name).add(moved)
-
-    def _farthest(self, given: Opinion, other: Opinion) -> float:
-        """Largest difference of what two opinions can be compared in."""
-        found = [self._tolerance.deviation(given[0], other[0])]
-        found += [self._tolerance.deviation(logits, other[1][name]) for name, logits in given[1].items()]
-        return max((part.largest for part in found if part.largest < float('inf')), default=0.0)
-
-    def _worst(self, given: Opinion, other: Opinion) -> tuple[str, Deviation]:
-        """What of one opinion is farthest from another, and how far; answers that one lacks are left out."""
-        kv = self._tolerance.deviation(given[0], other[0], kv=True)
-        if not kv.within:
-            return 'keys and values', kv  # what is answered follows from them
-        parts = {'keys and values': kv}
-        for name, logits in given[1].items():
-            parts[name] = self._tolerance.deviation(logits, other[1][name])
-        name = max(parts, key=lambda part: parts[part].excess)
-        return name, parts[name]
-
-    # Failures
-
-    def _suspect(self, row: Compared) -> Suspect:
-        candidates = [
-            Candidate(fault, kv) for fault, kv in self._candidates(row) if kv is not row.truth.served
-        ]
-        return Suspect(
-            row.kv,
-            row.truth.served,
-            row.answers,
-            row.truth.answers,
-            lambda: self._misplaced(row),
-            lambda: self._displaced(row),
-            candidates,
-        )
-
-    def _candidates(self, row: Compared) -> Iterator[tuple[Fault, torch.Tensor]]:
-        if row.kind != 'roots':  # first: the present root is the newest of the earlier ones too
-            for nodes in self._nodes:
-                for other, answer in enumerate(nodes):
-                    own = other == row.row
-                    yield (Fault.ANOTHER_NODE if own else Fault.OTHER_ENVIRONMENT), answer.window.kv()
-        for env_id, history in self._histories:
-            fault = Fault.STALE_ENTRY if env_id == row.name.env_id else Fault.OTHER_ENVIRONMENT
-            if row.kind != 'reanalysis':
-                yield from ((fault, kv) for kv in history.earlier)
-
-    def _misplaced(self, row: Compared) -> Iterator[dict[str, torch.Tensor]]:
-        """Answers of the true history with its newest tokens one or two places off."""
-        truth = row.truth
-        window = (
-            TokenWindow((), ((),) * self._twin.num_layers, ((),) * self._twin.num_layers)
-            if truth.served is None
-            else TokenWindow.of(truth.served, truth.positions[0], self._twin.num_heads)
-        )
-        limit = len(self._model.pos_emb.weight) if not self._oracle.rotary else 1 << 62
-        for off in (-2, -1, 1, 2):
-            place = len(window.tokens) + off
-            if not 0 <= place < limit - 1:
-                continue
-            grown, answers = window, {}
-            if truth.action is not None:
-                grown, out = self._oracle.append(grown, Token(truth.action, truth.positions[0] + off), place)
-                if 'reward' in truth.answers:
-                    answers['reward'] = self._oracle.reward(out)
-                place += 1
-            _, out = self._oracle.append(grown, Token(truth.latent, truth.positions[1] + off), place)
-            yield {**answers, 'policy': self._oracle.policy(out), 'value': self._oracle.value(out)}
-
-    def _displaced(self, row: Compared) -> Iterator[torch.Tensor]:
-        """Keys and values of the true history with every token one or two places off."""
-        if not isinstance(row.course.base, list):
-            return  # its tokens are not kept
-        tokens = [*row.course.base, *(token for step in row.course.steps[:-1] for token in step)]
-        tokens = tokens[-self._oracle.kept :]
-        for off in (-2, -1, 1, 2):
-            window = TokenWindow((), ((),) * self._twin.num_layers, ((),) * self._twin.num_layers)
-            if not self._oracle.rotary and not 0 <= off <= len(self._model.pos_emb.weight) - len(tokens):
-                continue
-            for place, token in enumerate(tokens):
-                window, _ = self._oracle.append(
-                    window, Token(token.embedding, token.position + off), place + off
-                )
-            yield window.kv()
-
-    def _fail(self, row: Compared, part: str, manager: Deviation, fault: Fault | None) -> None:
-        host = row.host
-        tensors: dict[str, Any] = {
-            'manager': {'kv': row.kv, **row.answers},
-            'truth': {'kv': row.truth.served, **row.truth.answers},
-            'host': {} if host is None else {'kv': host.kv, **host.answers},
-        }
-        off = between = MISMATCH
-        if host is not None:
-            given = host.kv, host.answers
-            off = self._worst(given, (row.truth.served, row.truth.answers))[1]
-            where, between = self._worst(given, (row.kv, row.answers))
-            part = part if fault is not None else where
-        finding = Finding(
-            row.kind,
-            row.name.env_id,
-            row.row,
-            row.node,
-            part,
-            manager,
-            None if host is None or (host.kv is None and not host.answers) else off,
-            between,
-            row.manager_key,
-            'none' if host is None else host.key,
-            fault,
-            () if host is None else tuple(host.explain() or ()),
-            tensors,
-            replay_data(self._model, self._oracle.rule, row.course),
-        )
-        if self._saved < SAVED:
-            self._saved += 1
-            stem = f'finding_{self._mode}_{row.kind}_{self._serial}_{row.row}_{row.node or 0}'
-            finding = save_finding(finding, unused_path(Path(self._config.validation_folder), stem))
-        if self._config.validation_on_failure == 'raise':
-            raise ValidationError(finding)
-        logging.getLogger(__name__).warning('%s', finding)
 
     # What others did
 
@@ -465,15 +285,6 @@ class Validator(Observer):
     def host_clears(self) -> None:
         """The host alone would have emptied its caches now; the manager did not."""
         self._twin.clear_caches()
-
-
-def unused_path(folder: Path, stem: str) -> Path:
-    """A file of that name that is not there yet: findings of earlier runs, and of the same node, stay."""
-    path, number = folder / f'{stem}.pt', 1
-    while path.exists():
-        number += 1
-        path = folder / f'{stem}_{number}.pt'
-    return path
 
 
 def tolerance_of(config: KVCacheConfig, dtype: torch.dtype) -> tuple[float, float]:
