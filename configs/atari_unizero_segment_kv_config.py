@@ -163,19 +163,25 @@ def make_config(
     return EasyDict(atari_unizero_segment_kv_config), EasyDict(atari_unizero_segment_kv_create_config)
 
 
-def main(env_id: str = 'PongNoFrameskip-v4', seed: int = 0, smoke: bool = False, kv: bool = True) -> None:
-    """Train until the size's max_env_step."""
+def main(
+    env_id: str = 'PongNoFrameskip-v4',
+    seed: int = 0,
+    smoke: bool = False,
+    kv: bool = True,
+    model_path: str | None = None,
+) -> None:
+    """Train until the size's max_env_step, from a checkpoint where one is given."""
     main_config, create_config = make_config(env_id, seed, smoke, kv)
     from lzero.entry import train_unizero_segment
 
     train_unizero_segment(
         [main_config, create_config],
         seed=seed,
-        model_path=main_config.policy.model_path,
+        model_path=model_path,
         max_env_step=(SMOKE if smoke else FULL).max_env_step,
     )
 
 
 if __name__ == '__main__':
     args = parse_arguments('UniZero on Atari, by segments.', 'PongNoFrameskip-v4', atari_env_action_space_map)
-    main(args.env, args.seed, smoke=args.smoke, kv=args.kv)
+    main(args.env, args.seed, smoke=args.smoke, kv=args.kv, model_path=args.model_path)

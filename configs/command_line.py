@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def parse_arguments(description: str, default_env: str, known_envs: Iterable[str]) -> argparse.Namespace:
-    """Read --env, --seed, --smoke and --no-kv; the last is there as `kv`, True unless it was given."""
+    """Read --env, --seed, --smoke, --model-path, and --no-kv, which is there as `kv`: True unless it was given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         '--env', default=default_env, choices=sorted(known_envs), metavar='ENV',
@@ -21,6 +21,7 @@ def parse_arguments(description: str, default_env: str, known_envs: Iterable[str
     parser.add_argument(
         '--no-kv', dest='kv', action='store_false', help="the host's own cache: the run to compare with"
     )
+    parser.add_argument('--model-path', metavar='FILE', help='a checkpoint (.pth.tar) to begin with')
     return parser.parse_args()
 
 

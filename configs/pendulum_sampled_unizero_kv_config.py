@@ -144,19 +144,25 @@ def make_config(
     return EasyDict(pendulum_sampled_unizero_kv_config), EasyDict(pendulum_sampled_unizero_kv_create_config)
 
 
-def main(env_id: str = 'Pendulum-v1', seed: int = 0, smoke: bool = False, kv: bool = True) -> None:
-    """Train until the size's max_env_step."""
+def main(
+    env_id: str = 'Pendulum-v1',
+    seed: int = 0,
+    smoke: bool = False,
+    kv: bool = True,
+    model_path: str | None = None,
+) -> None:
+    """Train until the size's max_env_step, from a checkpoint where one is given."""
     main_config, create_config = make_config(env_id, seed, smoke, kv)
     from lzero.entry import train_unizero
 
     train_unizero(
         [main_config, create_config],
         seed=seed,
-        model_path=main_config.policy.model_path,
+        model_path=model_path,
         max_env_step=(SMOKE if smoke else FULL).max_env_step,
     )
 
 
 if __name__ == '__main__':
     args = parse_arguments('Sampled UniZero on Pendulum.', 'Pendulum-v1', ENVIRONMENTS)
-    main(args.env, args.seed, smoke=args.smoke, kv=args.kv)
+    main(args.env, args.seed, smoke=args.smoke, kv=args.kv, model_path=args.model_path)

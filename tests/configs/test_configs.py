@@ -155,5 +155,5 @@ def test_the_command_line_explains_itself(name: str) -> None:
         [sys.executable, f'{name}.py', '--help'], cwd=CONFIGS, capture_output=True, text=True
     )
     assert run.returncode == 0
-    for option in ('--env', '--seed', '--smoke', '--no-kv'):
+    for option in ('--env', '--seed', '--smoke', '--no-kv', '--model-path'):
         assert option in run.stdout
