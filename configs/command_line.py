@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def parse_arguments(description: str, default_env: str, known_envs: Iterable[str]) -> argparse.Namespace:
-    """Read --env, --seed, --smoke, --model-path, and --no-kv, which is there as `kv`: True unless it was given."""
+    """Read --env, --seed, --smoke, --model-path, and --no-kv, which is there as `kv`: True unless given."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         '--env', default=default_env, choices=sorted(known_envs), metavar='ENV',
