@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from types import FrameType
@@ -151,12 +152,15 @@ def steps_of_insertions(policy: str, size: int, insertions: int = 64) -> tuple[i
         return count
 
     CountedKey.calls = 0
+    gc.collect()
+    gc.disable()  # a finalizer of somebody else's garbage would be counted
     sys.settrace(count)
     try:
         for key in keys[size:]:
             pool.reserve([key])
     finally:
         sys.settrace(None)
+        gc.enable()
     return lines, CountedKey.calls
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lzero_kv.hosts.lightzero import flight, world_model
+from lzero_kv.hosts.lightzero.observer import NodesExpanded, Observer
 from lzero_kv.hosts.lightzero.trees import SearchTrees
 from lzero_kv.hosts.lightzero.validation.recompute import Recompute
 
@@ -18,7 +19,6 @@ from .models import make_policy, world_model_of
 from .plays import assert_same_play
 from .precision import precision
 from .reanalysis import reanalyze
-from .recorder import replaced
 
 ROWS = 3
 
@@ -151,12 +151,13 @@ def test_a_clear_within_a_search_changes_no_answer(always_shared: None, where: s
     policy = shared_policy()
     model = world_model_of(policy)
 
-    def on_node_expanded(fields: dict[str, Any]) -> None:
-        if fields['simulation'] in (2, 5, 9):
-            getattr(model, where)()
+    class Clearing(Observer):
+        def nodes_expanded(self, event: NodesExpanded) -> None:
+            if event.simulation in (2, 5, 9):
+                getattr(model, where)()
 
-    with replaced(model, 'on_node_expanded', on_node_expanded):
-        roots = Episodes(policy, range(ROWS), record=False).run(4)
+    model.observers.append(Clearing())
+    roots = Episodes(policy, range(ROWS), record=False).run(4)
     assert_same_play(roots, expected)
 
 

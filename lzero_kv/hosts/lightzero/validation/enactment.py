@@ -96,7 +96,7 @@ class Enactment:
         answers['policy'], answers['value'] = self._oracle.policy(out), self._oracle.value(out)
         kv = window.kv() if step.zeros_count else window.kv()[:, step.zeros :]
         size = self._twin.context_length
-        if kv.shape[1] < size - 1:
+        if size <= 2 or kv.shape[1] < size - 1:  # with so short a window the host stores nothing
             return Enacted(answers, kv, False)
         kept = kv[:, 2 : size - 1]
         stored = self._corrected(kept)
