@@ -77,7 +77,9 @@ def _model(data: Mapping[str, Any]) -> Any:
         model = WorldModel(config, None)
     weights = data['weights']
     dtype = weights['transformer.ln_f.weight'].dtype
-    model.to(dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # rotary factors are complex, and would lose a half
+            tensor.data = tensor.data.to(dtype)
     model.load_state_dict(weights, strict=False)
     return model.eval()
 

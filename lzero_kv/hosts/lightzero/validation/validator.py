@@ -199,7 +199,7 @@ class Validator(Observer):
         depths = np.array([self._depths[parent][row] + 1 for row, parent in enumerate(parents)])
         names = [name._replace(node=event.simulation) for name in self._names[0]]
         answers = [self._child(event, row, parents[row]) for row in rows]
-        courses = [self._course(event, row, parents[row], answers[row]) for row in rows]
+        courses = [self._course(event, row, parents[row]) for row in rows]
         truths = [
             self._truth(self._nodes[parents[row]][row].window, answers[row], courses[row].steps[-1])
             for row in rows
@@ -233,7 +233,7 @@ class Validator(Observer):
         latent = event.outputs.latent[row].reshape(-1)  # type: ignore[index]
         return self._oracle.child(self._nodes[parent][row], event.actions[row], latent)
 
-    def _course(self, event: NodesExpanded, row: int, parent: int, answer: Answer) -> Course:
+    def _course(self, event: NodesExpanded, row: int, parent: int) -> Course:
         first = self._nodes[parent][row].window.next_position
         action = Token(self._oracle.embed_action(event.actions[row]), first)
         latent = event.outputs.latent[row].reshape(-1)  # type: ignore[index]
