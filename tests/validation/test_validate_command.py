@@ -85,6 +85,8 @@ def test_an_interrupted_run_leaves_no_process_and_no_report(tmp_path: Path) -> N
     started = subprocess.Popen(
         command(CARTPOLE, '--out', tmp_path, '--', '--smoke'), env=ENVIRONMENT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell starts what runs in its background with SIGINT ignored, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not (tmp_path / 'store.log').exists():
         assert started.poll() is None
