@@ -14,7 +14,7 @@ import torch
 from lzero_kv.hosts.lightzero.outputs import action_embeddings
 from lzero_kv.hosts.lightzero.positions import positions_of
 from lzero_kv.hosts.lightzero.prepared import Prepared
-from lzero_kv.hosts.lightzero.transformer import append_token
+from lzero_kv.hosts.lightzero.transformer import Columns, append_token
 from tests.host.episodes import Episodes
 from tests.host.families import Family
 from tests.host.models import collect_model, make_policy, world_model_of
@@ -111,12 +111,14 @@ class Floor:
         prepared, buffer, own = self._prepared, self._buffer, self._tokens
         at = np.full(ENVIRONMENTS, own)
         x, rotation = self._positions.place(action_embeddings(self._world_model, self._actions), at, at)
-        hidden = append_token(prepared, buffer, (0, own), x, None, rotation)
+        columns = Columns.of_buffer(buffer, (0, own), prepared.heads, None)
+        hidden = append_token(prepared, columns, x, rotation)
         if latent is None:
             prepared.reward(hidden)
             latent = prepared.latent(hidden)
         x, rotation = self._positions.place(latent, at + 1, at + 1)
-        hidden = append_token(prepared, buffer, (0, own + 1), x, None, rotation)
+        columns = Columns.of_buffer(buffer, (0, own + 1), prepared.heads, None)
+        hidden = append_token(prepared, columns, x, rotation)
         prepared.policy(hidden)
         prepared.value(hidden)
 

@@ -16,7 +16,7 @@ from lzero_kv.window import TOKENS_PER_STEP, Window
 from .observer import Histories
 from .positions import positions_of
 from .prepared import Prepared
-from .transformer import additive_mask, append_token, causal_pass, position_shift
+from .transformer import Columns, additive_mask, append_token, causal_pass, position_shift
 
 SHARED_FROM = 24
 """Searches share histories where windows keep at least so many tokens; shorter ones are as quick to copy."""
@@ -186,8 +186,9 @@ class Flight:
         if int(visible.min()) < widest:
             inside = np.arange(widest)[None, :] >= widest - visible[:, None]
             mask = additive_mask(inside, x)
-        columns = own + 1 - widest, own
-        hidden = append_token(flights.prepared, self.buffer, columns, placed, mask, rotation)
+        prepared = flights.prepared
+        columns = Columns.of_buffer(self.buffer, (own + 1 - widest, own), prepared.heads, mask)
+        hidden = append_token(prepared, columns, placed, rotation)
         grown = 1 if absent is None else (~absent).astype(np.int64)
         self.lengths = self.lengths + grown
         self.next_positions = self.next_positions + grown

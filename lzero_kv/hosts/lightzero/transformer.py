@@ -10,8 +10,9 @@ The layers are those of :class:`Prepared`; nothing here holds a weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,56 +24,100 @@ from .prepared import Prepared
 Rotation = torch.Tensor | None
 
 
+class Columns(NamedTuple):
+    """What one new token of every row attends to in each layer, its own column last, and where it is written.
+
+    Layers may hold different numbers of tokens, ``n_l``.
+
+    Attributes:
+        keys, values: for each layer ``[B, heads, n_l, head_dim]``.
+        own: for each layer ``[B, 2, embed]``, views of the last column of keys and values.
+        masks: for each layer ``[B, n_l]`` of :func:`additive_mask`; None when every column belongs to its
+            row.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    own: Sequence[torch.Tensor]
+    masks: Sequence[torch.Tensor | None]
+
+    @classmethod
+    def of_buffer(
+        cls, buffer: torch.Tensor, columns: tuple[int, int], heads: int, mask: torch.Tensor | None
+    ) -> Columns:
+        """Columns ``first .. own``, both included, of a buffer ``[B, 2 * layers, tokens, embed]``; ``mask``
+        ``[B, own - first + 1]`` serves all layers."""
+        first, own = columns
+        seen = buffer[:, :, first : own + 1].unflatten(-1, (heads, -1)).transpose(2, 3).unbind(1)
+        written = buffer[:, :, own].unflatten(1, (-1, 2)).unbind(1)
+        return cls(seen[::2], seen[1::2], written, [mask] * len(written))
+
+
+Watch = Callable[[int, torch.Tensor], None]
+"""Told the number of a layer and its attention probabilities ``[B, heads, 1, n_l]``."""
+
+
 def append_token(
     prepared: Prepared,
-    buffer: torch.Tensor,
-    columns: tuple[int, int],
+    columns: Columns,
     x: torch.Tensor,
-    mask: torch.Tensor | None,
     rotation: Rotation,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
-    """Run one token of every row through the transformer and write its keys and values into ``buffer``.
+    """Run one token of every row through the transformer and write its keys and values to its own column.
 
     Args:
         prepared: the transformer.
-        buffer: ``[B, 2 * layers, tokens, embed]``, written in place at column ``columns[1]``.
-        columns: ``(first, own)``: the token attends to ``first .. own``, both included, and is written to
-            ``own``.
+        columns: what the token attends to; written in place.
         x: ``[B, embed]``, embeddings with their learned position, where positions are learned.
-        mask: ``[B, own - first + 1]`` of :func:`additive_mask`; None when every column belongs to its row.
         rotation: complex ``[B, head_dim / 2]`` rotary factors, None where positions are learned.
+        watch: who wants to see the attention; the fused kernel does not tell it.
 
     Returns:
         ``[B, embed]``, the transformer's output of this token.
     """
-    first, own = columns
     rows, embed = x.shape
     split = (prepared.heads, embed // prepared.heads)
-    if mask is not None:
-        mask = mask[:, None, None]
-    # [B, heads, columns, head_dim], k and v of each layer in turn; and where each layer writes, [B, 2, embed]
-    seen = buffer[:, :, first : own + 1].unflatten(-1, split).transpose(2, 3).unbind(1)
-    written = buffer[:, :, own].unflatten(1, (-1, 2)).unbind(1)
     for layer, block in enumerate(prepared.blocks):
         qkv = block.qkv(block.norm1(x)).view(rows, 3, embed)
-        query = qkv[:, 0]
+        query, own, mask = qkv[:, 0], columns.own[layer], columns.masks[layer]
         if rotation is None:
-            written[layer].copy_(qkv[:, 1:])
+            own.copy_(qkv[:, 1:])
         else:
             rotated = rotate(qkv[:, :2], rotation[:, None], prepared.heads)
             query = rotated[:, 0]
-            written[layer][:, 0].copy_(rotated[:, 1])
-            written[layer][:, 1].copy_(qkv[:, 2])
+            own[:, 0].copy_(rotated[:, 1])
+            own[:, 1].copy_(qkv[:, 2])
         query = query.unflatten(-1, split).unsqueeze(2)
-        attended = _attend(prepared, query, seen[2 * layer], seen[2 * layer + 1], mask)
+        mask = None if mask is None else mask[:, None, None]
+        keys, values = columns.keys[layer], columns.values[layer]
+        if watch is None and not prepared.as_host:
+            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        else:
+            probabilities = attention_probabilities(query, keys, mask)
+            attended = probabilities @ values
+            if watch is not None:
+                watch(layer, probabilities)
         x = block.finish(x, attended.reshape(rows, embed))
     return prepared.norm(x)
 
 
-def causal_pass(
-    prepared: Prepared, x: torch.Tensor, lengths: np.ndarray, rotation: Rotation, out: torch.Tensor
-) -> None:
-    """Compute the keys and values of whole histories in one pass, without any cache.
+class Projected(NamedTuple):
+    """One layer's view of whole histories: queries, keys and values ``[B, heads, T, head_dim]`` and the mask
+    ``[B or 1, 1, T, T]`` of :func:`additive_mask`; under rotary positions queries and keys are rotated."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor
+
+
+def layers_of_pass(
+    prepared: Prepared, x: torch.Tensor, lengths: np.ndarray, rotation: Rotation
+) -> Iterator[Projected]:
+    """Run whole histories through the transformer without any cache, and show each layer's keys and values.
+
+    What follows a layer is computed when the next one is asked for.
 
     Args:
         prepared: the transformer.
@@ -80,31 +125,43 @@ def causal_pass(
             learned.
         lengths: int64 ``[B]``, how many of the last columns belong to the row.
         rotation: complex ``[B, T, head_dim / 2]`` or None.
-        out: ``[B, 2 * layers, T, embed]``, written in place; the columns in front of a row become zero.
     """
     rows, steps, embed = x.shape
     split = (prepared.heads, embed // prepared.heads)
-    full = int(lengths.min()) == steps
     # One mask serves all rows when they are full. Not is_causal: that kernel turns nan scores into zeros, and
     # broken weights would go unnoticed.
     mask = (
-        _full_mask(steps, x.dtype, x.device) if full else additive_mask(_visible(lengths, steps), x)[:, None]
+        _full_mask(steps, x.dtype, x.device)
+        if int(lengths.min()) == steps
+        else additive_mask(_visible(lengths, steps), x)[:, None]
     )
     x = x.reshape(rows * steps, embed)
-    blocks: list[torch.Tensor] = []
     for block in prepared.blocks:
         qkv = block.qkv(block.norm1(x)).view(rows, steps, 3, embed)
         query, keys, values = qkv.unbind(2)
         if rotation is not None:
             query, keys = rotate(qkv[:, :, :2], rotation[:, :, None], prepared.heads).unbind(2)
-        blocks += [keys, values]
+        shown = Projected(*(t.unflatten(-1, split).transpose(1, 2) for t in (query, keys, values)), mask)
+        yield shown
+        attended = F.scaled_dot_product_attention(*shown)
+        x = block.finish(x, attended.transpose(1, 2).reshape(rows * steps, embed))
+
+
+def causal_pass(
+    prepared: Prepared, x: torch.Tensor, lengths: np.ndarray, rotation: Rotation, out: torch.Tensor
+) -> None:
+    """Compute the keys and values of whole histories in one pass; arguments as of :func:`layers_of_pass`.
+
+    Args:
+        out: ``[B, 2 * layers, T, embed]``, written in place; the columns in front of a row become zero.
+    """
+    steps, blocks = x.shape[1], []
+    for layer in layers_of_pass(prepared, x, lengths, rotation):
+        blocks += [layer.keys.transpose(1, 2).flatten(2), layer.values.transpose(1, 2).flatten(2)]
         if len(blocks) == out.shape[1]:
             break  # what follows the last layer's keys and values is not asked for
-        query, keys, values = (t.unflatten(-1, split).transpose(1, 2) for t in (query, keys, values))
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        x = block.finish(x, attended.transpose(1, 2).reshape(rows * steps, embed))
     torch.stack(blocks, dim=1, out=out)
-    if not full:
+    if int(lengths.min()) < steps:
         inside = np.arange(steps)[None, :] >= steps - lengths[:, None]
         out.masked_fill_(torch.from_numpy(~inside).to(x.device)[:, None, :, None], 0.0)
 
@@ -159,13 +216,10 @@ def rotate(x: torch.Tensor, rotation: torch.Tensor, heads: int) -> torch.Tensor:
     return torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-3).type_as(x)
 
 
-def _attend(
-    prepared: Prepared, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any
+def attention_probabilities(
+    queries: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attention of queries ``[B, heads, 1, head_dim]`` over ``[B, heads, N, head_dim]``; as the queries."""
-    if not prepared.as_host:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    scores = (query @ keys.transpose(-2, -1)) * (1.0 / math.sqrt(query.shape[-1]))
-    if mask is not None:
-        scores = scores + mask
-    return F.softmax(scores, dim=-1) @ values
+    """``[B, heads, Q, n]`` of queries ``[B, heads, Q, head_dim]`` over keys ``[B, heads, n, head_dim]``, with
+    an additive mask that broadcasts; in the host's order of operations."""
+    scores = (queries @ keys.transpose(-2, -1)) * (1.0 / math.sqrt(queries.shape[-1]))
+    return F.softmax(scores if mask is None else scores + mask, dim=-1)

@@ -18,7 +18,7 @@ import torch
 
 from .flight import Flight, Flights
 from .observer import Histories
-from .transformer import additive_mask, append_token
+from .transformer import Columns, additive_mask, append_token
 
 
 class SearchTrees:
@@ -94,7 +94,8 @@ class Branch:
         flights, own = self._flights, self._column
         placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
         mask = additive_mask(self._visible[:, : own + 1], x)
-        hidden = append_token(flights.prepared, self._kv, (0, own), placed, mask, rotation)
+        columns = Columns.of_buffer(self._kv, (0, own), flights.prepared.heads, mask)
+        hidden = append_token(flights.prepared, columns, placed, rotation)
         if self._apart is not None:
             rows, flight = torch.from_numpy(self._apart[0]).to(x.device), self._apart[1]
             hidden = hidden.index_copy(0, rows, flight.append(x[rows]))
