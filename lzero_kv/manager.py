@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -155,25 +154,25 @@ class KVCacheManager(NamedAccess):
             self.recur_pool.resize(capacity)
         return capacity
 
-    def tree_buffer(self, rows: int, columns: int, most: int) -> torch.Tensor | None:
+    def tree_buffer(
+        self, rows: int, columns: Sequence[int], most: Sequence[int]
+    ) -> list[torch.Tensor] | None:
         """Memory for one search whose nodes share their roots' histories; the next search gets it again.
 
         Arguments:
             rows: of the search.
-            columns: tokens of a row.
-            most: tokens that a row of a later search may have; at least ``columns``. Memory is taken for
-                them at once, so that it is not taken anew while histories grow.
+            columns: tokens of a row in each layer.
+            most: tokens that a row of a later search may have in each layer; at least ``columns``. Memory is
+                taken for them at once, so that it is not taken anew while histories grow.
 
         Returns:
-            ``[rows, 2 * layers, columns, embed_dim]`` with finite numbers of no meaning; None where it does
-            not fit into ``max_bytes`` beside the pools.
+            For each layer ``[rows, 2, columns_l, embed_dim]`` (keys, values) with finite numbers of no
+            meaning; None where they do not fit into ``max_bytes`` beside the pools.
         """
-        layout = self.layout
-        shape = rows, 2 * layout.layers, columns, layout.embed_dim
-        elements = math.prod(shape)
+        layout, token = self.layout, 2 * rows * self.layout.embed_dim
+        elements, taken = token * sum(columns), token * sum(most)
         if self._trees is None or self._trees.numel() < elements:
             self._trees = None
-            taken = elements // columns * most
             limit = self._recurrent_limit(self.env_num)
             if limit is not None:
                 spare = (limit - self.recur_pool.pool_size) * layout.row_bytes // layout.dtype.itemsize
@@ -182,7 +181,8 @@ class KVCacheManager(NamedAccess):
                 taken = min(taken, spare)
             with torch.inference_mode(False):
                 self._trees = torch.zeros(taken, dtype=layout.dtype, device=layout.device)
-        return self._trees[:elements].view(shape)
+        parts = self._trees[:elements].split([token * count for count in columns])
+        return [part.view(rows, 2, -1, layout.embed_dim) for part in parts]
 
     def forget_trees(self) -> None:
         """Free the memory of :meth:`tree_buffer`."""

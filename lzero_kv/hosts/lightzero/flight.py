@@ -39,6 +39,7 @@ class Flights:
         self.manager = manager
         self.window = Window(world_model.context_length)
         self.positions = positions_of(world_model)
+        self.layers = int(world_model.num_layers)
         self.host_padding = config.padding == 'host'
         rotary = world_model.config.rotary_emb
         self.exact_window = is_exact(config)
@@ -88,21 +89,50 @@ class Flights:
             return None
         return position_shift(self._world_model.transformer, self._learned, self.window.kept)
 
+    def widths(self, tokens: int) -> list[int]:
+        """Tokens that each layer holds of histories of at most ``tokens`` tokens."""
+        return [tokens] * self.layers
+
     def recompute(
-        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray, out: torch.Tensor
-    ) -> None:
+        self,
+        tokens: torch.Tensor,
+        lengths: np.ndarray,
+        next_positions: np.ndarray,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Keys and values of the newest ``lengths`` tokens of each row, from their raw embeddings alone.
 
         Args:
-            tokens: ``[B, kept, embed]`` raw embeddings, right-aligned.
+            tokens: ``[B, T, embed]`` raw embeddings, right-aligned.
             lengths, next_positions: int64 ``[B]``.
-            out: ``[B, 2 * layers, kept, embed]``.
+            out: ``[B, 2 * layers, T, embed]``, where to write them; None for a new tensor.
+
+        Returns:
+            ``out``.
         """
+        rows, width, embed = tokens.shape
+        if out is None:
+            out = tokens.new_empty(rows, 2 * self.layers, width, embed)
+        causal_pass(self.prepared, *self.placed(tokens, lengths, next_positions), out)
+        return out
+
+    def placed(
+        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
+        """Whole histories with their positions: what a pass of the transformer takes; arguments as of
+        :meth:`recompute`."""
         columns = np.arange(-tokens.shape[1], 0)
         x, rotation = self.positions.place(
             tokens, lengths[:, None] + columns, next_positions[:, None] + columns
         )
-        causal_pass(self.prepared, x, lengths, rotation, out)
+        return x, lengths, rotation
+
+    def compute(
+        self, keys: Sequence[Any], tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        """Compute histories from their raw tokens alone and store them under their keys; arguments as of
+        :meth:`recompute`."""
+        self.manager.store(keys, self.recompute(tokens, lengths, next_positions), lengths, next_positions)
 
     def forget_buffer(self) -> None:
         """Drop the reused buffer, after a failure that may have left non-finite numbers in it."""
@@ -113,7 +143,7 @@ class Flights:
         if self._buffer is None or len(self._buffer) < rows:
             self._buffer = torch.zeros(
                 rows,
-                2 * layout.layers,
+                2 * self.layers,
                 self.window.in_flight,
                 layout.embed_dim,
                 dtype=layout.dtype,
@@ -144,13 +174,23 @@ class Flight:
         self.lengths = lengths
         self.next_positions = next_positions
 
+    def restore(
+        self, rows: np.ndarray, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        """Compute rows (int64 ``[N]``) that were loaded empty from their raw tokens; other arguments as of
+        :meth:`Flights.recompute`."""
+        self.fill(rows, self._flights.recompute(tokens, lengths, next_positions), lengths, next_positions)
+
     def fill(
         self, rows: np.ndarray, kv: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
     ) -> None:
-        """Put recomputed histories (``kv`` ``[N, 2 * layers, kept, embed]``) into rows that were loaded
-        empty."""
+        """Put histories (``kv`` ``[N, 2 * layers, T, embed]``) into rows that were loaded empty; what is in
+        front of them becomes zero."""
         kept = self._flights.window.kept
-        self.buffer[:, :, :kept].index_copy_(0, torch.from_numpy(rows).to(kv.device), kv)
+        at = torch.from_numpy(rows).to(kv.device)
+        self.buffer[:, :, kept - kv.shape[2] : kept].index_copy_(0, at, kv)
+        if kv.shape[2] < kept:
+            self.buffer[:, :, : kept - kv.shape[2]].index_fill_(0, at, 0.0)
         self.lengths[rows], self.next_positions[rows] = lengths, next_positions
 
     def pad_as_host(self, rows: np.ndarray) -> None:
@@ -226,10 +266,21 @@ class Flight:
             rows: int64 ``[N]``.
             tokens: ``[N, kept, embed]`` raw embeddings of their newest tokens.
         """
-        out = self.kept if len(rows) == len(self.kept) else torch.empty_like(self.kept[: len(rows)])
-        self._flights.recompute(tokens, self.lengths[rows], self.next_positions[rows], out)
-        if out is not self.kept:
-            self.kept.index_copy_(0, torch.from_numpy(rows).to(out.device), out)
+        out = self.kept if len(rows) == len(self.kept) else None
+        kv = self._flights.recompute(tokens, self.lengths[rows], self.next_positions[rows], out)
+        if out is None:
+            self.kept.index_copy_(0, torch.from_numpy(rows).to(kv.device), kv)
+
+    def begin_trees(self, layers: Sequence[torch.Tensor]) -> np.ndarray:
+        """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, embed]``.
+
+        Returns:
+            int64 ``[B, 1]``: tokens of the rows, the same in every layer.
+        """
+        kept = self._flights.window.kept
+        for number, layer in enumerate(layers):
+            layer.copy_(self.buffer[:, 2 * number : 2 * number + 2, kept - layer.shape[2] : kept])
+        return self.lengths[:, None]
 
     def store(self, keys: Sequence[Any], rows: np.ndarray | None = None) -> None:
         """Store rows (int64 ``[N]``; None for all) under their keys, one for each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ class SearchNodes:
     Args:
         roots: where the trees begin.
         simulations: how many children each row will get at most.
-        trees: ``[B, 2 * layers, T + 2 * simulations, embed]`` where histories are shared, T the
-            longest root's tokens: see :class:`SearchTrees`. None where each node has a slot of its own.
+        trees: for each layer ``[B, 2, width_l + 2 * simulations, embed]`` where histories are shared,
+            ``width_l`` the tokens of the longest root: see :class:`SearchTrees`. None where each node has a
+            slot of its own.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class SearchNodes:
         flights: Flights,
         roots: RootBatch,
         simulations: int,
-        trees: torch.Tensor | None = None,
+        trees: Sequence[torch.Tensor] | None = None,
     ) -> None:
         rows, width, embed = roots.tokens.shape
         kept = flights.window.kept
@@ -115,15 +117,17 @@ class SearchNodes:
     def _key(self, row: int, simulation: int) -> RootKey | NodeKey:
         return self._roots.keys[row] if simulation == ROOT else NodeKey(row, simulation)
 
-    def _shared(self, kv: torch.Tensor) -> SearchTrees:
-        """The trees of this search in ``kv``, with the roots' histories in place."""
-        width, kept = kv.shape[2] - 2 * self._simulations, self._flights.window.kept
+    def _shared(self, layers: Sequence[torch.Tensor]) -> SearchTrees:
+        """The trees of this search in ``layers``, with the roots' histories in place."""
+        begin = [layer[:, :, : layer.shape[2] - 2 * self._simulations] for layer in layers]
         if self._roots.kv is None:
             flight, _ = self._load(self._rows, self._parents[ROOT])
-            kv[:, :, :width].copy_(flight.buffer[:, :, kept - width : kept])
+            held = flight.begin_trees(begin)
         else:
-            kv[:, :, :width].copy_(self._roots.kv)
-        return SearchTrees(self._flights, kv, self._roots.lengths, self._simulations)
+            for number, layer in enumerate(begin):
+                layer.copy_(self._roots.kv[:, 2 * number : 2 * number + 2])
+            held = self._roots.lengths[:, None]
+        return SearchTrees(self._flights, layers, held, self._simulations)
 
     def _begin(self, simulation: int, parents: np.ndarray) -> tuple[Flight | Branch, np.ndarray]:
         """The histories of ``parents``, ready for two tokens: a copy of what is stored, or a branch of the
@@ -169,11 +173,8 @@ class SearchNodes:
         rows, nodes = rows[pending], nodes[pending]
         tokens, lengths = self._window_tokens(rows, nodes), self._lengths[nodes, rows]
         next_positions = self._next_positions(rows, nodes)
-        layout = self._manager.layout
-        kv = tokens.new_empty(len(rows), 2 * layout.layers, tokens.shape[1], layout.embed_dim)
-        self._flights.recompute(tokens, lengths, next_positions, kv)
         keys = [NodeKey(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
-        self._manager.store(keys, kv, lengths, next_positions)
+        self._flights.compute(keys, tokens, lengths, next_positions)
         self._manager.count_window(int(lengths.sum()))
         self._pending[nodes, rows] = False
 
@@ -184,38 +185,31 @@ class SearchNodes:
         keys = [self._key(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
         slots = self._manager.lookup(keys)
         missing = np.flatnonzero(slots == NO_SLOT)
-        restored = self._restore(rows[missing], nodes[missing]) if len(missing) else None
+        replayed = None
+        if len(missing) and not self._flights.exact_window:
+            # What a shifted window holds depends on the steps that left it: only taking them again reproduces
+            # it.
+            replayed = self._replay(rows[missing], nodes[missing])
         flight = self._flights.load(slots)
-        if restored is not None:
-            flight.fill(missing, *restored)
+        if replayed is not None:
+            flight.fill(missing, *replayed)
+        elif len(missing):
+            self._restore(flight, missing, rows[missing], nodes[missing])
         return flight, slots != NO_SLOT
 
-    def _restore(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """Histories that are not stored (evicted for want of memory, or cleared), computed again in one
-        batch.
+    def _restore(self, flight: Flight, missing: np.ndarray, rows: np.ndarray, nodes: np.ndarray) -> None:
+        """Compute histories that are not stored (evicted for want of memory, or cleared) again, in one
+        batch."""
+        tokens, lengths = self._window_tokens(rows, nodes), self._lengths[nodes, rows]
+        flight.restore(missing, tokens, lengths, self._next_positions(rows, nodes))
+        self._manager.count_rebuilt(int(lengths.sum()), roots=False)
+
+    def _replay(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """From the nearest stored ancestor of each node, take the steps down to it again.
 
         Returns:
             ``[N, 2 * layers, kept, embed]``, and the lengths and next positions (int64 ``[N]``).
         """
-        if self._flights.exact_window:
-            return self._recompute(
-                self._window_tokens(rows, nodes),
-                self._lengths[nodes, rows],
-                self._next_positions(rows, nodes),
-            )
-        # What a shifted window holds depends on the steps that left it: only taking them again reproduces it.
-        return self._replay(rows, nodes)
-
-    def _recompute(
-        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
-    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        kv = self._blank(len(tokens))
-        self._flights.recompute(tokens, lengths, next_positions, kv[:, :, kv.shape[2] - tokens.shape[1] :])
-        self._manager.count_rebuilt(int(lengths.sum()), roots=False)
-        return kv, lengths, next_positions
-
-    def _replay(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
-        """From the nearest stored ancestor of each node, take the steps down to it again."""
         paths = [self._path_from_stored(int(row), int(node)) for row, node in zip(rows, nodes, strict=True)]
         slots = self._manager.slots(
             [self._key(row, path[0]) for row, path in zip(rows.tolist(), paths, strict=True)]
@@ -228,11 +222,14 @@ class SearchNodes:
             lengths[stored] = self._manager.lengths(slots[stored])
             next_positions[stored] = self._manager.next_positions(slots[stored])
         if len(gone):
-            kv[torch.from_numpy(gone)], lengths[gone], next_positions[gone] = self._recompute(
-                self._roots.tokens[torch.from_numpy(rows[gone])],
+            tokens = self._roots.tokens[torch.from_numpy(rows[gone])]
+            lengths[gone], next_positions[gone] = (
                 self._roots.lengths[rows[gone]],
                 self._roots.next_positions[rows[gone]],
             )
+            again = self._flights.recompute(tokens, lengths[gone], next_positions[gone])
+            kv[torch.from_numpy(gone), :, kv.shape[2] - again.shape[2] :] = again
+            self._manager.count_rebuilt(int(lengths[gone].sum()), roots=False)
         for level in range(1, max(len(path) for path in paths)):
             active = np.array([i for i, path in enumerate(paths) if len(path) > level])
             flight = self._flights.load(np.full(len(active), NO_SLOT, dtype=np.int64))
@@ -263,8 +260,8 @@ class SearchNodes:
         return self._roots.next_positions[rows] + 2 * self._depths[nodes, rows]
 
     def _blank(self, rows: int) -> torch.Tensor:
-        layout = self._manager.layout
-        return self._tokens.new_zeros(rows, 2 * layout.layers, self._flights.window.kept, layout.embed_dim)
+        flights, embed = self._flights, self._tokens.shape[2]
+        return self._tokens.new_zeros(rows, 2 * flights.layers, flights.window.kept, embed)
 
     def _record(
         self, simulation: int, parents: np.ndarray, action: torch.Tensor, latent: torch.Tensor

@@ -201,9 +201,7 @@ class RootInference:
             lengths = np.array([len(context.tokens) for context in contexts], dtype=np.int64)
             positions = np.array([context.next_position for context in contexts], dtype=np.int64)
             tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
-            kv = torch.empty_like(flight.buffer[: len(missed), :, :kept])
-            self._flights.recompute(tokens, lengths, positions, kv)
-            flight.fill(np.array(missed), kv, lengths, positions)
+            flight.restore(np.array(missed), tokens, lengths, positions)
             for row, length in zip(missed, lengths.tolist(), strict=True):
                 self._manager.count_rebuilt(length, roots=True, env_id=env_ids[row])
         return flight, slots != NO_SLOT

@@ -13,6 +13,8 @@ has a history of its own (:class:`Branch` joins both kinds in one batch).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -25,25 +27,40 @@ class SearchTrees:
     """Keys and values of the trees of one search.
 
     Args:
-        kv: ``[B, 2 * layers, width + 2 * simulations, embed]``, finite; the first ``width`` columns hold the
-            roots' histories, right-aligned. Written in place.
-        lengths: int64 ``[B]``, tokens of the roots' histories.
+        layers: for each layer ``[B, 2, width_l + 2 * simulations, embed]``, finite; the first ``width_l``
+            columns hold the roots' histories, right-aligned. Written in place.
+        held: int64 ``[B, D]``, tokens of the roots' histories: the same in all layers (``D`` 1), or in each.
         simulations: children each row will get at most.
     """
 
-    def __init__(self, flights: Flights, kv: torch.Tensor, lengths: np.ndarray, simulations: int) -> None:
-        self._flights = flights
-        self._width = kv.shape[2] - 2 * simulations
-        self._rows = np.arange(len(kv))
-        self.kv = kv
-        # bool [simulations + 1, B, columns]: what each node's history is made of
-        self._visible = np.zeros((simulations + 1, len(kv), kv.shape[2]), dtype=bool)
-        self._visible[0, :, : self._width] = np.arange(self._width) >= self._width - lengths[:, None]
+    def __init__(
+        self, flights: Flights, layers: Sequence[torch.Tensor], held: np.ndarray, simulations: int
+    ) -> None:
+        self.flights = flights
+        self._rows = np.arange(len(held))
+        self._width = max(layer.shape[2] for layer in layers) - 2 * simulations
+        self.layers = layers
+        heads = flights.prepared.heads
+        self._split = [layer.unflatten(-1, (heads, -1)).transpose(2, 3).unbind(1) for layer in layers]
+        # bool [simulations + 1, B, D, columns of the widest layer]: what each node's history is made of
+        columns = self._width + 2 * simulations
+        self._visible = np.zeros((simulations + 1, *held.shape, columns), dtype=bool)
+        self._visible[0, ..., : self._width] = np.arange(self._width) >= self._width - held[..., None]
 
-    def history(self, row: int, node: int) -> torch.Tensor:
-        """A copy of the keys and values of a node's history, ``[2 * layers, tokens, embed]``; not of a node
-        whose window moved."""
-        return self.kv[row][:, torch.from_numpy(self._visible[node, row])]
+    def history(self, row: int, node: int) -> list[torch.Tensor]:
+        """A copy of a node's keys and values, for each layer ``[2, tokens_l, embed]``; not of a node whose
+        window moved."""
+        return [
+            layer[row][:, shown] for layer, shown in zip(self.layers, self._shown(row, node), strict=True)
+        ]
+
+    def _shown(self, row: int, node: int) -> list[torch.Tensor]:
+        """bool ``[columns_l]`` for each layer."""
+        visible = torch.from_numpy(self._visible[node, row])
+        return [
+            visible[min(number, len(visible) - 1), visible.shape[1] - layer.shape[2] :]
+            for number, layer in enumerate(self.layers)
+        ]
 
     def branch(
         self,
@@ -56,17 +73,29 @@ class SearchTrees:
         """Begin the children that ``simulation`` adds; arguments as of :class:`Branch`."""
         own = self._width + 2 * (simulation - 1)
         self._visible[simulation] = self._visible[parents, self._rows]
-        self._visible[simulation, :, own : own + 2] = True
-        visible = self._visible[simulation, :, : own + 2]
-        return Branch(self._flights, self.kv, visible, lengths, next_positions, apart)
+        self._visible[simulation, ..., own : own + 2] = True
+        return Branch(self, simulation, lengths, next_positions, apart)
+
+    def columns(self, simulation: int, token: int, like: torch.Tensor) -> Columns:
+        """What the first or second token (0 or 1) of the children that ``simulation`` adds attends to."""
+        end = self._width + 2 * (simulation - 1) + token + 1
+        mask = additive_mask(self._visible[simulation, ..., :end], like)
+        keys, values, own, masks = [], [], [], []
+        for number, (layer, (k, v)) in enumerate(zip(self.layers, self._split, strict=True)):
+            ahead = self._visible.shape[-1] - layer.shape[2]  # columns of the widest layer in front of it
+            keys.append(k[:, :, : end - ahead])
+            values.append(v[:, :, : end - ahead])
+            own.append(layer[:, :, end - ahead - 1])
+            masks.append(mask[:, min(number, mask.shape[1] - 1), ahead:])
+        return Columns(keys, values, own, masks)
 
 
 class Branch:
     """One batch of children between their action and their observation, as :class:`Flight`.
 
     Args:
-        kv: of the trees; the children write to the last two columns of ``visible``.
-        visible: bool ``[B, columns]``: the children's histories, their own two tokens included.
+        trees: where the children write.
+        simulation: number of the children.
         lengths, next_positions: int64 ``[B]``, of the parents.
         apart: rows (int64 ``[N]``) whose parent's window moved, and their flight; their answers come from
             there.
@@ -74,43 +103,42 @@ class Branch:
 
     def __init__(
         self,
-        flights: Flights,
-        kv: torch.Tensor,
-        visible: np.ndarray,
+        trees: SearchTrees,
+        simulation: int,
         lengths: np.ndarray,
         next_positions: np.ndarray,
         apart: tuple[np.ndarray, Flight] | None,
     ) -> None:
-        self._flights = flights
-        self._kv = kv
-        self._visible = visible
-        self._column = visible.shape[1] - 2
+        self._trees = trees
+        self._simulation = simulation
+        self._token = 0
         self._apart = apart
         self.lengths = lengths
         self.next_positions = next_positions
 
     def append(self, x: torch.Tensor) -> torch.Tensor:
         """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output."""
-        flights, own = self._flights, self._column
+        flights = self._trees.flights
         placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
-        mask = additive_mask(self._visible[:, : own + 1], x)
-        columns = Columns.of_buffer(self._kv, (0, own), flights.prepared.heads, mask)
+        columns = self._trees.columns(self._simulation, self._token, x)
         hidden = append_token(flights.prepared, columns, placed, rotation)
         if self._apart is not None:
             rows, flight = torch.from_numpy(self._apart[0]).to(x.device), self._apart[1]
             hidden = hidden.index_copy(0, rows, flight.append(x[rows]))
-        self._column += 1
+        self._token += 1
         self.lengths, self.next_positions = self.lengths + 1, self.next_positions + 1
         return hidden
 
     def histories(self, present: np.ndarray) -> Histories:
         """A copy of what the rows hold between steps: before the first token, or after :meth:`slide`."""
-        shown = self._visible[:, : self._column]
-        kv = self._kv.new_zeros(*self._kv.shape[:2], int(self.lengths.max()), self._kv.shape[3])
+        first = self._trees.layers[0]
+        width = int(self.lengths.max())
+        kv = first.new_zeros(len(first), 2 * len(self._trees.layers), width, first.shape[3])
         for row, length in enumerate(self.lengths.tolist()):
-            columns = torch.from_numpy(np.flatnonzero(shown[row])[-length:])
-            kv[row, :, kv.shape[2] - length :] = self._kv[row][:, columns]
-        if self._apart is not None and self._column + 2 == self._visible.shape[1]:
+            history = torch.cat(self._trees.history(row, self._simulation))
+            end = history.shape[1] - (0 if self._token else 2)
+            kv[row, :, width - length :] = history[:, end - length : end]
+        if self._apart is not None and not self._token:
             rows, apart = torch.from_numpy(self._apart[0]), self._apart[1].histories(present[self._apart[0]])
             width = min(kv.shape[2], apart.kv.shape[2])
             kv[rows, :, kv.shape[2] - width :] = apart.kv[:, :, apart.kv.shape[2] - width :]
@@ -118,5 +146,5 @@ class Branch:
 
     def slide(self) -> np.ndarray:
         """Let the oldest step of full windows go; bool ``[B]``: rows whose window moved."""
-        self.lengths, moved = self._flights.window.advance(self.lengths)
+        self.lengths, moved = self._trees.flights.window.advance(self.lengths)
         return moved

@@ -248,8 +248,11 @@ class KVWorldModel(WorldModel):
         trees = None
         if engine.flights.shares_histories:
             width, most = (1, 1) if latest is None else (int(latest.lengths.max()), latest.tokens.shape[1])
-            grown = 2 * num_simulations
-            trees = engine.manager.tree_buffer(rows, width + grown, most + grown)
+            columns, largest = (
+                [tokens + 2 * num_simulations for tokens in engine.flights.widths(longest)]
+                for longest in (width, most)
+            )
+            trees = engine.manager.tree_buffer(rows, columns, largest)
         if trees is None:
             own = 0 if latest is not None else rows
             engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
@@ -272,7 +275,7 @@ class KVWorldModel(WorldModel):
         latents = torch.as_tensor(root_latents).to(layout.device, layout.dtype).reshape(rows, 1, -1)
         lengths = np.ones(rows, dtype=np.int64)
         next_positions = 2 * np.maximum(timesteps_of(timestep, rows), 0) + 1
-        kv = latents.new_zeros(rows, 2 * layout.layers, width, layout.embed_dim)
+        kv = latents.new_zeros(rows, 2 * engine.flights.layers, width, layout.embed_dim)
         engine.flights.recompute(latents, lengths, next_positions, kv[:, :, width - 1 :])
         keys = [NodeKey(row, 0) for row in range(rows)]
         if store:
