@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
+from lzero_kv.budget.config import BudgetConfig, Natural, Positive
+from lzero_kv.mistakes import all_at_once, describe
+
 Count = Annotated[int, Field(strict=True, ge=1)]
+
+
+class NodeBudget(BudgetConfig):
+    """Layer budgets of a world model: a :class:`BudgetConfig` with defaults for steps of two tokens."""
+
+    window: Positive = 4
+    """Newest tokens of a root, always kept; their queries are the ones whose attention is read."""
+    sinks: Natural = 2
+    """First tokens of a history, always kept."""
+    step: Positive = 2
+    """Tokens that are kept or dropped together; 2 keeps whole pairs of observation and action."""
+    per_head: StrictBool = False
+    """Whether every head keeps tokens of its own; False: all heads of a layer keep the same."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """'attention_based': part of the weights that follows the attention, the rest is uniform: with few layers
+    the attention alone would give most of the tokens to one."""
 
 
 class KVCacheConfig(BaseModel):
@@ -36,6 +55,9 @@ class KVCacheConfig(BaseModel):
     """Search nodes kept for all environments together; None for the number of nodes of the largest search
     (rows times num_simulations + 1), which no search overflows. Nodes that share their root's history (long
     contexts) need none until their window moves."""
+    budget: NodeBudget | None = None
+    """How many tokens each layer keeps of a root's history, and which: a dict such as ``dict(ratio=0.25)``;
+    None keeps all."""
     enable_stats: StrictBool = True
     """Whether events are counted."""
     tensorboard: StrictBool = True
@@ -77,13 +99,25 @@ class KVCacheConfig(BaseModel):
             return given
         if not isinstance(given, dict):
             raise TypeError(f"kv_cache must be a dict such as dict(policy='lru'), got {type(given).__name__}")
+        values, problems = dict(given), []
+        if isinstance(values.get('budget'), Mapping):
+            try:
+                values['budget'] = NodeBudget.read(values['budget'], 'kv_cache.budget')
+            except ValueError as error:
+                problems = [line.strip() for line in str(error).splitlines()[1:]]
+                del values['budget']
         try:
-            return cls(**given)
+            config = cls(**values)
         except ValidationError as error:
             # a wrong field keeps the model's own check from looking at the pairs
-            problems = [_describe(item) for item in error.errors() if item['loc']] + _impossible_pairs(given)
-        lines = [f'  kv_cache.{text}' for text in problems]
-        raise ValueError('\n'.join([f'{len(lines)} mistake(s) in world_model_cfg.kv_cache:', *lines]))
+            items = [item for item in error.errors() if item['loc']]
+            problems = (
+                [describe(item, cls, _EXPECTED) for item in items] + _impossible_pairs(given) + problems
+            )
+        else:
+            if not problems:
+                return config
+        raise all_at_once('world_model_cfg.kv_cache', problems)
 
 
 def read_field(cfg: Any, name: str, default: Any) -> Any:
@@ -100,6 +134,13 @@ def _impossible_pairs(values: dict[str, Any]) -> list[str]:
             "window: 'rebuild' cannot be combined with padding='host', which reproduces the host's shift; "
             "write window='shift' or padding='masked'"
         )
+    if values.get('budget') is not None:
+        problems += [
+            f'budget: it cannot be combined with {name}={wrong!r}, which keeps what the host keeps; '
+            f'write {name}={right!r} or leave budget out'
+            for name, wrong, right in (('window', 'shift', 'auto'), ('padding', 'host', 'masked'))
+            if values.get(name) == wrong
+        ]
     if values.get('enable_stats') is False and values.get('tensorboard') is True:
         problems.append(
             'tensorboard: True needs enable_stats=True; leave tensorboard out or write enable_stats=True'
@@ -132,23 +173,8 @@ _EXPECTED = {
     'validation_atol': 'a number of at least 0 or None',
     'validation_rtol': 'a number of at least 0 or None',
     'validation_folder': 'a folder',
+    'budget': 'a dict such as dict(ratio=0.25) or None',
     'max_bytes': 'an integer of at least 1 (bytes) or None',
     'root_slots': 'an integer of at least 1',
     'recurrent_slots': 'an integer of at least 1 or None',
 }
-
-
-def _describe(item: Any) -> str:
-    name, value = str(item['loc'][0]), item['input']
-    if item['type'] == 'extra_forbidden':
-        return f'{name}: there is no such field{_did_you_mean(name, list(KVCacheConfig.model_fields))}'
-    if item['type'] == 'literal_error':
-        allowed = list(get_args(KVCacheConfig.model_fields[name].annotation))
-        return f'{name}: expected one of {allowed}, got {value!r}{_did_you_mean(str(value), allowed)}'
-    expected = _EXPECTED.get(name, 'True or False')
-    return f'{name}: expected {expected}, got {value!r} of type {type(value).__name__}'
-
-
-def _did_you_mean(name: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), allowed, n=1)
-    return f'; did you mean {close[0]!r}?' if close else f'; allowed: {", ".join(allowed)}'

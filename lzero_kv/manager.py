@@ -184,6 +184,10 @@ class KVCacheManager(NamedAccess):
         parts = self._trees[:elements].split([token * count for count in columns])
         return [part.view(rows, 2, -1, layout.embed_dim) for part in parts]
 
+    def bytes_of_trees(self, rows: int, columns: Sequence[int]) -> int:
+        """Bytes that :meth:`tree_buffer` takes for these arguments."""
+        return 2 * rows * self.layout.embed_dim * sum(columns) * self.layout.dtype.itemsize
+
     def forget_trees(self) -> None:
         """Free the memory of :meth:`tree_buffer`."""
         self._trees = None

@@ -19,6 +19,7 @@ from lzero_kv.budget.preference import (
 from lzero_kv.budget.ragged import LayerKV, attend
 from lzero_kv.budget.record import AttentionRecord
 from lzero_kv.budget.selection import SELECTIONS, Kept, Selection, select
+from lzero_kv.budget.tally import BudgetTally, LayerLoss
 from lzero_kv.budget.tokens import Tokens, gather_tokens
 from lzero_kv.budget.tracker import BudgetTracker
 
@@ -28,10 +29,12 @@ __all__ = [
     'Allocation',
     'AttentionRecord',
     'BudgetConfig',
+    'BudgetTally',
     'BudgetTracker',
     'BudgetedCache',
     'Kept',
     'LayerKV',
+    'LayerLoss',
     'Preference',
     'PreferenceAverage',
     'Selection',

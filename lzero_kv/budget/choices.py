@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Set
 from typing import Any
 
 from lzero_kv.budget.allocation import ALLOCATIONS
 from lzero_kv.budget.selection import SELECTIONS
+from lzero_kv.mistakes import did_you_mean
 
 _SMOOTHED = ('smoothing', 'hysteresis')
 
@@ -127,9 +127,3 @@ def _strategy_refused(full: dict[str, Any], unsure: Set[Any]) -> list[str]:
 def parameters_of(method: type) -> list[str]:
     """Names of the fields of a BudgetConfig that a method reads: those of its own constructor."""
     return [field.name for field in dataclasses.fields(method) if field.init]
-
-
-def did_you_mean(name: str, allowed: list[str]) -> str:
-    """The end of a message about an unknown name."""
-    close = difflib.get_close_matches(name.lower(), allowed, n=1)
-    return f'; did you mean {close[0]!r}?' if close else f'; allowed: {", ".join(allowed)}'

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from lzero_kv.budget.allocation import ALLOCATIONS, Allocation
-from lzero_kv.budget.choices import did_you_mean, impossible_choices, parameters_of
+from lzero_kv.budget.choices import impossible_choices, parameters_of
 from lzero_kv.budget.selection import SELECTIONS, Selection
+from lzero_kv.mistakes import all_at_once, describe
 
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
@@ -96,13 +97,13 @@ class BudgetConfig(BaseModel):
     @model_validator(mode='after')
     def _refuse_impossible_choices(self) -> BudgetConfig:
         if problems := impossible_choices(
-            {name: getattr(self, name) for name in self.model_fields_set}, _defaults()
+            {name: getattr(self, name) for name in self.model_fields_set}, self._defaults()
         ):
             raise ValueError('; '.join(problems))
         return self
 
     @classmethod
-    def read(cls, given: BudgetConfig | Mapping[str, Any], name: str = 'budget') -> BudgetConfig:
+    def read(cls, given: Self | Mapping[str, Any], name: str = 'budget') -> Self:
         """A mapping as a config.
 
         Raises:
@@ -121,9 +122,12 @@ class BudgetConfig(BaseModel):
             items = [item for item in error.errors() if item['loc']]
         wrong = {item['loc'][0] for item in items}
         sound = {field: value for field, value in values.items() if field not in wrong}
-        problems = [_describe(item) for item in items] + impossible_choices(sound, _defaults(), unsure=wrong)
-        lines = [f'  {name}.{text}' for text in problems]
-        raise ValueError('\n'.join([f'{len(lines)} mistake(s) in {name}:', *lines]))
+        problems = [describe(item, cls, _EXPECTED) for item in items]
+        raise all_at_once(name, problems + impossible_choices(sound, cls._defaults(), unsure=wrong))
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {name: field.default for name, field in cls.model_fields.items()}
 
     def sizes(self, layers: int, context: int) -> Sizes:
         """The numbers of tokens for a model.
@@ -168,10 +172,6 @@ def _exact(value: float) -> Fraction:
     return Fraction(repr(value))
 
 
-def _defaults() -> dict[str, Any]:
-    return {name: field.default for name, field in BudgetConfig.model_fields.items()}
-
-
 def _build(method: type[Method], config: BudgetConfig) -> Method:
     return method(**{name: getattr(config, name) for name in parameters_of(method)})
 
@@ -200,14 +200,3 @@ _EXPECTED = {
     'allocation': 'a name',
     'selection': 'a name',
 }
-
-
-def _describe(item: Any) -> str:
-    name, value = str(item['loc'][0]), item['input']
-    fields = BudgetConfig.model_fields
-    if item['type'] == 'extra_forbidden':
-        return f'{name}: there is no such field{did_you_mean(name, list(fields))}'
-    if item['type'] == 'literal_error':
-        allowed = list(get_args(fields[name].annotation))
-        return f'{name}: expected one of {allowed}, got {value!r}{did_you_mean(str(value), allowed)}'
-    return f'{name}: expected {_EXPECTED[name]}, got {value!r} of type {type(value).__name__}'

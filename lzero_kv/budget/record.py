@@ -36,13 +36,16 @@ class AttentionRecord:
         self.queries: torch.Tensor | None = None
         """int64 ``[B, G]``: the last ones of those queries that are no padding."""
 
-    def observe(self, attention: torch.Tensor, lengths: torch.Tensor) -> None:
+    def observe(
+        self, attention: torch.Tensor, lengths: torch.Tensor, *, token_by_token: bool = False
+    ) -> None:
         """Take in the attention of a block of new tokens over all tokens that are held, themselves included.
 
         Arguments:
             attention: ``[B, heads, Q, n]``, probabilities; the last of the ``Q`` queries is the newest token.
                 What it says about padding is not read.
             lengths: int64 ``[B, G]``: tokens of each row, the new ones included.
+            token_by_token: accumulate as if every token of the block were observed by itself.
         """
         if not self.reads:
             return
@@ -56,7 +59,7 @@ class AttentionRecord:
         attention = at_least_float32(attention.detach())
         attention = torch.where(keys[:, :, None] & rows[..., None], attention, attention.new_zeros(()))
         if 'accumulated' in self.reads:
-            self._accumulate(attention)
+            self._accumulate(attention, token_by_token)
         if 'recent' in self.reads:
             self._remember(attention, queries)
 
@@ -86,10 +89,14 @@ class AttentionRecord:
         mean, variance = query_moments(self.recent, self.queries.repeat_interleave(shares, dim=1))
         return mean_of_groups(mean, self.groups), mean_of_groups(variance, self.groups)
 
-    def _accumulate(self, attention: torch.Tensor) -> None:
+    def _accumulate(self, attention: torch.Tensor, token_by_token: bool) -> None:
+        decay, block = self.decay, attention.shape[2]
+        if token_by_token and decay < 1:
+            ages = torch.arange(block - 1, -1, -1, device=attention.device)
+            attention, decay = attention * (decay**ages)[:, None], decay**block
         new = mean_of_groups(attention.sum(2), self.groups)
         if self.accumulated is not None:
-            new = new + self.decay * F.pad(self.accumulated, (0, new.shape[2] - self.accumulated.shape[2]))
+            new = new + decay * F.pad(self.accumulated, (0, new.shape[2] - self.accumulated.shape[2]))
         self.accumulated = new
 
     def _remember(self, attention: torch.Tensor, queries: torch.Tensor) -> None:

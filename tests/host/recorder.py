@@ -118,6 +118,8 @@ class Recorder:
 class _Watching:
     """Hands every expansion of a caching world model to ``expanded``."""
 
+    needs_histories = False
+
     def __init__(self, expanded: Callable[[dict[str, Any]], None]) -> None:
         self._told = expanded
 

@@ -65,9 +65,17 @@ class Flights:
         """The weights changed, whether that can be seen or not."""
         self._prepared = None
 
-    def load(self, slots: np.ndarray) -> Flight:
+    def begin_roots(self) -> None:
+        """A root inference begins: what may change between searches alone changes now."""
+        self.take_weights()
+
+    def load(self, slots: np.ndarray, *, watched: bool = False) -> Flight:
         """Load the histories in ``slots`` (int64 ``[B]``); a row with ``NO_SLOT`` starts empty, for the
-        caller to fill."""
+        caller to restore.
+
+        Args:
+            watched: this is a root inference, the only one whose attention decides about anything.
+        """
         buffer, kept = self._buffer_of(len(slots)), self.window.kept
         present = slots != NO_SLOT
         lengths = np.zeros(len(slots), dtype=np.int64)

@@ -13,7 +13,7 @@ from lzero_kv.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.manager import KVCacheManager
 
 from .flight import Flight, Flights
-from .observer import NodesExpanded
+from .observer import NO_HISTORIES, NodesExpanded
 from .outputs import StepOutputs, action_embeddings, predict_policy_value, predict_reward_latent
 from .roots import RootBatch
 from .trees import Branch, SearchTrees
@@ -88,7 +88,8 @@ class SearchNodes:
         embedded = action_embeddings(self._world_model, actions)
         flight, found = self._begin(simulation, parents)
         observers = self._world_model.observers
-        served = flight.histories(found) if observers else None
+        copied = any(observer.needs_histories for observer in observers)
+        served = flight.histories(found) if copied else NO_HISTORIES
         reward, latent = predict_reward_latent(self._flights.prepared, flight.append(embedded))
         outputs = predict_policy_value(self._flights.prepared, flight.append(latent))
         self._record(simulation, parents, embedded, latent)
@@ -97,8 +98,9 @@ class SearchNodes:
         if self._by_priority:
             self._visit(simulation)
         outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
-        if served is not None:
-            event = NodesExpanded(simulation, parents, actions, served, flight.histories(stored), outputs)
+        if observers:
+            left = flight.histories(stored) if copied else NO_HISTORIES
+            event = NodesExpanded(simulation, parents, actions, served, left, outputs)
             for observer in observers:
                 observer.nodes_expanded(event)
         return outputs

@@ -42,8 +42,8 @@ class RootsInferred:
         last_observations, last_actions, observations, timesteps: what inference was given.
         keys: names of the new roots, one per row.
         latents: ``[B, 1, embed]``.
-        served: what the rows that continue were handed.
-        stored: the new roots.
+        served: what the rows that continue were handed, where an observer needs it.
+        stored: the new roots, likewise.
         outputs: the answers.
     """
 
@@ -88,8 +88,8 @@ class NodesExpanded:
         simulation: number of the children, from 1.
         parents: int64 ``[B]``, number of each row's parent (0: its root).
         actions: int64 ``[B]``, or ``[B, action_space_size]`` where actions are continuous.
-        served: the parents.
-        stored: the children.
+        served: the parents, where an observer needs them.
+        stored: the children, likewise.
         outputs: the answers.
     """
 
@@ -101,8 +101,15 @@ class NodesExpanded:
     outputs: StepOutputs
 
 
+NO_HISTORIES = Histories(torch.empty(0), np.empty(0, np.int64), np.empty(0, bool))
+"""Where no observer needs them."""
+
+
 class Observer:
     """Base of those who watch a world model; every method does nothing."""
+
+    needs_histories = False
+    """Whether the events have to carry copies of keys and values."""
 
     def roots_inferred(self, event: RootsInferred) -> None:
         """A root inference is done."""

@@ -15,7 +15,7 @@ from lzero_kv.manager import KVCacheManager
 
 from .contexts import RootContext, RootContexts
 from .flight import Flight, Flights
-from .observer import RootsInferred
+from .observer import NO_HISTORIES, RootsInferred
 from .outputs import StepOutputs, action_embeddings, predict_policy_value
 
 NO_ACTION = -1
@@ -76,13 +76,15 @@ class RootInference:
         """
         first = np.array([is_first_step(action) for action in last_actions])
         self._check(env_ids, last_observations, last_actions, observations, first)
-        self._flights.take_weights()
+        self._flights.begin_roots()
         latents = self._encode(observations, env_ids)
         digests = digest_rows(observations)
         last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[: len(first)])
         actions = None if first.all() else action_embeddings(self._world_model, last_actions, first)
         flight, found = self._load(env_ids, last_digests, first, last_observations, timesteps)
-        served = flight.histories(found) if self._world_model.observers else None
+        observers = self._world_model.observers
+        copied = any(observer.needs_histories for observer in observers)
+        served = flight.histories(found) if copied else NO_HISTORIES
         shift = self._flights.window_shift()
         if actions is None:
             flight.skip()
@@ -109,7 +111,8 @@ class RootInference:
                 self._manager.count_window(kept, env_id=env_ids[row])
             flight.rebuild(rows, tokens[torch.from_numpy(rows)])
         flight.store(keys)
-        if served is not None:
+        if observers:
+            stored = flight.histories(np.ones(len(first), dtype=bool)) if copied else NO_HISTORIES
             event = RootsInferred(
                 env_ids,
                 first,
@@ -120,10 +123,10 @@ class RootInference:
                 keys,
                 latents,
                 served,
-                flight.histories(np.ones(len(first), dtype=bool)),
+                stored,
                 outputs,
             )
-            for observer in self._world_model.observers:
+            for observer in observers:
                 observer.roots_inferred(event)
         return RootBatch(keys, latents, tokens, flight.lengths, flight.next_positions), outputs
 
@@ -190,7 +193,7 @@ class RootInference:
         if len(known):
             slots[known] = self._manager.lookup([RootKey(env_ids[row], last_digests[row]) for row in known])
         missed = [int(row) for row in known if slots[row] == NO_SLOT]
-        flight = self._flights.load(slots)
+        flight = self._flights.load(slots, watched=True)
         if missed:
             contexts = [
                 self._context(env_ids[row], last_digests[row], last_observations[row], int(timesteps[row]))

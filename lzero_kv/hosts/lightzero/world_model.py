@@ -18,6 +18,7 @@ from lzero_kv.manager import KVCacheManager
 from lzero_kv.validation.tally import ValidationTally
 from lzero_kv.window import Window
 
+from .budgeted import BudgetedFlights, limiting_budget
 from .by_latent import NodesByLatent
 from .flight import Flights, shares_histories
 from .inputs import check_finite_latents, check_world_model_config, same_latents, timesteps_of
@@ -69,6 +70,7 @@ class KVWorldModel(WorldModel):
         self._validator: Validator | None = None
         self._tally = ValidationTally()
         super().__init__(config, tokenizer)
+        self._check_budget()
         self._env_num = int(config.env_num)
         self._num_simulations = int(config.get('num_simulations', 50))
         self._env_ids: Sequence[int] | None = None
@@ -91,12 +93,21 @@ class KVWorldModel(WorldModel):
             manager = self._make_manager()
             self.keys_values_wm_list = manager.keys_values_wm_list
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
-            flights = Flights(self, manager, self.cache_config)
+            flights = self._make_flights(manager)
             self._engine = Engine(manager, flights, RootInference(self, manager, flights))
             if self._validation_mode is not None:
                 self._validator = Validator(self, self._validation_mode, self.cache_config, self._tally)
                 self.observers.append(self._validator)
         return self._engine
+
+    def _check_budget(self) -> None:
+        limiting = limiting_budget(self.cache_config, self.num_layers, Window(self.context_length))
+        if limiting is not None and self._validation_mode is not None:
+            raise ValueError(
+                f'cache_validation_mode={self._validation_mode!r} compares whole histories, and '
+                f'kv_cache.budget keeps a part of them: the differences would be its own; leave one of the '
+                f'two out'
+            )
 
     def _drop_engine(self) -> None:
         """New pools will be made; what watched the old ones forgets them."""
@@ -120,12 +131,16 @@ class KVWorldModel(WorldModel):
 
     def _make_manager(self) -> KVCacheManager:
         weight, window = self.transformer.ln_f.weight, Window(self.context_length)
-        shared = shares_histories(self.cache_config, window)
+        budget = limiting_budget(self.cache_config, self.num_layers, window)
+        shared = budget is not None or shares_histories(self.cache_config, window)
+        layers, tokens = self.num_layers, window.kept
+        if budget is not None:  # one run of tokens, which the layers divide among themselves
+            layers, tokens = 1, budget.sizes(layers, tokens).total
         layout = KVLayout(
-            layers=self.num_layers,
+            layers=layers,
             heads=self.num_heads,
             head_dim=self.embed_dim // self.num_heads,
-            tokens=window.kept,
+            tokens=tokens,
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -137,6 +152,12 @@ class KVWorldModel(WorldModel):
             cache_config=self.cache_config,
             num_simulations=MOVED_NODES if shared else self._num_simulations,
         )
+
+    def _make_flights(self, manager: KVCacheManager) -> Flights:
+        budget = limiting_budget(self.cache_config, self.num_layers, Window(self.context_length))
+        if budget is None:
+            return Flights(self, manager, self.cache_config)
+        return BudgetedFlights(self, manager, self.cache_config, budget)
 
     def expect(self, environments: int, num_simulations: int) -> None:
         """Size the pools for a policy: all its collection and evaluation environments, its simulations per
@@ -253,6 +274,12 @@ class KVWorldModel(WorldModel):
                 for longest in (width, most)
             )
             trees = engine.manager.tree_buffer(rows, columns, largest)
+            if trees is None and isinstance(engine.flights, BudgetedFlights):
+                raise RuntimeError(
+                    f'a search of {rows} rows and {num_simulations} simulations under kv_cache.budget needs '
+                    f'{engine.manager.bytes_of_trees(rows, columns):,} bytes beside the pools; raise '
+                    f'kv_cache.max_bytes={self.cache_config.max_bytes}'
+                )
         if trees is None:
             own = 0 if latest is not None else rows
             engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)

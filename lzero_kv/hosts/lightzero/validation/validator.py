@@ -42,6 +42,8 @@ class Validator(Observer):
             next root inference; set by the policy, None where there is none.
     """
 
+    needs_histories = True
+
     def __init__(self, world_model: Any, mode: str, config: KVCacheConfig, tally: ValidationTally) -> None:
         rebuild = config.window != 'shift'
         self._model = world_model

@@ -1,0 +1,339 @@
+"""Histories under layer budgets: root inference reads the attention and drops tokens; searches only look.
+
+A root's history holds in each layer the tokens that its budget allows. Root inference appends two tokens and
+drops the worst ones; what is dropped is gone, and what stays keeps its place in the history: its rotation, or
+its learned position. A window that is full moves as without budgets: what stays of it is computed from the
+raw tokens, and chosen by the attention of that pass. Searches append to their roots' histories and drop
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lzero_kv.budget import BudgetTally, BudgetTracker, Kept, layer_preference, select
+from lzero_kv.config import KVCacheConfig, NodeBudget
+from lzero_kv.keys import NO_SLOT
+from lzero_kv.manager import KVCacheManager
+from lzero_kv.window import TOKENS_PER_STEP, Window
+
+from .flight import Flights
+from .held import HeldLayer, HeldTable, Terms
+from .observer import Histories
+from .transformer import Columns, additive_mask, append_token, attention_probabilities, layers_of_pass
+
+
+def limiting_budget(config: KVCacheConfig, layers: int, window: Window) -> NodeBudget | None:
+    """The budget, if it holds less than all tokens of a full window.
+
+    Raises:
+        ValueError: it does not hold what is always kept.
+    """
+    budget = config.budget
+    if budget is None or budget.sizes(layers, window.kept).total >= layers * window.kept:
+        return None
+    return budget
+
+
+class BudgetedFlights(Flights):
+    """Makes flights whose layers hold what a budget allows.
+
+    Attributes:
+        tracker: the tokens of each layer.
+        tally: what was dropped.
+    """
+
+    def __init__(
+        self, world_model: Any, manager: KVCacheManager, config: KVCacheConfig, budget: NodeBudget
+    ) -> None:
+        super().__init__(world_model, manager, config)
+        heads = int(world_model.num_heads)
+        self.selector = budget.selector()
+        self.tracker = BudgetTracker(budget, self.layers, self.window.kept)
+        self.tally = BudgetTally(self.layers)
+        self.shares_histories = True
+        sizes, layout = self.tracker.sizes, manager.layout
+        reads = self.selector.reads | ({'recent'} if self.tracker.needs_preference else set())
+        terms = Terms(
+            heads if budget.per_head else 1,
+            heads,
+            sizes.window,
+            sizes.sinks,
+            sizes.step,
+            self.selector.decay,
+            reads,
+        )
+        roots = manager.env_num * config.root_slots
+        self.table = HeldTable(terms, self.tracker.slots, sizes.total, roots, layout.dtype, layout.device)
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether root inference has to look at the attention."""
+        return bool(self.table.terms.reads)
+
+    def begin_roots(self) -> None:
+        """Bring the budgets up to date, and the stored roots within them."""
+        super().begin_roots()
+        if not self.tracker.advance():
+            return
+        slots = np.arange(self.table.roots)
+        rows = self.manager.load(slots)
+        layers = self.table.unpack(rows, slots, np.ones(len(slots), dtype=bool), watched=True)
+        lengths = self.table.lengths(slots)
+        self.table.slots = self.tracker.slots
+        narrowed = [
+            self.within(layer, number, layer.kv.shape[2]).widened(max(0, width - layer.kv.shape[2]))
+            for number, (layer, width) in enumerate(zip(layers, self.tracker.slots, strict=True))
+        ]
+        self.manager.slab.store(slots, self.table.pack(narrowed))
+        self.table.note(slots, narrowed, lengths)
+
+    def load(self, slots: np.ndarray, *, watched: bool = False) -> BudgetedFlight:
+        """Load the histories in ``slots`` (int64 ``[B]``); a row with ``NO_SLOT`` starts empty, for the
+        caller to restore.
+
+        Args:
+            watched: the flight reads the attention of what is appended, and drops what is over the budget.
+        """
+        present = slots != NO_SLOT
+        lengths = np.zeros(len(slots), dtype=np.int64)
+        next_positions = np.zeros(len(slots), dtype=np.int64)
+        layout = self.manager.layout
+        rows = torch.zeros(layout.batch_shape(len(slots)), dtype=layout.dtype, device=layout.device)
+        if present.any():
+            known = slots[present]
+            lengths[present] = self.table.lengths(known)
+            next_positions[present] = self.manager.next_positions(known)
+            rows = self.manager.load(np.where(present, slots, known[0]))
+        layers = self.table.unpack(rows, np.where(present, slots, 0), present, watched)
+        grown = [layer.widened(0, TOKENS_PER_STEP) for layer in layers]
+        return BudgetedFlight(self, grown, lengths, next_positions, watched)
+
+    def widths(self, tokens: int) -> list[int]:
+        """Tokens that each layer holds of histories of at most ``tokens`` tokens."""
+        return [min(tokens, slots) for slots in self.tracker.slots]
+
+    def prefill(
+        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> list[HeldLayer]:
+        """What the layers hold of whole histories, from their raw embeddings alone; arguments as of
+        :meth:`recompute`. Each layer is cut to its budget before the next one is computed."""
+        terms, (rows, width, _) = self.table.terms, tokens.shape
+        device = tokens.device
+        first = torch.from_numpy(next_positions).to(device)[:, None] - width
+        positions = (first + torch.arange(width, device=device)).clamp(min=0)
+        held = torch.from_numpy(lengths).to(device)
+        layers = []
+        seen_by_layers = layers_of_pass(self.prepared, *self.placed(tokens, lengths, next_positions))
+        for number, layer in enumerate(seen_by_layers):
+            whole = HeldLayer(
+                terms,
+                torch.stack([part.transpose(1, 2).flatten(2) for part in (layer.keys, layer.values)], dim=1),
+                positions[:, None].expand(rows, terms.groups, width),
+                held,
+                terms.record(),
+            )
+            if terms.reads:
+                # accumulated attention is that of all queries, anything else that of the last ones
+                queries = width if 'accumulated' in terms.reads else min(width, terms.window)
+                mask = layer.mask[:, :, width - queries :]
+                seen = attention_probabilities(layer.queries[:, :, width - queries :], layer.keys, mask)
+                whole.record.observe(seen, whole.lengths_of_groups, token_by_token=True)
+            slots = self.tracker.slots[number]
+            layers.append(self.within(whole, number, width).widened(max(0, slots - width)))
+            if len(layers) == self.layers:
+                break  # what follows the last layer's keys and values is not asked for
+        return layers
+
+    def within(self, layer: HeldLayer, number: int, columns: int) -> HeldLayer:
+        """A layer of ``columns`` columns cut to its budget, if it is over it."""
+        slots = min(self.tracker.slots[number], columns)
+        if int(layer.lengths.max()) <= slots:
+            return layer.keep(layer.newest(slots))
+        return layer.keep(self.choose(layer, slots))
+
+    def choose(self, layer: HeldLayer, slots: int) -> Kept:
+        """The tokens that stay of a layer that holds too many."""
+        tokens = layer.tokens
+        return select(self.selector.scores(layer.record, tokens), tokens, slots)
+
+    def compute(
+        self, keys: Sequence[Any], tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        """Compute histories from their raw tokens alone and store them under their keys; arguments as of
+        :meth:`recompute`."""
+        self.put_away(keys, self.prefill(tokens, lengths, next_positions), lengths, next_positions)
+
+    def put_away(
+        self,
+        keys: Sequence[Any],
+        layers: Sequence[HeldLayer],
+        lengths: np.ndarray,
+        next_positions: np.ndarray,
+    ) -> None:
+        """Store histories (``lengths`` before anything was dropped, int64 ``[B]``) under their keys."""
+        held = torch.stack([layer.lengths for layer in layers]).amax(0).cpu().numpy()
+        slots = self.manager.store(keys, self.table.pack(layers), held, next_positions)
+        self.table.note(slots, layers, lengths)
+
+
+class BudgetedFlight:
+    """A batch of histories between load and store, as :class:`Flight`.
+
+    Attributes:
+        lengths: int64 ``[B]``, tokens of each history so far, dropped ones included.
+        next_positions: int64 ``[B]``, logical position of each history's next token.
+    """
+
+    def __init__(
+        self,
+        flights: BudgetedFlights,
+        layers: list[HeldLayer],
+        lengths: np.ndarray,
+        next_positions: np.ndarray,
+        watched: bool,
+    ) -> None:
+        self._flights = flights
+        self._layers = layers
+        self._watched = watched
+        self._column = 0
+        self._grown = np.zeros(len(lengths), dtype=np.int64)
+        self._newest: list[torch.Tensor] = []  # attention of the newest token, [B, heads, n_l]
+        self.lengths = lengths
+        self.next_positions = next_positions
+
+    def restore(
+        self, rows: np.ndarray, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        """Compute rows (int64 ``[N]``) that were loaded empty from their raw tokens; other arguments as of
+        :meth:`Flights.recompute`."""
+        at = torch.from_numpy(rows).to(tokens.device)
+        for layer, other in zip(
+            self._layers, self._flights.prefill(tokens, lengths, next_positions), strict=True
+        ):
+            layer.put(at, other)
+        self.lengths[rows], self.next_positions[rows] = lengths, next_positions
+
+    def skip(self) -> None:
+        """Leave out a token in every row: the column stays in front of what begins after it."""
+        self._column += 1
+
+    def append(self, x: torch.Tensor, absent: np.ndarray | None = None) -> torch.Tensor:
+        """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output.
+
+        Args:
+            absent: bool ``[B]``: rows that have no such token; what is computed for them is to be thrown
+                away.
+        """
+        flights, prepared = self._flights, self._flights.prepared
+        placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
+        grown = self._grown + (1 if absent is None else (~absent).astype(np.int64))
+        columns = self._columns(x, prepared.heads)
+        for layer in self._layers:
+            own = layer.positions.shape[2] - TOKENS_PER_STEP + self._column
+            layer.positions[:, :, own] = torch.from_numpy(self.next_positions).to(x.device)[:, None]
+        watch = None
+        if self._watched and flights.reads_attention:
+            added = torch.from_numpy(grown).to(x.device)[:, None]
+            self._newest = []
+
+            def watch(number: int, probabilities: torch.Tensor) -> None:
+                layer = self._layers[number]
+                layer.record.observe(probabilities, layer.lengths_of_groups + added)
+                self._newest.append(probabilities[:, :, -1])
+
+        hidden = append_token(prepared, columns, placed, rotation, watch)
+        self.lengths = self.lengths + grown - self._grown
+        self.next_positions = self.next_positions + grown - self._grown
+        self._grown = grown
+        self._column += 1
+        return hidden
+
+    def _columns(self, like: torch.Tensor, heads: int) -> Columns:
+        keys, values, own, masks = [], [], [], []
+        for layer in self._layers:
+            end = layer.kv.shape[2] - TOKENS_PER_STEP + self._column + 1
+            shown = layer.kv[:, :, :end].unflatten(-1, (heads, -1)).transpose(2, 3)
+            keys.append(shown[:, 0])
+            values.append(shown[:, 1])
+            own.append(layer.kv[:, :, end - 1])
+            visible = layer.lengths.cpu().numpy() + self._grown + 1
+            masks.append(additive_mask(np.arange(end) >= end - visible[:, None], like))
+        return Columns(keys, values, own, masks)
+
+    def slide(self, shift: torch.Tensor | None) -> np.ndarray:
+        """Drop what is over the budget, and let the oldest step of full windows go.
+
+        Returns:
+            bool ``[B]``: rows whose window moved: :meth:`rebuild` them, or do not store them.
+        """
+        self.lengths, moved = self._flights.window.advance(self.lengths)
+        added = torch.from_numpy(self._grown).to(self._layers[0].kv.device)
+        for layer in self._layers:
+            layer.lengths = layer.lengths + added
+        if self._watched:
+            self._observe_preferences()
+        self._layers = [self._cut(number, layer) for number, layer in enumerate(self._layers)]
+        return moved
+
+    def _cut(self, number: int, layer: HeldLayer) -> HeldLayer:
+        flights = self._flights
+        slots = flights.tracker.slots[number]
+        if int(layer.lengths.max()) <= slots:
+            return layer.keep(layer.newest(slots))
+        kept = flights.choose(layer, slots)
+        newest = self._newest[number] if self._newest else None
+        flights.tally.dropped(number, layer.tokens, kept, newest)
+        return layer.keep(kept)
+
+    def _observe_preferences(self) -> None:
+        flights, terms = self._flights, self._flights.table.terms
+        if not flights.tracker.needs_preference:
+            return
+        flights.tracker.observe(
+            [
+                layer_preference(
+                    layer.record.recent,
+                    layer.lengths,
+                    window=terms.window,
+                    sinks=terms.sinks,
+                    step=terms.step,
+                )
+                for layer in self._layers
+                if layer.record.recent is not None
+            ]
+        )
+
+    def rebuild(self, rows: np.ndarray, tokens: torch.Tensor) -> None:
+        """Compute what stays of windows that moved (int64 ``[N]``) from their raw tokens alone,
+        ``[N, kept, embed]``."""
+        self.restore(rows, tokens, self.lengths[rows], self.next_positions[rows])
+
+    def begin_trees(self, layers: Sequence[torch.Tensor]) -> np.ndarray:
+        """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, embed]``.
+
+        Returns:
+            int64 ``[B, layers]``: tokens of each row in each layer.
+        """
+        for begin, layer in zip(layers, self._layers, strict=True):
+            held = layer.kv.shape[2] - TOKENS_PER_STEP
+            begin.copy_(layer.kv[:, :, held - begin.shape[2] : held])
+        return torch.stack([layer.lengths for layer in self._layers], dim=1).cpu().numpy()
+
+    def histories(self, present: np.ndarray) -> Histories:
+        """Whole histories are not there to be shown.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            'observers compare whole histories, and kv_cache.budget keeps a part of them; leave budget out'
+        )
+
+    def store(self, keys: Sequence[Any]) -> None:
+        """Store all rows under their keys."""
+        self._flights.put_away(keys, self._layers, self.lengths, self.next_positions)

@@ -1,0 +1,39 @@
+"""Words for mistakes in a configuration: what was expected, what came, what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+
+def describe(item: Mapping[str, Any], model: type[BaseModel], expected: Mapping[str, str]) -> str:
+    """One mistake that pydantic found, on one line.
+
+    Arguments:
+        item: one of ``ValidationError.errors()``, of a field.
+        model: whose field it is.
+        expected: what each field takes, where its choices do not say it.
+    """
+    name, value, fields = str(item['loc'][0]), item['input'], model.model_fields
+    if item['type'] == 'extra_forbidden':
+        return f'{name}: there is no such field{did_you_mean(name, list(fields))}'
+    if item['type'] == 'literal_error':
+        allowed = list(get_args(fields[name].annotation))
+        return f'{name}: expected one of {allowed}, got {value!r}{did_you_mean(str(value), allowed)}'
+    wanted = expected.get(name, 'True or False')
+    return f'{name}: expected {wanted}, got {value!r} of type {type(value).__name__}'
+
+
+def did_you_mean(name: str, allowed: Sequence[str]) -> str:
+    """The end of a message about an unknown name."""
+    close = difflib.get_close_matches(name.lower(), allowed, n=1)
+    return f'; did you mean {close[0]!r}?' if close else f'; allowed: {", ".join(allowed)}'
+
+
+def all_at_once(place: str, problems: Sequence[str]) -> ValueError:
+    """One error for all mistakes, a line for each."""
+    lines = [f'  {place.rpartition(".")[2]}.{text}' for text in problems]
+    return ValueError('\n'.join([f'{len(lines)} mistake(s) in {place}:', *lines]))
