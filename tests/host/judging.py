@@ -66,7 +66,7 @@ def judge_nodes(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Ve
     oracle, dtype = _oracle(policy, window)
     with precision(dtype):
         trees = [(root.nodes, oracle.root(root.observations, root.actions)) for root in roots]
-        return Verdict(_tree_differences(oracle, trees), TOLERANCE[dtype])
+        return Verdict(tree_differences(oracle, trees), TOLERANCE[dtype])
 
 
 def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift') -> Verdict:
@@ -76,10 +76,10 @@ def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift')
     oracle, dtype = _oracle(policy, window)
     with precision(dtype):
         tops = [oracle.root([observation], []) for observation in reanalysis.observations]
-        return Verdict(_tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True)), TOLERANCE[dtype])
+        return Verdict(tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True)), TOLERANCE[dtype])
 
 
-def _tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], Answer]]) -> np.ndarray:
+def tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], Answer]]) -> np.ndarray:
     differences = []
     for nodes, top in trees:
         answers = {ROOT: top}
