@@ -6,8 +6,13 @@ import argparse
 from collections.abc import Iterable
 
 
-def parse_arguments(description: str, default_env: str, known_envs: Iterable[str]) -> argparse.Namespace:
-    """Read --env, --seed, --smoke, --model-path, and --no-kv, which is there as `kv`: True unless given."""
+def parse_arguments(
+    description: str, default_env: str, known_envs: Iterable[str], *, budget: bool = False
+) -> argparse.Namespace:
+    """Read --env, --seed, --smoke, --model-path, and --no-kv, which is there as `kv`: True unless given.
+
+    budget: whether the config takes --budget, a ratio.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         '--env', default=default_env, choices=sorted(known_envs), metavar='ENV',
@@ -22,6 +27,10 @@ def parse_arguments(description: str, default_env: str, known_envs: Iterable[str
         '--no-kv', dest='kv', action='store_false', help="the host's own cache: the run to compare with"
     )
     parser.add_argument('--model-path', metavar='FILE', help='a checkpoint (.pth.tar) to begin with')
+    if budget:
+        parser.add_argument(
+            '--budget', type=float, metavar='RATIO', help='layer budgets: the part of all tokens that is kept'
+        )
     return parser.parse_args()
 
 

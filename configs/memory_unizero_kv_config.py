@@ -56,12 +56,18 @@ SMOKE = EasyDict(
 
 
 def make_config(
-    env_id: str, seed: int, smoke: bool = False, kv: bool = True, size: EasyDict | None = None
+    env_id: str,
+    seed: int,
+    smoke: bool = False,
+    kv: bool = True,
+    size: EasyDict | None = None,
+    budget: float | None = None,
 ) -> tuple[EasyDict, EasyDict]:
     """The two configs that `train_unizero` takes: (main_config, create_config).
 
     Repairs pycolab and the host's model first, so that environment workers inherit the repairs.
-    size: settings in the place of FULL (or, with smoke, of SMOKE). Raises ValueError for an unknown env_id.
+    size: settings in the place of FULL (or, with smoke, of SMOKE). budget: the part of all tokens that layers
+    keep, None for all. Raises ValueError for an unknown env_id.
     """
     require_known(env_id, EXPLORE_FRAMES)
     repair_memory_tasks()
@@ -73,7 +79,7 @@ def make_config(
     memory_unizero_kv_config = dict(
         exp_name=(
             f'data_lz/data_unizero_kv/{env_id}/{env_id}_memlen-{size.memory_length}_uz'
-            f'_kv-{"on" if kv else "off"}{"_smoke" if smoke else ""}'
+            f'_kv-{"on" if kv else "off"}{"" if budget is None else f"-{budget}"}{"_smoke" if smoke else ""}'
             f'_layer{size.num_layers}-head{size.num_heads}_edim{size.embed_dim}_H{episode_length}'
             f'_sim{size.num_simulations}_bs{size.batch_size}_upc{size.update_per_collect}_seed{seed}'
         ),
@@ -110,7 +116,8 @@ def make_config(
                     obs_type='image_memory',
                     policy_entropy_weight=5e-3,
                     use_new_cache_manager=kv,
-                    kv_cache=dict(),  # every field has a default
+                    # every field has a default
+                    kv_cache=dict() if budget is None else dict(budget=dict(ratio=budget)),
                 ),
             ),
             model_path=None,
@@ -152,9 +159,10 @@ def main(
     smoke: bool = False,
     kv: bool = True,
     model_path: str | None = None,
+    budget: float | None = None,
 ) -> None:
     """Train until the size's max_env_step, from a checkpoint where one is given."""
-    main_config, create_config = make_config(env_id, seed, smoke, kv)
+    main_config, create_config = make_config(env_id, seed, smoke, kv, budget=budget)
     from lzero.entry import train_unizero
 
     train_unizero(
@@ -166,5 +174,12 @@ def main(
 
 
 if __name__ == '__main__':
-    args = parse_arguments('UniZero on the memory tasks.', 'visual_match', EXPLORE_FRAMES)
-    main(args.env, args.seed, smoke=args.smoke, kv=args.kv, model_path=args.model_path)
+    args = parse_arguments('UniZero on the memory tasks.', 'visual_match', EXPLORE_FRAMES, budget=True)
+    main(
+        args.env,
+        args.seed,
+        smoke=args.smoke,
+        kv=args.kv,
+        model_path=args.model_path,
+        budget=args.budget,
+    )

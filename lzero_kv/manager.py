@@ -109,7 +109,7 @@ class KVCacheManager(NamedAccess):
         bound = self.cache_config.max_bytes
         if bound is None:
             return None
-        slots = (bound - self.tree_bytes) // self.layout.row_bytes
+        slots = (bound - self.tree_bytes - self.record_bytes) // self.layout.row_bytes
         return slots - 2 * env_num * self.cache_config.root_slots - env_num
 
     def set_environments(self, env_num: int) -> None:

@@ -31,6 +31,8 @@ class NamedAccess:
     """Whether events are counted."""
     tree_bytes: int
     """Bytes of the trees that share histories, beside the pools."""
+    record_bytes: int = 0
+    """Bytes of what is remembered of the roots' tokens to choose among them; whoever keeps it sets this."""
 
     def __init__(self, clear_recur_log_freq: int, clear_all_log_freq: int) -> None:
         self.clear_recur_log_freq = clear_recur_log_freq
@@ -99,7 +101,7 @@ class NamedAccess:
     @property
     def bytes(self) -> int:
         """Bytes allocated for all pools and for trees that share histories."""
-        return self.slab.bytes + self.wm_pool.bytes + self.tree_bytes
+        return self.slab.bytes + self.wm_pool.bytes + self.tree_bytes + self.record_bytes
 
     def count_rebuilt(self, tokens: int, *, roots: bool, env_id: int | None = None) -> None:
         """Count tokens that were recomputed after misses.
@@ -146,9 +148,9 @@ class NamedAccess:
 
         Returns:
             ``stats_enabled``, ``init_pools`` (by ``env_0``, ``env_1``, ...), ``recur_pool``, ``wm_pool``,
-            ``roots`` (all root pools together), ``nodes`` (the recurrent pool, and the bytes of trees that
-            share histories) and ``total`` (both), each as :meth:`KVCachePool.describe`; only
-            ``{'stats_enabled': False}`` when events are not counted.
+            ``roots`` (all root pools together, and :attr:`record_bytes`), ``nodes`` (the recurrent pool, and
+            the bytes of trees that share histories) and ``total`` (both), each as
+            :meth:`KVCachePool.describe`; only ``{'stats_enabled': False}`` when events are not counted.
         """
         if not self.enable_stats:
             return {'stats_enabled': False}
@@ -159,10 +161,11 @@ class NamedAccess:
             'init_pools': {f'env_{env_id}': pool.describe() for env_id, pool in enumerate(self.init_pools)},
             'recur_pool': self.recur_pool.describe(),
             'wm_pool': self.wm_pool.describe(),
-            'roots': _describe_together(counters['roots'], self.init_pools),
-            'nodes': _with_trees(self.recur_pool.describe(), self.tree_bytes),
-            'total': _with_trees(
-                _describe_together(both, [*self.init_pools, self.recur_pool]), self.tree_bytes
+            'roots': _with(self.record_bytes, _describe_together(counters['roots'], self.init_pools)),
+            'nodes': _with(self.tree_bytes, self.recur_pool.describe()),
+            'total': _with(
+                self.record_bytes + self.tree_bytes,
+                _describe_together(both, [*self.init_pools, self.recur_pool]),
             ),
         }
 
@@ -196,8 +199,8 @@ def _describe_together(stats: CacheStats, pools: list[KVCachePool]) -> dict[str,
     }
 
 
-def _with_trees(described: dict[str, int | float], tree_bytes: int) -> dict[str, int | float]:
-    return {**described, 'bytes': described['bytes'] + tree_bytes}
+def _with(more_bytes: int, described: dict[str, int | float]) -> dict[str, int | float]:
+    return {**described, 'bytes': described['bytes'] + more_bytes}
 
 
 def _log_now_and_then(what: str, calls: int, every: int) -> None:

@@ -17,6 +17,7 @@ from lzero_kv.budget.preference import (
     layer_preference,
 )
 from lzero_kv.budget.ragged import LayerKV, attend
+from lzero_kv.budget.reading import BudgetReading
 from lzero_kv.budget.record import AttentionRecord
 from lzero_kv.budget.selection import SELECTIONS, Kept, Selection, select
 from lzero_kv.budget.tally import BudgetTally, LayerLoss
@@ -29,6 +30,7 @@ __all__ = [
     'Allocation',
     'AttentionRecord',
     'BudgetConfig',
+    'BudgetReading',
     'BudgetTally',
     'BudgetTracker',
     'BudgetedCache',

@@ -8,17 +8,30 @@ import torch
 
 from lzero_kv.budget.preference import at_least_float32
 from lzero_kv.budget.selection import Kept
-from lzero_kv.budget.tokens import Tokens, gather_tokens, mean_of_groups
+from lzero_kv.budget.tokens import Tokens, gather_tokens, mean_of_groups, real_columns
 
 
 class LayerLoss(NamedTuple):
-    """What one layer dropped since the last :meth:`BudgetTally.take`."""
+    """What one layer has dropped."""
 
-    dropped_tokens: int
-    """Tokens, summed over rows; the mean over groups of heads."""
-    lost_mass: float | None
-    """Mean part of the newest query's attention that went to the dropped tokens, over the rows that dropped
-    any; None where no attention was read or nothing was dropped."""
+    dropped_tokens: int = 0
+    """Tokens, over all rows; the mean over groups of heads."""
+    rows: int = 0
+    """Rows that dropped any while the attention was read."""
+    mass: float = 0.0
+    """The newest query's attention to the dropped tokens, summed over those rows."""
+
+    @property
+    def lost_mass(self) -> float | None:
+        """Mean part of the newest query's attention that went to dropped tokens; None where no attention was
+        read."""
+        return self.mass / self.rows if self.rows else None
+
+    def since(self, previous: LayerLoss) -> LayerLoss:
+        """What came after ``previous``; all of this one if counting began anew."""
+        if previous.dropped_tokens > self.dropped_tokens or previous.rows > self.rows:
+            return self
+        return LayerLoss(*(now - before for now, before in zip(self, previous, strict=True)))
 
 
 class BudgetTally:
@@ -29,14 +42,8 @@ class BudgetTally:
     """
 
     def __init__(self, layers: int) -> None:
-        self.layers = layers
-        self._clear()
-
-    def _clear(self) -> None:
-        # sums, kept where the attention is until somebody asks for them
-        self._tokens: list[float | torch.Tensor] = [0.0] * self.layers
-        self._mass: list[float | torch.Tensor] = [0.0] * self.layers
-        self._rows: list[float | torch.Tensor] = [0.0] * self.layers
+        # kept where the attention is until somebody asks
+        self._sums: list[torch.Tensor | None] = [None] * layers
 
     def dropped(self, layer: int, tokens: Tokens, kept: Kept, newest: torch.Tensor | None) -> None:
         """Take in one choice.
@@ -48,25 +55,23 @@ class BudgetTally:
             newest: attention of the newest query, ``[B, heads, n]``; None where it was not read.
         """
         gone = tokens.lengths - kept.lengths
-        self._tokens[layer] = self._tokens[layer] + gone.double().mean(1).sum()
-        if newest is None:
-            return
-        groups = tokens.lengths.shape[1]
-        mass = mean_of_groups(at_least_float32(newest.detach()), groups)
-        place = torch.arange(kept.indices.shape[2], device=mass.device)
-        real = place >= kept.indices.shape[2] - kept.lengths[..., None]
-        stays = torch.where(real, gather_tokens(mass, kept.indices), 0.0).sum(-1)
-        total = torch.where(tokens.real, mass, 0.0).sum(-1)
-        rows = (gone > 0).any(1)
-        lost = torch.where(rows, (total - stays).clamp(min=0).mean(1), 0.0)
-        self._mass[layer] = self._mass[layer] + lost.double().sum()
-        self._rows[layer] = self._rows[layer] + rows.double().sum()
+        count = gone.double().mean(1).sum()
+        rows = mass = torch.zeros_like(count)
+        if newest is not None:
+            given = mean_of_groups(at_least_float32(newest.detach()), tokens.lengths.shape[1])
+            total = torch.where(tokens.real, given, 0.0).sum(-1)
+            stays = real_columns(kept.lengths, kept.indices.shape[2])
+            left = torch.where(stays, gather_tokens(given, kept.indices), 0.0).sum(-1)
+            some = (gone > 0).any(1)
+            rows, mass = some.double().sum(), torch.where(some, (total - left).mean(1), 0.0).double().sum()
+        sums = torch.stack([count, rows, mass])
+        before = self._sums[layer]
+        self._sums[layer] = sums if before is None else before + sums
 
-    def take(self) -> list[LayerLoss]:
-        """What each layer dropped since the last call; counting begins anew."""
-        losses = []
-        for sums in zip(self._tokens, self._mass, self._rows, strict=True):
-            tokens, mass, rows = map(float, sums)
-            losses.append(LayerLoss(round(tokens), mass / rows if rows else None))
-        self._clear()
-        return losses
+    def losses(self) -> tuple[LayerLoss, ...]:
+        """What each layer dropped so far."""
+        found = (None if sums is None else sums.tolist() for sums in self._sums)
+        return tuple(
+            LayerLoss() if sums is None else LayerLoss(round(sums[0]), round(sums[1]), sums[2])
+            for sums in found
+        )

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from lzero_kv.cli.console import show_error, show_line, show_table
+from lzero_kv.telemetry.budget import budget_table
 from lzero_kv.telemetry.metrics import Axis
 from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run
 from lzero_kv.telemetry.table import statistics_table
@@ -30,10 +31,11 @@ def report(
     """Print the statistics of a training's KV cache and write them as a plot.
 
     The first table adds the counters up over the whole run (entries, occupancy and bytes are those of the
-    end), the second shows the last point alone; where validation was on, a third says what it found. The plot
-    shows hit rate, rebuilt tokens, evictions, occupancy and memory over environment steps, and the counts and
-    differences of a validation. With several runs below LOGDIR every one is reported, each plot in its
-    own experiment folder.
+    end), the second shows the last point alone; where validation was on, a third says what it found, and
+    where there are layer budgets, another what each layer holds and lost. The plot shows hit rate, rebuilt
+    tokens, evictions, occupancy and memory over environment steps, the counts and differences of a
+    validation, layer budgets over time and the tokens that a root holds. With several runs below LOGDIR every
+    one is reported, each plot in its own experiment folder.
 
     Args:
         logdir: the experiment folder (exp_name) of LightZero, its log or log/serial, or a folder of many.
@@ -87,4 +89,6 @@ def _show(run: RunLog, path: Path) -> None:
     show_table(statistics_table(run.last(), 'Last point'))
     if validation := run.validation():
         show_table(validation_table({'total': validation}, 'Validation of the whole run'))
+    if layers := run.layers():
+        show_table(budget_table(layers))
     show_line(f'plot: {plot_run(run, path)}')

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from lzero_kv.telemetry.metrics import (
+    BUDGET_CHARTS,
+    BUDGET_HISTOGRAMS,
+    BUDGET_METRICS,
     CHARTS,
     HISTOGRAMS,
+    LAYER_PREFIX,
     METRICS,
     POOLS,
     VALIDATION,
@@ -20,11 +24,12 @@ LAYOUT_TITLES: dict[Axis, str] = {
 }
 
 
-def dashboard_layout(*, validation: bool = False) -> dict[str, dict[str, list[object]]]:
+def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[str, dict[str, list[object]]]:
     """Return the layout of the Custom Scalars page, as `SummaryWriter.add_custom_scalars` takes it.
 
     Args:
         validation: whether the charts of the validation follow those of the pools.
+        budget: whether those of the layer budgets do.
 
     TensorBoard matches an entry as a regular expression against the beginning of a tag. One closed expression
     per chart draws whichever pools report, and a pool that never reports is no missing tag.
@@ -38,12 +43,15 @@ def dashboard_layout(*, validation: bool = False) -> dict[str, dict[str, list[ob
         for chart in VALIDATION_CHARTS if validation else ():
             entry = f'{axis.value}/{VALIDATION}/({"|".join(chart.metrics)})$'
             layout[title][chart.heading] = ['Multiline', [entry]]
+        for chart in BUDGET_CHARTS if budget else ():
+            entry = f'{axis.value}/{LAYER_PREFIX}[0-9]+/{chart.metric}$'
+            layout[title][chart.heading] = ['Multiline', [entry]]
     return layout
 
 
-def explanation(*, validation: bool = False) -> str:
+def explanation(*, validation: bool = False, budget: bool = False) -> str:
     """Return a Markdown table that says what each metric, pool and histogram means, and, with `validation`,
-    a second one of its metrics.
+    a second one of its metrics; likewise with `budget`.
     """
     kinds = {
         Kind.COUNTER: 'since the previous point',
@@ -62,5 +70,13 @@ def explanation(*, validation: bool = False) -> str:
         lines += [
             f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |'
             for m in VALIDATION_METRICS.values()
+        ]
+    if budget:
+        lines += ['', '| each layer | unit | value | meaning |', '|---|---|---|---|']
+        lines += [
+            f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |' for m in BUDGET_METRICS.values()
+        ]
+        lines += [
+            f'| {name} | histogram | at this moment | {text} |' for name, text in BUDGET_HISTOGRAMS.items()
         ]
     return '\n'.join(lines)

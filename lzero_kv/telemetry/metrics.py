@@ -4,7 +4,7 @@ A tag is `<axis>/<pool>/<metric>`: `kv_cache_step/roots/hit_rate` is the hit rat
 environment steps, `kv_cache_iter/roots/hit_rate` the same numbers over training iterations. The two axes are
 separate tags because TensorBoard draws a tag against one step only; LightZero's own charts follow the same
 habit (`collector_step`, `collector_iter`). Where validation is on, `kv_cache_step/validation/<metric>` stands
-beside the pools.
+beside the pools, and where layer budgets are, `kv_cache_step/layer_0/<metric>` for each layer.
 """
 
 from __future__ import annotations
@@ -242,9 +242,74 @@ VALIDATION_CHARTS = (
 """Shown below CHARTS where validation is on."""
 
 
+LAYER_PREFIX = 'layer_'
+"""Stands in a tag, with the layer's number, in the place of the pool: the budget of a layer."""
+
+BUDGET_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric('slots', Kind.GAUGE, Unit.TOKENS, 'Tokens of a root that the layer may hold.'),
+        Metric(
+            'dispersion',
+            Kind.GAUGE,
+            Unit.DIFFERENCE,
+            "Entropy of the newest tokens' attention over those that may be dropped, in nats; averaged.",
+        ),
+        Metric(
+            'shift',
+            Kind.GAUGE,
+            Unit.DIFFERENCE,
+            'Variance of that attention over the newest tokens, summed over heads and tokens; averaged.',
+        ),
+        Metric('dropped_tokens', Kind.COUNTER, Unit.TOKENS, 'Tokens of roots that were dropped.'),
+        Metric(
+            'lost_mass',
+            Kind.RATIO,
+            Unit.FRACTION,
+            "Part of the newest token's attention that went to tokens which were then dropped; no point "
+            'where nothing was dropped, or nobody looked.',
+        ),
+    )
+}
+
+BUDGET_HISTOGRAMS: dict[str, str] = {
+    'kept_positions': 'Places in the window (0: its oldest token) of the tokens that all latest roots hold.',
+    'kept_tokens': 'The same of one root alone, a bucket for each token.',
+}
+
+
+@dataclass(frozen=True)
+class BudgetChart:
+    """One chart of the dashboard: a metric of all layers."""
+
+    title: str
+    metric: str
+
+    @property
+    def heading(self) -> str:
+        """The title, with what a point of a counter counts."""
+        counter = BUDGET_METRICS[self.metric].kind is Kind.COUNTER
+        return f'{self.title} since the previous point' if counter else self.title
+
+
+BUDGET_CHARTS = (
+    BudgetChart('layer budgets: tokens', 'slots'),
+    BudgetChart('layer budgets: attention lost', 'lost_mass'),
+    BudgetChart('layer budgets: dispersion', 'dispersion'),
+    BudgetChart('layer budgets: shift', 'shift'),
+)
+"""Shown below the others where there are layer budgets."""
+
+
+def layer_of(pool: str) -> int | None:
+    """The layer that stands in a tag in the place of the pool, None where a pool does."""
+    number = pool.removeprefix(LAYER_PREFIX)
+    return int(number) if pool != number and number.isdecimal() else None
+
+
 class TagName(NamedTuple):
     """A tag taken apart; `metric` is a name of METRICS or of HISTOGRAMS, or, where `pool` is VALIDATION, of
-    VALIDATION_METRICS.
+    VALIDATION_METRICS, or, where it is a layer, of BUDGET_METRICS or BUDGET_HISTOGRAMS.
     """
 
     axis: Axis
@@ -258,7 +323,7 @@ def tag(axis: Axis, pool: str, metric: str) -> str:
     Raises:
         ValueError: the pool or the metric has no entry in POOLS, METRICS or HISTOGRAMS.
     """
-    if pool not in POOLS and pool != VALIDATION:
+    if pool not in POOLS and pool != VALIDATION and layer_of(pool) is None:
         raise ValueError(
             f'pool must be one of {", ".join(POOLS)}, got {pool!r}; add it to POOLS to report it'
         )
@@ -281,4 +346,6 @@ def parse_tag(text: str) -> TagName | None:
 def _metrics_of(pool: str) -> tuple[str, ...]:
     if pool == VALIDATION:
         return tuple(VALIDATION_METRICS)
+    if layer_of(pool) is not None:
+        return (*BUDGET_METRICS, *BUDGET_HISTOGRAMS)
     return (*METRICS, *HISTOGRAMS) if pool in POOLS else ()

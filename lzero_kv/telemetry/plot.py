@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lzero_kv.telemetry.budget_plot import MAPS, draw_budgets, draw_kept_tokens
 from lzero_kv.telemetry.metrics import (
     CAUSE_PREFIX,
     CHARTS,
@@ -38,7 +39,7 @@ MARKED_POINTS = 60  # beyond this, markers hide the line
 def plot_run(run: RunLog, path: Path) -> Path:
     """Draw the dashboard's charts over environment steps, one panel below the other, and write them as PNG.
 
-    The charts of a validation follow where the log has them.
+    The charts of a validation follow where the log has them, and the maps of layer budgets.
 
     Args:
         run: a log with at least one pool.
@@ -52,11 +53,19 @@ def plot_run(run: RunLog, path: Path) -> Path:
             f'the plot must be a .png file, got {path}; write for example {path.with_suffix(".png")}'
         )
     charts = (*CHARTS, *(VALIDATION_CHARTS if run.validation() else ()))
-    figure = Figure(figsize=(9, 2.1 * len(charts) + 0.6), layout='constrained')
+    maps = len(MAPS) if run.layers() else 0
+    rows = len(charts) + maps + (1 if maps else 0)
+    figure = Figure(figsize=(9, 2.1 * rows + 0.6), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(f'KV cache of {run.folder}', fontsize=10)
-    panels = figure.subplots(len(charts), 1, sharex=True)
-    for panel, chart in zip(panels, charts, strict=True):
+    panels: list[Axes] = []
+    for row in range(len(charts) + maps):
+        panels.append(figure.add_subplot(rows, 1, row + 1, sharex=panels[0] if panels else None))
+        panels[-1].tick_params(labelbottom=row == len(charts) + maps - 1)
+    if maps:
+        draw_budgets(panels[len(charts) :], run)
+        draw_kept_tokens(figure.add_subplot(rows, 1, rows), run)
+    for panel, chart in zip(panels[: len(charts)], charts, strict=True):
         if isinstance(chart, Chart):
             _draw(panel, chart, _lines(run, chart))
         else:

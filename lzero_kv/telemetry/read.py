@@ -10,6 +10,7 @@ import numpy as np
 from tensorboard.backend.event_processing import event_accumulator as events
 
 from lzero_kv.telemetry.metrics import (
+    BUDGET_METRICS,
     METRICS,
     POOLS,
     VALIDATION,
@@ -17,6 +18,7 @@ from lzero_kv.telemetry.metrics import (
     Axis,
     Kind,
     TagName,
+    layer_of,
     parse_tag,
 )
 
@@ -114,6 +116,20 @@ class RunLog:
                 weights = [weight[step] for step in series.steps.tolist()]
                 numbers[name] = float(np.average(series.values, weights=weights))
         return numbers
+
+    def layers(self) -> dict[int, dict[str, float]]:
+        """Return the layer budgets by layer and metric, empty where there were none: counters added up over
+        the whole run, the mean of lost attention over its points, anything else at the last point.
+        """
+        found: dict[int, dict[str, float]] = {}
+        for name, series in self.scalars.items():
+            layer = layer_of(name.pool)
+            if layer is None or name.axis is not Axis.ENV_STEP:
+                continue
+            kind, values = BUDGET_METRICS[name.metric].kind, series.values
+            total = {Kind.COUNTER: values.sum(), Kind.RATIO: values.mean(), Kind.GAUGE: values[-1]}[kind]
+            found.setdefault(layer, {})[name.metric] = float(total)
+        return dict(sorted(found.items()))
 
     def last_steps(self) -> dict[Axis, int]:
         """Return the step of the last point on each axis that was written."""

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Protocol
 
+from lzero_kv.budget import BudgetReading
 from lzero_kv.manager import KVCacheManager
 from lzero_kv.stats import CacheStats, Log2Histogram
+from lzero_kv.telemetry.budget import layer_histograms, layer_numbers
 from lzero_kv.telemetry.dashboard import dashboard_layout, explanation
 from lzero_kv.telemetry.metrics import (
     HISTOGRAMS,
+    LAYER_PREFIX,
     METRICS,
     VALIDATION,
     Axis,
@@ -67,6 +70,9 @@ class TensorBoardSink:
     Where validation is on, the section `validation` follows the same rules: counters and the two means are of
     the interval (a mean has no point where nothing moved), the largest differences those so far.
 
+    Where there are layer budgets, each layer has its own: gauges and the present averages of its preference,
+    counters and the mean of lost attention of the interval, and which places its roots hold at this moment.
+
     The layout of the Custom Scalars page and a text that explains the metrics are written at the first point.
 
     Args:
@@ -79,6 +85,7 @@ class TensorBoardSink:
         self._previous: dict[str, CacheStats] = {}
         self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
         self._validated = ValidationTally()
+        self._budget: BudgetReading | None = None
         self._described = False
 
     def write(
@@ -87,6 +94,7 @@ class TensorBoardSink:
         env_step: int,
         train_iter: int,
         validation: ValidationTally | None = None,
+        budget: BudgetReading | None = None,
     ) -> None:
         """Write one point for every pool.
 
@@ -98,6 +106,7 @@ class TensorBoardSink:
             train_iter: training iterations done so far.
             validation: what validation counted since the start of the training; None where it is off, and
                 then the log has no tag of it.
+            budget: the acting model's layer budgets at this moment; None where there are none.
 
         Raises:
             ValueError: `acting` is missing, a name is unknown or a step is negative. Nothing has been written
@@ -114,7 +123,7 @@ class TensorBoardSink:
         if not readings:
             return
         if not self._described:
-            self._describe(validation is not None)
+            self._describe(validation=validation is not None, budget=budget is not None)
         histograms = managers['acting'].cache_config.histograms
         self._forget_replaced(managers)
         since = self._since_previous(readings)
@@ -125,6 +134,8 @@ class TensorBoardSink:
                     self._write_histograms(axis, pool, since[pool], step)
         if validation is not None:
             self._write_validation(validation, steps)
+        if budget is not None:
+            self._write_budget(budget, steps, histograms)
         # A killed training, or a report on one that still runs, misses at most the interval in progress.
         self.writer.flush()
 
@@ -168,9 +179,22 @@ class TensorBoardSink:
             for name, value in numbers.items():
                 self.writer.add_scalar(tag(axis, VALIDATION, name), value, step)
 
-    def _describe(self, validation: bool) -> None:
-        self.writer.add_custom_scalars(dashboard_layout(validation=validation))
-        self.writer.add_text('kv_cache/metrics', explanation(validation=validation), 0)
+    def _write_budget(self, reading: BudgetReading, steps: Mapping[Axis, int], histograms: bool) -> None:
+        numbers = layer_numbers(reading.since(self._budget))
+        self._budget = reading
+        for axis, step in steps.items():
+            for layer, values in enumerate(numbers):
+                for name, value in values.items():
+                    self.writer.add_scalar(tag(axis, f'{LAYER_PREFIX}{layer}', name), value, step)
+            for layer, drawn in enumerate(layer_histograms(reading) if histograms else ()):
+                for name, arguments in drawn.items():
+                    self.writer.add_histogram_raw(
+                        tag(axis, f'{LAYER_PREFIX}{layer}', name), **arguments, global_step=step
+                    )
+
+    def _describe(self, **sections: bool) -> None:
+        self.writer.add_custom_scalars(dashboard_layout(**sections))
+        self.writer.add_text('kv_cache/metrics', explanation(**sections), 0)
         self._described = True
 
 

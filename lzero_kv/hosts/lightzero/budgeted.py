@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lzero_kv.budget import BudgetTally, BudgetTracker, Kept, layer_preference, select
+from lzero_kv.budget import BudgetReading, BudgetTally, BudgetTracker, Kept, layer_preference, select
 from lzero_kv.config import KVCacheConfig, NodeBudget
 from lzero_kv.keys import NO_SLOT
 from lzero_kv.manager import KVCacheManager
@@ -69,11 +69,34 @@ class BudgetedFlights(Flights):
         )
         roots = manager.env_num * config.root_slots
         self.table = HeldTable(terms, self.tracker.slots, sizes.total, roots, layout.dtype, layout.device)
+        manager.record_bytes = self.table.bytes
 
     @property
     def reads_attention(self) -> bool:
         """Whether root inference has to look at the attention."""
         return bool(self.table.terms.reads)
+
+    def reading(self) -> BudgetReading:
+        """The budgets of this moment, and what the latest roots hold."""
+        roots = np.flatnonzero(self.table.lengths(np.arange(self.table.roots)))
+        lengths, held = self.table.lengths(roots), self.table.held(roots)
+        oldest = self.manager.next_positions(roots) - lengths
+        kept = [
+            [
+                ends[len(ends) - count :] - first
+                for ends, count, first in zip(columns, counts, oldest, strict=True)
+            ]
+            for columns, counts in zip(self.table.positions(roots), held.T, strict=True)
+        ]
+        nothing = np.empty(0, np.int64)
+        return BudgetReading(
+            self.window.kept,
+            self.tracker.slots,
+            self.tracker.preferences,
+            self.tally.losses(),
+            tuple(np.concatenate([nothing, *layer]) for layer in kept),
+            tuple(layer[0] if layer else nothing for layer in kept),
+        )
 
     def begin_roots(self) -> None:
         """Bring the budgets up to date, and the stored roots within them."""

@@ -153,6 +153,12 @@ class HeldTable:
         """int64 ``[B, layers]``: tokens that each layer holds of the histories in these slots."""
         return self._held[slots]
 
+    def positions(self, slots: np.ndarray) -> list[np.ndarray]:
+        """For each layer int64 ``[B, columns]``: logical positions that the first group of heads holds in the
+        last columns of these slots, which are roots."""
+        of_slots = self._positions[torch.from_numpy(slots).to(self._positions.device), 0].cpu().numpy()
+        return [of_slots[:, part] for part in self.parts()]
+
     def unpack(
         self, rows: torch.Tensor, slots: np.ndarray, present: np.ndarray, watched: bool
     ) -> list[HeldLayer]:

@@ -45,6 +45,7 @@ def report(collector: Any, train_iter: int) -> None:
         env_step=collector.envstep,
         train_iter=train_iter,
         validation=run_tally(world_models),
+        budget=acting.budgets,
     )
 
 

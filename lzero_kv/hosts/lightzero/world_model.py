@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lzero.model.unizero_world_models.world_model import WorldModel
 
+from lzero_kv.budget import BudgetReading
 from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.keys import NodeKey
 from lzero_kv.layout import KVLayout
@@ -122,6 +123,12 @@ class KVWorldModel(WorldModel):
     def validation(self) -> ValidationTally | None:
         """What validation found since the model was made; None where it is off."""
         return None if self._validation_mode is None else self._tally
+
+    @property
+    def budgets(self) -> BudgetReading | None:
+        """The layer budgets of this moment; None where all tokens are kept, or before the first inference."""
+        flights = None if self._engine is None else self._engine.flights
+        return flights.reading() if isinstance(flights, BudgetedFlights) else None
 
     @property
     def validator(self) -> Validator | None:
