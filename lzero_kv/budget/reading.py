@@ -32,8 +32,10 @@ class BudgetReading:
     root: tuple[np.ndarray, ...]
 
     def since(self, previous: BudgetReading | None) -> BudgetReading:
-        """The same moment with the losses that came after ``previous``."""
+        """The same moment with the losses that came after ``previous``; with all, if counting began anew."""
         if previous is None:
             return self
-        pairs = zip(self.losses, previous.losses, strict=True)
+        pairs = list(zip(self.losses, previous.losses, strict=True))
+        if any(before.dropped_tokens > now.dropped_tokens or before.rows > now.rows for now, before in pairs):
+            return self
         return replace(self, losses=tuple(now.since(before) for now, before in pairs))

@@ -28,9 +28,7 @@ class LayerLoss(NamedTuple):
         return self.mass / self.rows if self.rows else None
 
     def since(self, previous: LayerLoss) -> LayerLoss:
-        """What came after ``previous``; all of this one if counting began anew."""
-        if previous.dropped_tokens > self.dropped_tokens or previous.rows > self.rows:
-            return self
+        """What came after ``previous``."""
         return LayerLoss(*(now - before for now, before in zip(self, previous, strict=True)))
 
 

@@ -8,7 +8,11 @@ from matplotlib.axes import Axes
 from lzero_kv.telemetry.metrics import LAYER_PREFIX, Axis, TagName
 from lzero_kv.telemetry.read import RunLog
 
-MAPS = (('slots', 'tokens of each layer'), ('lost_mass', 'attention lost by each layer'))
+MAPS = (
+    ('slots', 'tokens of each layer', 1),
+    ('lost_mass', 'attention lost by each layer, %', 100),
+)
+"""Metric, title, and the factor of what is drawn."""
 
 
 def draw_budgets(panels: list[Axes], run: RunLog) -> None:
@@ -18,12 +22,12 @@ def draw_budgets(panels: list[Axes], run: RunLog) -> None:
         panels: one for each map, in their order; the horizontal axis is environment steps.
         run: a log with layer budgets.
     """
-    for panel, (metric, title) in zip(panels, MAPS, strict=True):
-        _draw_map(panel, run, metric)
+    for panel, (metric, title, factor) in zip(panels, MAPS, strict=True):
+        _draw_map(panel, run, metric, factor)
         panel.set_title(f'layer budgets: {title}', fontsize=10, loc='left')
 
 
-def _draw_map(panel: Axes, run: RunLog, metric: str) -> None:
+def _draw_map(panel: Axes, run: RunLog, metric: str, factor: int) -> None:
     layers = list(run.layers())
     series = [run.series(Axis.ENV_STEP, f'{LAYER_PREFIX}{layer}', metric) for layer in layers]
     steps = np.unique(np.concatenate([one.steps for one in series if one is not None] or [np.empty(0)]))
@@ -35,10 +39,10 @@ def _draw_map(panel: Axes, run: RunLog, metric: str) -> None:
     values = np.full((len(layers), len(steps)), np.nan)
     for row, one in enumerate(series):
         if one is not None:
-            values[row, np.searchsorted(steps, one.steps)] = one.values
+            values[row, np.searchsorted(steps, one.steps)] = factor * one.values
     # a point stands for the interval that ended with it
     edges = np.concatenate([[0], steps]) if steps[0] > 0 else np.concatenate([steps, steps[-1:] + 1])
-    mesh = panel.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, values, cmap='viridis')
+    mesh = panel.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, values, cmap='viridis', vmin=0)
     panel.invert_yaxis()
     bar = panel.figure.colorbar(mesh, ax=panel, pad=0.01, aspect=12)
     bar.ax.tick_params(labelsize=7)
