@@ -92,18 +92,30 @@ def test_every_root_and_node_equals_the_oracle(allocation: str, selection: str) 
 
 
 @pytest.mark.parametrize(
-    'budget',
+    ('family', 'budget'),
     [
-        dict(ratio=0.5, selection='cake', per_head=True, window=4),
-        dict(ratio=0.4, selection='h2o', allocation='uniform', per_head=True, window=2, sinks=0),
-        dict(ratio=0.5, selection='h2o', allocation='uniform', step=1, rho=0.8, window=3, sinks=1),
-        dict(ratio=0.4, selection='hace', allocation='pyramid', strategy='time_decay', window=2, sinks=2),
-        dict(tokens=7, selection='snapkv', allocation='adaptive', beta=3.0, kernel=3, window=2, sinks=2),
-        dict(heavy_ratio=0.2, recent_ratio=0.2, selection='h2o', allocation='uniform', step=1, sinks=0),
+        ('memory', dict(ratio=0.5, selection='cake', per_head=True, window=4)),
+        ('cartpole', dict(ratio=0.5, selection='cake', window=4)),
+        (
+            'cartpole',
+            dict(ratio=0.4, selection='h2o', allocation='uniform', per_head=True, window=2, sinks=0),
+        ),
+        (
+            'lunarlander_continuous',
+            dict(ratio=0.5, selection='h2o', allocation='uniform', step=1, rho=0.8, window=3, sinks=1),
+        ),
+        ('memory', dict(ratio=0.4, selection='hace', allocation='pyramid', strategy='time_decay', window=2)),
+        (
+            'lunarlander_continuous',
+            dict(tokens=7, selection='snapkv', allocation='adaptive', beta=3.0, kernel=3, window=2),
+        ),
+        (
+            'cartpole',
+            dict(heavy_ratio=0.2, recent_ratio=0.2, selection='h2o', allocation='uniform', step=1, sinks=0),
+        ),
     ],
-    ids=['cake-heads', 'h2o-heads', 'decay', 'time-decay', 'snapkv', 'two-ratios'],
-)  # fmt: skip
-@pytest.mark.parametrize('family', ['memory', 'cartpole', 'lunarlander_continuous'])
+    ids=['cake-heads', 'cake-rotary', 'h2o-heads', 'decay', 'time-decay', 'snapkv', 'two-ratios'],
+)
 def test_options_equal_the_oracle(family: str, budget: dict[str, Any]) -> None:
     """Learned and rotary positions, discrete and continuous actions, windows of any length."""
     judge = Judge(budgeted_policy(family, budget), lengths={2: [4]}).play(9)
@@ -162,20 +174,26 @@ def test_bytes_go_down_by_the_ratio() -> None:
         manager = world_model_of(policy).kv_cache_manager
         rows[ratio] = manager.layout.row_bytes
         assert manager.slab.bytes == manager.slab.slots * rows[ratio]
-        assert manager.bytes == manager.slab.bytes + manager.tree_bytes
+        assert manager.bytes == manager.slab.bytes + manager.tree_bytes + manager.record_bytes
         assert manager.slab._data.nbytes == manager.slab.bytes
+        assert manager.tree_bytes == manager._trees.nbytes
+        table = getattr(world_model_of(policy).engine.flights, 'table', None)
+        held = [] if table is None else [t for t in vars(table).values() if isinstance(t, torch.Tensor)]
+        assert manager.record_bytes == sum(tensor.nbytes for tensor in held)
+        assert manager.get_stats_summary()['total']['bytes'] == manager.bytes
     tokens = 4 * 81  # of all layers
     assert rows[0.5] * tokens == rows[1.0] * round(0.5 * tokens)
     assert rows[0.25] * tokens == rows[1.0] * round(0.25 * tokens)
 
 
 def test_what_does_not_read_the_attention_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lzero_kv.hosts.lightzero import budgeted, transformer
+    from lzero_kv.hosts.lightzero import transformer
+    from lzero_kv.hosts.lightzero.budgeted import flights
 
     def look(*args: Any) -> None:
         raise AssertionError('somebody looked')
 
-    for module in (budgeted, transformer):
+    for module in (flights, transformer):
         monkeypatch.setattr(module, 'attention_probabilities', look)
     blind = budgeted_policy(budget=dict(ratio=0.5, allocation='adaptive', selection='streaming'))
     Episodes(blind, range(ROWS), record=False).run(12)
@@ -255,10 +273,10 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lzero_kv.hosts.lightzero import budgeted, held
+    from lzero_kv.hosts.lightzero.budgeted import flight, flights, held
 
     owner, name, planted = FAULTS[fault]
-    holder = getattr(held if owner == 'HeldTable' else budgeted, owner)
+    holder = next(getattr(home, owner) for home in (flight, flights, held) if owner in vars(home))
     original = getattr(holder, name)
 
     def faulty(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,177 @@
+"""A batch of histories under layer budgets between load and store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lzero_kv.budget import layer_preference
+from lzero_kv.window import TOKENS_PER_STEP
+
+from ..observer import Histories
+from ..transformer import Columns, additive_mask, append_token
+from .held import HeldLayer
+
+if TYPE_CHECKING:
+    from .flights import BudgetedFlights
+
+
+class BudgetedFlight:
+    """A batch of histories between load and store, as :class:`Flight`.
+
+    Attributes:
+        lengths: int64 ``[B]``, tokens of each history so far, dropped ones included.
+        next_positions: int64 ``[B]``, logical position of each history's next token.
+    """
+
+    def __init__(
+        self,
+        flights: BudgetedFlights,
+        layers: list[HeldLayer],
+        lengths: np.ndarray,
+        next_positions: np.ndarray,
+        watched: bool,
+    ) -> None:
+        self._flights = flights
+        self._layers = layers
+        self._watched = watched
+        self._column = 0
+        self._grown = np.zeros(len(lengths), dtype=np.int64)
+        self._newest: list[torch.Tensor] = []  # attention of the newest token, [B, heads, n_l]
+        self.lengths = lengths
+        self.next_positions = next_positions
+
+    def restore(
+        self, rows: np.ndarray, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        """Compute rows (int64 ``[N]``) that were loaded empty from their raw tokens; other arguments as of
+        :meth:`Flights.recompute`."""
+        at = torch.from_numpy(rows).to(tokens.device)
+        for layer, other in zip(
+            self._layers, self._flights.prefill(tokens, lengths, next_positions), strict=True
+        ):
+            layer.put(at, other)
+        self.lengths[rows], self.next_positions[rows] = lengths, next_positions
+
+    def skip(self) -> None:
+        """Leave out a token in every row: the column stays in front of what begins after it."""
+        self._column += 1
+
+    def append(self, x: torch.Tensor, absent: np.ndarray | None = None) -> torch.Tensor:
+        """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output.
+
+        Args:
+            absent: bool ``[B]``: rows that have no such token; what is computed for them is to be thrown
+                away.
+        """
+        flights, prepared = self._flights, self._flights.prepared
+        placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
+        grown = self._grown + (1 if absent is None else (~absent).astype(np.int64))
+        columns = self._columns(x, prepared.heads)
+        for layer in self._layers:
+            own = layer.positions.shape[2] - TOKENS_PER_STEP + self._column
+            layer.positions[:, :, own] = torch.from_numpy(self.next_positions).to(x.device)[:, None]
+        watch = None
+        if self._watched and flights.reads_attention:
+            added = torch.from_numpy(grown).to(x.device)[:, None]
+            self._newest = []
+
+            def watch(number: int, probabilities: torch.Tensor) -> None:
+                layer = self._layers[number]
+                layer.record.observe(probabilities, layer.lengths_of_groups + added)
+                self._newest.append(probabilities[:, :, -1])
+
+        hidden = append_token(prepared, columns, placed, rotation, watch)
+        self.lengths = self.lengths + grown - self._grown
+        self.next_positions = self.next_positions + grown - self._grown
+        self._grown = grown
+        self._column += 1
+        return hidden
+
+    def _columns(self, like: torch.Tensor, heads: int) -> Columns:
+        keys, values, own, masks = [], [], [], []
+        for layer in self._layers:
+            end = layer.kv.shape[2] - TOKENS_PER_STEP + self._column + 1
+            shown = layer.kv[:, :, :end].unflatten(-1, (heads, -1)).transpose(2, 3)
+            keys.append(shown[:, 0])
+            values.append(shown[:, 1])
+            own.append(layer.kv[:, :, end - 1])
+            visible = layer.lengths.cpu().numpy() + self._grown + 1
+            masks.append(additive_mask(np.arange(end) >= end - visible[:, None], like))
+        return Columns(keys, values, own, masks)
+
+    def slide(self, shift: torch.Tensor | None) -> np.ndarray:
+        """Drop what is over the budget, and let the oldest step of full windows go.
+
+        Returns:
+            bool ``[B]``: rows whose window moved: :meth:`rebuild` them, or do not store them.
+        """
+        self.lengths, moved = self._flights.window.advance(self.lengths)
+        added = torch.from_numpy(self._grown).to(self._layers[0].kv.device)
+        for layer in self._layers:
+            layer.lengths = layer.lengths + added
+        if self._watched:
+            self._observe_preferences()
+        self._layers = [self._cut(number, layer) for number, layer in enumerate(self._layers)]
+        return moved
+
+    def _cut(self, number: int, layer: HeldLayer) -> HeldLayer:
+        flights = self._flights
+        slots = flights.tracker.slots[number]
+        if int(layer.lengths.max()) <= slots:
+            return layer.keep(layer.newest(slots))
+        kept = flights.choose(layer, slots)
+        newest = self._newest[number] if self._newest else None
+        flights.tally.dropped(number, layer.tokens, kept, newest)
+        return layer.keep(kept)
+
+    def _observe_preferences(self) -> None:
+        flights, terms = self._flights, self._flights.table.terms
+        if not flights.tracker.needs_preference:
+            return
+        flights.tracker.observe(
+            [
+                layer_preference(
+                    layer.record.recent,
+                    layer.lengths,
+                    window=terms.window,
+                    sinks=terms.sinks,
+                    step=terms.step,
+                )
+                for layer in self._layers
+                if layer.record.recent is not None
+            ]
+        )
+
+    def rebuild(self, rows: np.ndarray, tokens: torch.Tensor) -> None:
+        """Compute what stays of windows that moved (int64 ``[N]``) from their raw tokens alone,
+        ``[N, kept, embed]``."""
+        self.restore(rows, tokens, self.lengths[rows], self.next_positions[rows])
+
+    def begin_trees(self, layers: Sequence[torch.Tensor]) -> np.ndarray:
+        """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, embed]``.
+
+        Returns:
+            int64 ``[B, layers]``: tokens of each row in each layer.
+        """
+        for begin, layer in zip(layers, self._layers, strict=True):
+            held = layer.kv.shape[2] - TOKENS_PER_STEP
+            begin.copy_(layer.kv[:, :, held - begin.shape[2] : held])
+        return torch.stack([layer.lengths for layer in self._layers], dim=1).cpu().numpy()
+
+    def histories(self, present: np.ndarray) -> Histories:
+        """Whole histories are not there to be shown.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            'observers compare whole histories, and kv_cache.budget keeps a part of them; leave budget out'
+        )
+
+    def store(self, keys: Sequence[Any]) -> None:
+        """Store all rows under their keys."""
+        self._flights.put_away(keys, self._layers, self.lengths, self.next_positions)
