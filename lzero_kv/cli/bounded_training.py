@@ -61,19 +61,18 @@ def bounded(progress: Progress) -> Iterator[None]:
 
     def collect(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         _stop_at_limit(progress)
-        progress.policy = policy
-        output = original(policy, *args, **kwargs)
-        progress.collected += len(output)
-        progress.listener(progress)
-        return output
+        return acted(original, policy, 'collected', *args, **kwargs)
 
     def evaluate(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         _stop_at_limit(progress)
         if progress.evaluated >= progress.evaluation_limit:
             raise _EnoughEvaluation
+        return acted(original, policy, 'evaluated', *args, **kwargs)
+
+    def acted(original: Any, policy: Any, counter: str, *args: Any, **kwargs: Any) -> Any:
         progress.policy = policy
         output = original(policy, *args, **kwargs)
-        progress.evaluated += len(output)
+        setattr(progress, counter, getattr(progress, counter) + len(output))
         progress.listener(progress)
         return output
 
@@ -93,10 +92,10 @@ def bounded(progress: Progress) -> Iterator[None]:
         return result
 
     with ExitStack() as stack:
-        stack.enter_context(_around(KVPolicy, '_forward_collect', collect))
-        stack.enter_context(_around(KVPolicy, '_forward_eval', evaluate))
-        stack.enter_context(_around(MuZeroEvaluator, 'eval', evaluation))
-        stack.enter_context(_around(BaseLearner, 'train', train))
+        stack.enter_context(around(KVPolicy, '_forward_collect', collect))
+        stack.enter_context(around(KVPolicy, '_forward_eval', evaluate))
+        stack.enter_context(around(MuZeroEvaluator, 'eval', evaluation))
+        stack.enter_context(around(BaseLearner, 'train', train))
         yield
 
 
@@ -106,7 +105,7 @@ def _stop_at_limit(progress: Progress) -> None:
 
 
 @contextmanager
-def _around(owner: type, name: str, call: Callable[..., Any]) -> Iterator[None]:
+def around(owner: type, name: str, call: Callable[..., Any]) -> Iterator[None]:
     """Call ``call(original, self, *args, **kwargs)`` in the place of a method."""
     original = vars(owner)[name]
 

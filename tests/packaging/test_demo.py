@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from demonstration.display import Display, hit_rates, show_failure, show_result
 from demonstration.progress import TrainingProgress
-from demonstration.watch import replaced, watching
+from demonstration.watch import watching
 from ding.envs import BaseEnvManager
 from ding.worker import BaseLearner
 from lzero.worker import MuZeroCollector, MuZeroEvaluator
+
+from lzero_kv.cli.bounded_training import around
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 SIZE = {'max_env_step': 40, 'replay_ratio': 0.1}
@@ -45,7 +47,7 @@ def test_a_replaced_method_is_called_around_the_original() -> None:
         def add(self, number: int) -> int:
             return number + 1
 
-    with replaced(Counter, 'add', lambda original, self, number: 10 * original(self, number)):
+    with around(Counter, 'add', lambda original, self, number: 10 * original(self, number)):
         assert Counter().add(1) == 20
     assert Counter().add(1) == 2
 

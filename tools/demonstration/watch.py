@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,22 +12,7 @@ from ding.worker import BaseLearner
 from lzero.worker import MuZeroCollector, MuZeroEvaluator
 
 from demonstration.progress import TrainingProgress
-
-
-@contextmanager
-def replaced(owner: type, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Call `around(original, self, *args, **kwargs)` in the place of a method."""
-    original = vars(owner)[name]
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(original, self, *args, **kwargs)
-
-    setattr(owner, name, method)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+from lzero_kv.cli.bounded_training import around
 
 
 @contextmanager
@@ -64,8 +48,8 @@ def watching(progress: TrainingProgress) -> Iterator[None]:
         return result
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(MuZeroCollector, 'collect', collect))
-        stack.enter_context(replaced(MuZeroEvaluator, 'eval', evaluate))
-        stack.enter_context(replaced(BaseEnvManager, 'step', step))
-        stack.enter_context(replaced(BaseLearner, 'train', train))
+        stack.enter_context(around(MuZeroCollector, 'collect', collect))
+        stack.enter_context(around(MuZeroEvaluator, 'eval', evaluate))
+        stack.enter_context(around(BaseEnvManager, 'step', step))
+        stack.enter_context(around(BaseLearner, 'train', train))
         yield

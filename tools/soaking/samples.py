@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import psutil
 from demonstration.progress import TrainingProgress
-from demonstration.watch import replaced, watching
+from demonstration.watch import watching
+
+from lzero_kv.cli.bounded_training import around
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Recorder:
         self.progress.listener = self._took_step
         with ExitStack() as stack:
             stack.enter_context(watching(self.progress))
-            stack.enter_context(replaced(KVPolicy, '_forward_collect', self._timed_search))
-            stack.enter_context(replaced(GameBuffer, 'remove_oldest_data_to_fit', self._fit))
+            stack.enter_context(around(KVPolicy, '_forward_collect', self._timed_search))
+            stack.enter_context(around(GameBuffer, 'remove_oldest_data_to_fit', self._fit))
             yield
 
     def _fit(self, original: Any, replay: Any) -> None:
