@@ -283,9 +283,9 @@ class SearchNodes:
         self._parents[simulation] = parents
         self._depths[simulation] = self._depths[parents, self._rows] + 1
         if self._flights.exact_window:
-            own = np.broadcast_to(np.array([first, first + 1], dtype=np.int32), (len(parents), 2))
-            shown = np.concatenate([self._windows[parents, self._rows], own], axis=1)
-            self._windows[simulation] = shown[:, 2:]
+            window, own = self._windows[simulation], (first, first + 1)
+            window[:, :-2] = self._windows[parents, self._rows, 2:]
+            window[:, -2:] = own[-window.shape[1] :]
         return first
 
     def _window_tokens(self, rows: np.ndarray, nodes: np.ndarray) -> torch.Tensor:

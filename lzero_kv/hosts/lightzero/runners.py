@@ -37,12 +37,10 @@ def compiled(function: Function, inputs: StepInputs) -> Run:
     own = FunctionType(
         code, method.__func__.__globals__, code.co_name, method.__defaults__, method.__func__.__closure__
     )
-    run = torch.compile(
-        MethodType(own, method.__self__),
-        fullgraph=True,
-        dynamic=False,
-        options={'guard_filter_fn': lambda guards: [False] * len(guards)},
-    )
+    options: dict[str, Any] = {'guard_filter_fn': lambda guards: [False] * len(guards)}
+    if inputs.slab.device.type == 'cpu':
+        options['cpp_wrapper'] = True  # Python between the kernels takes a third of a small model's step
+    run = torch.compile(MethodType(own, method.__self__), fullgraph=True, dynamic=False, options=options)
     # A warning, not an info: half a minute of silence looks like a hang.
     logger.warning(
         'compiling the search step (%s) for %d rows; the first time takes up to a minute, later runs of the '

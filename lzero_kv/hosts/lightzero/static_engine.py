@@ -35,6 +35,7 @@ class StaticEngine:
     Attributes:
         numbers: int64 ``[rows, 7 + kept]`` on the host, to be filled in before a step: see
             :class:`StepInputs`.
+        first_tokens: int64 ``[rows]``, where the tokens of each row begin among those of all.
         tokens: ``[rows, columns, embed]``, raw tokens of the trees; None before the first search.
     """
 
@@ -43,6 +44,7 @@ class StaticEngine:
     ) -> None:
         self.rows = rows
         self.numbers = np.zeros((rows, ACTION + 1 + flights.window.kept), np.int64)
+        self.first_tokens = np.zeros(rows, np.int64)
         self.tokens: torch.Tensor | None = None
         self.failed = False
         self._world_model = world_model
@@ -82,12 +84,7 @@ class StaticEngine:
         # what a row that stands for nobody reads and writes
         self.numbers[:] = 0
         self.numbers[:, [PARENT, CHILD, WINDOW]] = self.scratch
-        self.numbers[:, ACTION + 1 :] = self.numbers[:, TOKEN, None] = self.first_tokens()[:, None]
-
-    def first_tokens(self) -> np.ndarray:
-        """int64 ``[rows]``: where the tokens of each row begin among those of all."""
-        columns = 0 if self.tokens is None else self.tokens.shape[1]
-        return np.arange(self.rows) * columns
+        self.numbers[:, ACTION + 1 :] = self.numbers[:, TOKEN, None] = self.first_tokens[:, None]
 
     def run(self, actions: torch.Tensor, next_positions: np.ndarray, moved: bool) -> torch.Tensor | None:
         """Take a step with :attr:`numbers` as they are.
@@ -159,6 +156,7 @@ class StaticEngine:
         layout = self._manager.layout
         with torch.inference_mode(False):
             self.tokens = slab.new_zeros(self.rows, columns, layout.embed_dim)
+            self.first_tokens = np.arange(self.rows) * columns
             host = torch.from_numpy(self.numbers)
             continuous = world_model.action_space_size if world_model.continuous_action_space else 0
             rotary = isinstance(self._flights.positions, RotaryPositions)

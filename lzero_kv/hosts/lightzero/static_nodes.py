@@ -43,31 +43,30 @@ class StaticNodes(SearchNodes):
         exact = self._flights.exact_window
         pending = self._pending[parents, rows] if exact else np.zeros(len(rows), dtype=bool)
         stays = ~moved if exact else np.ones(len(rows), dtype=bool)
-        if not self._engine.serves(len(rows)) or not self._fits(parents, pending, stays):
+        keys = [self._key(row, node) for row, node in zip(rows.tolist(), parents.tolist(), strict=True)]
+        if not self._engine.serves(len(rows)) or not self._fits(keys, pending, stays):
             return super().expand(parents, actions)
-        numbers = self._engine.numbers[: len(rows)]
+        numbers, begins = self._engine.numbers[: len(rows)], self._engine.first_tokens[: len(rows)]
         numbers[:, LENGTH], numbers[:, PENDING] = lengths, pending
-        numbers[:, WINDOW] = numbers[:, CHILD] = self._engine.scratch
-        if pending.any():
-            keys = [NodeKey(row, int(parents[row])) for row in np.flatnonzero(pending).tolist()]
-            numbers[pending, WINDOW] = self._manager.reserve(keys, lengths[pending], next_positions[pending])
-        if exact:
-            numbers[:, ACTION + 1 :] = self._windows[parents, rows]
-            numbers[:, ACTION + 1 :] += self._engine.first_tokens()[: len(rows), None]
-        numbers[:, PARENT] = self._manager.lookup(
-            [self._key(row, node) for row, node in zip(rows.tolist(), parents.tolist(), strict=True)]
-        )
+        numbers[:, [WINDOW, CHILD]] = self._engine.scratch
+        some = bool(pending.any())
+        if some:
+            own = [keys[row] for row in np.flatnonzero(pending).tolist()]
+            numbers[pending, WINDOW] = self._manager.reserve(own, lengths[pending], next_positions[pending])
+            numbers[:, ACTION + 1 :] = self._windows[parents, rows] + begins[:, None]
+        numbers[:, PARENT] = self._manager.lookup(keys)
         if stays.any():
-            keys = [NodeKey(row, simulation) for row in np.flatnonzero(stays).tolist()]
-            numbers[stays, CHILD] = self._manager.reserve(keys, after[stays], next_positions[stays] + 2)
-        numbers[:, TOKEN] = self._engine.first_tokens()[: len(rows)] + self._place(simulation, parents)
-        answers = self._engine.run(actions, next_positions, bool(pending.any()))
+            own = [NodeKey(row, simulation) for row in np.flatnonzero(stays).tolist()]
+            numbers[stays, CHILD] = self._manager.reserve(own, after[stays], next_positions[stays] + 2)
+        numbers[:, TOKEN] = begins + self._place(simulation, parents)
+        answers = self._engine.run(actions, next_positions, some)
         if answers is None:
             return super().expand(parents, actions)
         self._lengths[simulation] = after
         if exact:
-            self._pending[parents[pending], rows[pending]] = False
             self._pending[simulation] = self._moved[simulation] = moved
+        if some:
+            self._pending[parents[pending], rows[pending]] = False
             self._manager.count_window(int(lengths[pending].sum()))
         self.expanded = simulation
         if self._by_priority:
@@ -76,16 +75,12 @@ class StaticNodes(SearchNodes):
         self._tell(simulation, parents, actions, stays, outputs)
         return outputs
 
-    def _fits(self, parents: np.ndarray, pending: np.ndarray, stays: np.ndarray) -> bool:
+    def _fits(self, keys: list[Any], pending: np.ndarray, stays: np.ndarray) -> bool:
         """Whether every parent is stored, or its window pending, and nothing has to be evicted."""
         pool = self._manager.recur_pool
-        if pool.pool_size - len(pool) < pending.sum() + stays.sum():
+        if pool.pool_size - len(pool) < np.count_nonzero(pending) + np.count_nonzero(stays):
             return False
-        rows = np.flatnonzero(~pending)
-        keys = [
-            self._key(row, node) for row, node in zip(rows.tolist(), parents[rows].tolist(), strict=True)
-        ]
-        return bool((self._manager.slots(keys) != NO_SLOT).all())
+        return bool((pending | (self._manager.slots(keys) != NO_SLOT)).all())
 
     def _tell(
         self,
