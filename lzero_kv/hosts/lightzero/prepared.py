@@ -147,7 +147,9 @@ def sequence(modules: Sequence[nn.Module] | nn.Module, packed: bool = True) -> A
             layers.append(module)
             continue
         gelu = rest.pop(0) if rest and type(rest[0]) is nn.GELU else None
-        layers.append(affine(module.weight, module.bias, None if gelu is None else gelu.approximate, packed=packed))
+        layers.append(
+            affine(module.weight, module.bias, None if gelu is None else gelu.approximate, packed=packed)
+        )
     if len(layers) == 1:
         return layers[0]
 

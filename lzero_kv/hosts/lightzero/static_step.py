@@ -146,7 +146,9 @@ class StaticStep:
             if layer == len(prepared.blocks) - 1:  # nobody asks what the window's tokens become
                 query, x, mask, count = query[:, -1:], x[:, -1:], mask[:, :, -1:], 1
             split = (heads, embed // heads)
-            shown = [t.unflatten(-1, split).transpose(1, 2) for t in (query, *histories[2 * layer : 2 * layer + 2])]
+            shown = [
+                t.unflatten(-1, split).transpose(1, 2) for t in (query, *histories[2 * layer : 2 * layer + 2])
+            ]
             attended = F.scaled_dot_product_attention(*shown, attn_mask=mask)
             flat = attended.transpose(1, 2).reshape(rows * count, embed)
             x = block.finish(x.reshape(rows * count, embed), flat).view(rows, count, embed)

@@ -100,7 +100,9 @@ class KVWorldModel(WorldModel):
             flights = self._make_flights(manager)
             self._engine = Engine(manager, flights, RootInference(self, manager, flights))
             if manager.scratch:
-                self._engine.static = StaticEngine(self, manager, flights, self.engine_kind, self._search_rows)
+                self._engine.static = StaticEngine(
+                    self, manager, flights, self.engine_kind, self._search_rows
+                )
             if self._validation_mode is not None:
                 self._validator = Validator(self, self._validation_mode, self.cache_config, self._tally)
                 self.observers.append(self._validator)
