@@ -82,13 +82,13 @@ class KVCacheManager(NamedAccess):
         choices, row_bytes = self.cache_config, self.layout.row_bytes
         limit = self._recurrent_limit(env_num)
         needed = choices.recurrent_slots or env_num
+        least = (2 * choices.root_slots + 1) * env_num + needed + int(self.scratch)
         if limit is not None and limit < needed:
             raise ValueError(
                 f'kv_cache.max_bytes={choices.max_bytes:,} is too small: {env_num} environments with '
                 f'{choices.root_slots} root slot(s) each and {needed} nodes need at least '
-                f'{((2 * choices.root_slots + 1) * env_num + needed + int(self.scratch)) * row_bytes:,} bytes ({row_bytes:,} for '
-                f'each history); raise max_bytes, or lower root_slots, recurrent_slots or the number of '
-                f'environments'
+                f'{least * row_bytes:,} bytes ({row_bytes:,} for each history); raise max_bytes, or lower '
+                f'root_slots, recurrent_slots or the number of environments'
             )
         nodes = choices.recurrent_slots or env_num * (self.num_simulations + 1)
         nodes = nodes if limit is None else min(nodes, limit)

@@ -28,8 +28,8 @@ class Step:
 
 
 class Drive:
-    """Plays steps and keeps every answer. What is observed and chosen depends on the seed, the environment and
-    its step alone; two drives of the same seed see the same, whatever serves them.
+    """Plays steps and keeps every answer. What is observed and chosen depends on the seed, the environment
+    and its step alone; two drives of the same seed see the same, whatever serves them.
 
     Args:
         model: the host's model over a caching world model.

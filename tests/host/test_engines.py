@@ -33,8 +33,8 @@ from .test_operators import Operators
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-3}
 """Of a largest difference. Sums in another order differ by units in the last place (2e-16 and 1e-7), and the
-random weights of these models amplify that along a path, whose latent states are predicted one from the other:
-the same ten thousand units are allowed in both."""
+random weights of these models amplify that along a path, whose latent states are predicted one from the
+other: the same ten thousand units are allowed in both."""
 
 ROWS = 4
 SIMULATIONS = 9

@@ -135,8 +135,8 @@ class StaticEngine:
     def _give_up(self, reason: str) -> None:
         self.failed, self._runs, self._inputs = True, {}, None
         warnings.warn(
-            f"kv_cache.engine={self._kind!r} does not work here and searches go on with engine='eager', whose "
-            f'results are the same: {reason.strip()}',
+            f'kv_cache.engine={self._kind!r} does not work here and searches go on with the engine '
+            f"'eager', whose results are the same: {reason.strip()}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -10,7 +10,7 @@ import torch
 from lzero_kv.keys import NO_SLOT, NodeKey
 
 from .nodes import SearchNodes
-from .observer import Histories, NodesExpanded
+from .observer import NO_HISTORIES, Histories, NodesExpanded
 from .outputs import StepOutputs
 from .static_engine import StaticEngine
 from .static_step import ACTION, CHILD, LENGTH, PARENT, PENDING, TOKEN, WINDOW
@@ -95,17 +95,13 @@ class StaticNodes(SearchNodes):
         observers = self._world_model.observers
         if not observers:
             return
-        numbers = self._engine.numbers[: len(self._rows)]
-        rows, everyone = self._rows, np.ones(len(self._rows), dtype=bool)
-        served = self._manager.load(numbers[:, PARENT])
-        stored = self._manager.load(np.where(stays, numbers[:, CHILD], numbers[:, PARENT]))
-        event = NodesExpanded(
-            simulation,
-            parents,
-            actions,
-            Histories(served, self._lengths[parents, rows], everyone),
-            Histories(stored, self._lengths[simulation].copy(), stays),
-            outputs,
-        )
+        served = stored = NO_HISTORIES
+        if any(observer.needs_histories for observer in observers):
+            numbers, rows = self._engine.numbers[: len(self._rows)], self._rows
+            kv = self._manager.load(numbers[:, PARENT])
+            served = Histories(kv, self._lengths[parents, rows], np.ones(len(rows), dtype=bool))
+            kv = self._manager.load(np.where(stays, numbers[:, CHILD], numbers[:, PARENT]))
+            stored = Histories(kv, self._lengths[simulation].copy(), stays)
+        event = NodesExpanded(simulation, parents, actions, served, stored, outputs)
         for observer in observers:
             observer.nodes_expanded(event)
