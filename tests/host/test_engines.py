@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from .models import collect_model, make_policy, random_weights, world_model_of
 from .reanalysis import reanalyze
 from .test_engine import BOTH_WINDOWS, managed, uneven_episodes
 from .test_operators import Operators
+from .validated import MODES, assert_accounted, tally_of, validated_policy
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-3}
 """Of a largest difference. Sums in another order differ by units in the last place (2e-16 and 1e-7), and the
@@ -236,6 +238,16 @@ def test_statistics_are_those_of_the_eager_engine(as_is: Counted, window: str) -
     eager, static = found
     assert static.get_stats_summary() == eager.get_stats_summary()
     assert static.bytes == eager.bytes + eager.layout.row_bytes, 'the scratch row belongs to no pool'
+
+
+@BOTH_WINDOWS
+@pytest.mark.parametrize('mode', MODES)
+def test_validation_accounts_for_every_row(as_is: Counted, mode: str, window: str, tmp_path: Path) -> None:
+    policy = validated_policy(mode, tmp_path, kv_cache=dict(engine='compile', window=window))
+    uneven_episodes(policy, 'tiny', 6)
+    for tally in (tally_of(policy).roots, tally_of(policy).nodes):
+        assert tally.compared > 0
+        assert_accounted(tally)
 
 
 def test_reanalysis_of_more_rows_than_environments_stays_eager(as_is: Counted) -> None:
