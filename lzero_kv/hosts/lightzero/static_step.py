@@ -160,7 +160,8 @@ class StaticStep:
         inside = keys >= self._kept - inputs.numbers[:, LENGTH, None]
         visible = (keys <= column[:, None]) & inside[:, None, :]
         visible = visible | (keys == column[:, None])  # no softmax runs over nothing
-        return torch.where(visible, 0.0, float('-inf')).to(like.dtype)[:, None]
+        # not torch.where of two numbers, which copies them to the device: a graph must not
+        return like.new_zeros(visible.shape).masked_fill(~visible, float('-inf'))[:, None]
 
 
 def rotated(x: torch.Tensor, factors: torch.Tensor, heads: int) -> torch.Tensor:
