@@ -36,7 +36,6 @@ class StaticEngine:
         numbers: int64 ``[rows, 7 + kept]`` on the host, to be filled in before a step: see
             :class:`StepInputs`.
         first_tokens: int64 ``[rows]``, where the tokens of each row begin among those of all.
-        tokens: ``[rows, columns, embed]``, raw tokens of the trees; None before the first search.
     """
 
     def __init__(
@@ -45,8 +44,8 @@ class StaticEngine:
         self.rows = rows
         self.numbers = np.zeros((rows, ACTION + 1 + flights.window.kept), np.int64)
         self.first_tokens = np.zeros(rows, np.int64)
-        self.tokens: torch.Tensor | None = None
-        self.failed = False
+        self._failed = False
+        self._tokens = torch.zeros(rows, 0)
         self._world_model = world_model
         self._manager = manager
         self._flights = flights
@@ -59,24 +58,29 @@ class StaticEngine:
 
     def serves(self, rows: int) -> bool:
         """Whether searches of so many rows go through here."""
-        return not self.failed and rows <= self.rows
+        return not self._failed and rows <= self.rows
 
     @property
     def scratch(self) -> int:
         """Slot that belongs to nobody."""
         return self._manager.slab.slots
 
-    def begin(self, columns: int, shift: torch.Tensor | None) -> None:
-        """Begin a search: weights as they are now, and room for ``columns`` tokens of each row.
+    def begin(self, rows: int, columns: int, shift: torch.Tensor | None) -> torch.Tensor:
+        """Begin a search, with the weights as they are now.
 
         Args:
+            rows: of the search.
+            columns: raw tokens of each row's tree.
             shift: ``[2 * layers, kept, embed]``, the position correction by these weights; None for none.
+
+        Returns:
+            ``[rows, columns, embed]``, where the raw tokens of the trees belong, the roots' at the front.
         """
         if self._flights.prepared is not self._seen:
             self._take_weights()
         slab = self._manager.slab.tensor
         inputs = self._inputs
-        if self.tokens is None or self.tokens.shape[1] < columns or inputs is None or inputs.slab is not slab:
+        if inputs is None or inputs.slab is not slab or self._tokens.shape[1] < columns:
             self._inputs = inputs = self._make_inputs(slab, columns, shift)
             self._runs = {}
         if shift is not None:
@@ -85,6 +89,7 @@ class StaticEngine:
         self.numbers[:] = 0
         self.numbers[:, [PARENT, CHILD, WINDOW]] = self.scratch
         self.numbers[:, ACTION + 1 :] = self.numbers[:, TOKEN, None] = self.first_tokens[:, None]
+        return self._tokens[:rows, :columns]
 
     @torch.no_grad()
     def run(self, actions: torch.Tensor, next_positions: np.ndarray, moved: bool) -> torch.Tensor | None:
@@ -98,7 +103,7 @@ class StaticEngine:
         Returns:
             ``[B, ...]`` as of :meth:`StaticStep.plain`; None when this failed, now or before.
         """
-        if self.failed or self._inputs is None or self._step is None:
+        if self._failed or self._inputs is None or self._step is None:
             return None
         try:
             self._fill(self._inputs, actions, next_positions)
@@ -136,7 +141,7 @@ class StaticEngine:
         return expected
 
     def _give_up(self, reason: str) -> None:
-        self.failed, self._runs, self._inputs = True, {}, None
+        self._failed, self._runs, self._inputs = True, {}, None
         warnings.warn(
             f'kv_cache.engine={self._kind!r} does not work here and searches go on with the engine '
             f"'eager', whose results are the same: {reason.strip()}",
@@ -158,7 +163,7 @@ class StaticEngine:
         world_model, kept = self._world_model, self._flights.window.kept
         layout = self._manager.layout
         with torch.inference_mode(False):
-            self.tokens = slab.new_zeros(self.rows, columns, layout.embed_dim)
+            self._tokens = slab.new_zeros(self.rows, columns, layout.embed_dim)
             self.first_tokens = np.arange(self.rows) * columns
             host = torch.from_numpy(self.numbers)
             continuous = world_model.action_space_size if world_model.continuous_action_space else 0
@@ -166,7 +171,7 @@ class StaticEngine:
             factors = self._flights.positions.factors(np.zeros(1, np.int64)) if rotary else slab.new_zeros(0)
             return StepInputs(
                 slab,
-                self.tokens.view(self.rows * columns, layout.embed_dim),
+                self._tokens.view(self.rows * columns, layout.embed_dim),
                 host if slab.device.type == 'cpu' else torch.empty_like(host, device=slab.device),
                 slab.new_zeros(self.rows, continuous),
                 factors.new_zeros(self.rows, kept + 2, layout.head_dim // 2, 2) if rotary else factors,
