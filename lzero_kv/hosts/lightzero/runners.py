@@ -43,7 +43,7 @@ def compiled(function: Function, inputs: StepInputs) -> Run:
     run = torch.compile(MethodType(own, method.__self__), fullgraph=True, dynamic=False, options=options)
     # A warning, not an info: half a minute of silence looks like a hang.
     logger.warning(
-        'compiling the search step (%s) for %d rows; the first time takes up to a minute, later runs of the '
+        'compiling the search step (%s) for %d rows; the first time takes about a minute, later runs of the '
         'same shapes take it from the cache of torch.compile',
         method.__name__,
         len(inputs.numbers),
