@@ -58,6 +58,11 @@ class KVCacheConfig(BaseModel):
     budget: NodeBudget | None = None
     """How many tokens each layer keeps of a root's history, and which: a dict such as ``dict(ratio=0.25)``;
     None keeps all."""
+    engine: Literal['auto', 'eager', 'compile', 'cudagraph'] = 'auto'
+    """How the steps of a search run: 'eager' one operator after another, 'compile' as one function on static
+    shapes, compiled by torch.compile (about a minute, once), 'cudagraph' as one captured CUDA graph. 'auto'
+    is 'cudagraph' on a CUDA device, and 'eager' elsewhere, with padding='host' and with a budget. What fails
+    falls back to 'eager' with a warning."""
     enable_stats: StrictBool = True
     """Whether events are counted."""
     tensorboard: StrictBool = True
@@ -82,6 +87,13 @@ class KVCacheConfig(BaseModel):
         if problems:
             raise ValueError('; '.join(problems))
         return self
+
+    def engine_on(self, device: str) -> Literal['eager', 'compile', 'cudagraph']:
+        """The engine of a model on a device of this type ('cpu', 'cuda', ...)."""
+        if self.engine != 'auto':
+            return self.engine
+        whole = self.padding != 'host' and self.budget is None
+        return 'cudagraph' if device == 'cuda' and whole else 'eager'
 
     @classmethod
     def from_world_model_cfg(cls, cfg: Any) -> KVCacheConfig:
@@ -141,6 +153,17 @@ def _impossible_pairs(values: dict[str, Any]) -> list[str]:
             for name, wrong, right in (('window', 'shift', 'auto'), ('padding', 'host', 'masked'))
             if values.get(name) == wrong
         ]
+    if values.get('engine') in ('compile', 'cudagraph'):
+        if values.get('padding') == 'host':
+            problems.append(
+                f"engine: {values['engine']!r} cannot be combined with padding='host', which repeats the "
+                f"host's arithmetic operator by operator; write engine='eager' or padding='masked'"
+            )
+        if values.get('budget') is not None:
+            problems.append(
+                f'engine: {values["engine"]!r} cannot be combined with budget, whose layers keep different '
+                f"numbers of tokens; write engine='eager' or leave budget out"
+            )
     if values.get('enable_stats') is False and values.get('tensorboard') is True:
         problems.append(
             'tensorboard: True needs enable_stats=True; leave tensorboard out or write enable_stats=True'

@@ -39,6 +39,7 @@ class KVCacheManager(NamedAccess):
         layout: shape of a history; None derives it from ``config``.
         cache_config: the user's choices; None reads ``config.kv_cache``.
         num_simulations: simulations of a search; None reads ``config.num_simulations``.
+        scratch: whether the slab has a scratch row: see :class:`KVSlab`.
 
     Raises:
         ValueError: a number is out of range, ``config`` lacks a field, or ``max_bytes`` is too small for one
@@ -56,6 +57,7 @@ class KVCacheManager(NamedAccess):
         layout: KVLayout | None = None,
         cache_config: KVCacheConfig | None = None,
         num_simulations: int | None = None,
+        scratch: bool = False,
     ) -> None:
         super().__init__(clear_recur_log_freq, clear_all_log_freq)
         self.config = config
@@ -69,6 +71,7 @@ class KVCacheManager(NamedAccess):
         if num_simulations < 1:
             raise ValueError(f'num_simulations must be at least 1, got {num_simulations}')
         self.num_simulations = num_simulations
+        self.scratch = scratch
         self.init_pools = []
         self._trees: torch.Tensor | None = None
         self._build(env_num)
@@ -79,22 +82,23 @@ class KVCacheManager(NamedAccess):
         choices, row_bytes = self.cache_config, self.layout.row_bytes
         limit = self._recurrent_limit(env_num)
         needed = choices.recurrent_slots or env_num
+        least = (2 * choices.root_slots + 1) * env_num + needed + int(self.scratch)
         if limit is not None and limit < needed:
             raise ValueError(
                 f'kv_cache.max_bytes={choices.max_bytes:,} is too small: {env_num} environments with '
                 f'{choices.root_slots} root slot(s) each and {needed} nodes need at least '
-                f'{((2 * choices.root_slots + 1) * env_num + needed) * row_bytes:,} bytes ({row_bytes:,} for '
-                f'each history); raise max_bytes, or lower root_slots, recurrent_slots or the number of '
-                f'environments'
+                f'{least * row_bytes:,} bytes ({row_bytes:,} for each history); raise max_bytes, or lower '
+                f'root_slots, recurrent_slots or the number of environments'
             )
         nodes = choices.recurrent_slots or env_num * (self.num_simulations + 1)
         nodes = nodes if limit is None else min(nodes, limit)
         roots = env_num * choices.root_slots
-        bound = None if choices.max_bytes is None else choices.max_bytes - env_num * row_bytes
+        beside = env_num + int(self.scratch)
+        bound = None if choices.max_bytes is None else choices.max_bytes - beside * row_bytes
         options = EvictionStrategy(choices.policy), self.enable_stats
 
         self.env_num = env_num
-        self.slab = KVSlab(self.layout, roots + nodes, bound)
+        self.slab = KVSlab(self.layout, roots + nodes, bound, scratch=self.scratch)
         first_slots = range(0, roots, choices.root_slots)
         self.init_pools[:] = [
             KVCachePool(choices.root_slots, *options, f'init_env{env_id}', slab=self.slab, first_slot=first)
@@ -105,12 +109,12 @@ class KVCacheManager(NamedAccess):
 
     def _recurrent_limit(self, env_num: int) -> int | None:
         """Nodes that fit into ``max_bytes`` beside the roots, which are held twice while the slab is resized,
-        and the slots of :attr:`wm_pool`; None without a bound."""
+        the slots of :attr:`wm_pool` and the scratch row; None without a bound."""
         bound = self.cache_config.max_bytes
         if bound is None:
             return None
         slots = (bound - self.tree_bytes - self.record_bytes) // self.layout.row_bytes
-        return slots - 2 * env_num * self.cache_config.root_slots - env_num
+        return slots - 2 * env_num * self.cache_config.root_slots - env_num - int(self.scratch)
 
     def set_environments(self, env_num: int) -> None:
         """Change the number of environments before the first use.
@@ -257,6 +261,24 @@ class KVCacheManager(NamedAccess):
         self.slab.write(slots, kv, *numbers)
         return slots
 
+    def reserve(self, keys: Sequence[Key], lengths: np.ndarray, next_positions: np.ndarray) -> np.ndarray:
+        """Slots for nodes whose histories the caller writes to :attr:`slab` itself; counted as a store.
+
+        Arguments:
+            keys: ``B`` different keys of nodes.
+            lengths, next_positions: int64 ``[B]``, of the histories that will stand there.
+
+        Returns:
+            Absolute slots, int64 ``[B]``.
+
+        Raises:
+            ValueError: a key is there twice.
+            RuntimeError: not enough entries may be evicted. Nothing is changed.
+        """
+        slots = self.recur_pool.reserve(keys)
+        self.slab.lengths[slots], self.slab.next_positions[slots] = lengths, next_positions
+        return slots
+
     def lengths(self, slots: Slots) -> np.ndarray:
         """int64 ``[B]``: tokens of the histories in these slots; ValueError when one is a miss."""
         return self.slab.lengths[self.slab.check_slots(slots)]
@@ -292,6 +314,7 @@ class KVCacheManager(NamedAccess):
             'layout': self.layout,
             'cache_config': self.cache_config,
             'num_simulations': self.num_simulations,
+            'scratch': self.scratch,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -23,12 +23,16 @@ class KVSlab:
         layout: shape of a row.
         slots: number of rows.
         max_bytes: bound of the tensor's bytes, also while it is resized; None for no bound.
+        scratch: whether the tensor has one row more, behind the slots, that belongs to nobody: rows of a
+            batch that stand for nobody read and write there. It does not count towards ``max_bytes``.
 
     Raises:
         ValueError: ``slots`` is not positive or does not fit into ``max_bytes``.
     """
 
-    def __init__(self, layout: KVLayout, slots: int, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, layout: KVLayout, slots: int, max_bytes: int | None = None, *, scratch: bool = False
+    ) -> None:
         if slots < 1:
             raise ValueError(f'slots must be at least 1, got {slots}')
         if max_bytes is not None and slots * layout.row_bytes > max_bytes:
@@ -36,6 +40,7 @@ class KVSlab:
         self.layout = layout
         self.slots = int(slots)
         self.max_bytes = max_bytes
+        self._scratch = int(scratch)
         self.lengths = np.zeros(self.slots, np.int64)
         """int64 ``[slots]``: tokens of the history in each slot."""
         self.next_positions = np.zeros(self.slots, np.int64)
@@ -47,7 +52,13 @@ class KVSlab:
     @property
     def bytes(self) -> int:
         """Bytes of the tensor now; 0 until it is allocated."""
-        return 0 if self._data is None else self.slots * self.layout.row_bytes
+        return 0 if self._data is None else len(self._data) * self.layout.row_bytes
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor itself, ``[slots, 2 * layers, tokens, embed_dim]`` (uniform layouts) and the scratch row
+        behind them; replaced by :meth:`resize`. For a step that gathers and scatters on its own."""
+        return self._columns(None)
 
     def allocate(self) -> None:
         """Allocate the tensor unless it is there.
@@ -231,7 +242,7 @@ class KVSlab:
             # Zeros, because masked attention multiplies the columns never written by weight 0, and 0 * NaN is
             # NaN. A tensor made in inference mode could not be written to outside it.
             with torch.inference_mode(False):
-                shape = self.layout.batch_shape(slots)
+                shape = self.layout.batch_shape(slots + self._scratch)
                 return torch.zeros(shape, dtype=self.layout.dtype, device=self.layout.device)
         except (RuntimeError, MemoryError) as error:
             raise RuntimeError(

@@ -31,8 +31,10 @@ SHAPES = {
 
 CACHES: dict[str, dict[str, Any] | None] = {
     'stock': None,
-    'rebuild': dict(window='rebuild'),
-    'shift': dict(window='shift'),
+    'rebuild': dict(window='rebuild', engine='eager'),
+    'shift': dict(window='shift', engine='eager'),
+    'rebuild compiled': dict(window='rebuild', engine='compile'),
+    'shift compiled': dict(window='shift', engine='compile'),
 }
 """Options of ``kv_cache``; None for LightZero's own."""
 

@@ -36,6 +36,7 @@ def config_checks(path: Path) -> list[Check]:
         _import_check(call),
         _flag_check(world_model),
         _values_check(world_model),
+        *_engine_checks(call, world_model),
         *_validation_checks(world_model),
     ]
     if _at(call.create_config, 'policy', 'type') in POLICIES:
@@ -92,6 +93,24 @@ def _values_check(world_model: Any) -> Check:
         return Check(Mark.FAIL, 'kv_cache', ', '.join(map(str, given)) or 'defaults', str(error))
     values = ', '.join(f'{name}={getattr(config, name)}' for name in given)
     return Check(Mark.OK, 'kv_cache', values or 'defaults')
+
+
+def _engine_checks(call: TrainingCall, world_model: Any) -> list[Check]:
+    """Return how the steps of a search would run on the device that the host would take here."""
+    import torch
+
+    try:
+        config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
+    except (ValueError, TypeError):
+        return []  # the check of the values says why
+    wanted = _at(call.config, 'policy', 'cuda') is not False  # the host's own default is True
+    device = 'cuda' if wanted and torch.cuda.is_available() else 'cpu'
+    kind = config.engine_on(device)
+    found = f'{kind} on {device}' + (' (auto)' if config.engine == 'auto' else '')
+    if kind == 'cudagraph' and device != 'cuda':
+        remedy = "there is no CUDA device, searches would go on with 'eager'; leave engine out"
+        return [Check(Mark.WARN, 'engine', found, remedy)]
+    return [Check(Mark.OK, 'engine', found)]
 
 
 def _validation_checks(world_model: Any) -> list[Check]:

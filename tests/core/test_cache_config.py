@@ -83,6 +83,29 @@ def test_impossible_pairs_are_refused_also_beside_other_mistakes():
         KVCacheConfig(window='rebuild', padding='host')
 
 
+@pytest.mark.parametrize('engine', ['compile', 'cudagraph'])
+def test_an_engine_on_static_shapes_is_not_for_host_padding_nor_for_budgets(engine):
+    (line,) = mistakes(engine=engine, padding='host')
+    assert line.startswith(f"engine: '{engine}' cannot be combined with padding='host'")
+    (line,) = mistakes(engine=engine, budget=dict(ratio=0.5))
+    assert line.startswith(f"engine: '{engine}' cannot be combined with budget")
+    assert read(engine='eager', padding='host').engine == 'eager'
+
+
+def test_an_unknown_engine_is_refused():
+    assert mistakes(engine='compiled') == [
+        "engine: expected one of ['auto', 'eager', 'compile', 'cudagraph'], got 'compiled'; did you mean "
+        "'compile'?"
+    ]
+
+
+def test_auto_picks_the_engine_by_device():
+    assert [read().engine_on(device) for device in ('cpu', 'cuda', 'mps')] == ['eager', 'cudagraph', 'eager']
+    assert read(padding='host').engine_on('cuda') == 'eager'
+    assert read(budget=dict(ratio=0.5)).engine_on('cuda') == 'eager'
+    assert read(engine='compile').engine_on('cpu') == 'compile'
+
+
 def test_statistics_switched_off_need_no_second_switch():
     assert read(enable_stats=False).tensorboard is True
 

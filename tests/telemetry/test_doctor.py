@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lzero_kv
 from lzero_kv.cli import main
@@ -78,8 +79,21 @@ def test_a_config_for_which_the_plugin_engages(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'policy=lfu, max_bytes=1000000' in done.stdout
     assert re.search(r'│ ok +│ validation +│ model ', done.stdout)
+    assert re.search(r'│ ok +│ engine +│ (eager on cpu|cudagraph on cuda) \(auto\) ', done.stdout)
     assert done.stdout.splitlines()[-1] == f'The plugin would engage for {path}.'
     assert not (tmp_path / 'trained').exists()
+
+
+@pytest.mark.parametrize('engine', ['compile', 'cudagraph'])
+def test_the_engine_that_a_config_chooses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+) -> None:
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    path = write_config(tmp_path, world_model=f"{FLAG}, kv_cache=dict(engine='{engine}')")
+    code, output = diagnose(capsys, path)
+    assert code == 0 and f'{engine} on {device}' in output
+    warned = 'warn engine: there is no CUDA device' in output
+    assert warned == (engine == 'cudagraph' and device == 'cpu')
 
 
 @pytest.mark.parametrize(

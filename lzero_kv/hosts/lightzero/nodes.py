@@ -268,16 +268,25 @@ class SearchNodes:
     def _record(
         self, simulation: int, parents: np.ndarray, action: torch.Tensor, latent: torch.Tensor
     ) -> None:
-        """Write down the child's parent, its two raw tokens, and which tokens its window shows."""
+        """Write down the child's two raw tokens, and what :meth:`_place` does."""
+        first = self._place(simulation, parents)
+        self._tokens[:, first] = action
+        self._tokens[:, first + 1] = latent
+
+    def _place(self, simulation: int, parents: np.ndarray) -> int:
+        """Write down the child's parent and which tokens its window shows.
+
+        Returns:
+            The column of ``_tokens`` where its action goes; its observation stands behind it.
+        """
         first = self._root_width + 2 * (simulation - 1)
         self._parents[simulation] = parents
         self._depths[simulation] = self._depths[parents, self._rows] + 1
-        self._tokens[:, first] = action
-        self._tokens[:, first + 1] = latent
         if self._flights.exact_window:
-            own = np.broadcast_to(np.array([first, first + 1], dtype=np.int32), (len(parents), 2))
-            shown = np.concatenate([self._windows[parents, self._rows], own], axis=1)
-            self._windows[simulation] = shown[:, 2:]
+            window, own = self._windows[simulation], (first, first + 1)
+            window[:, :-2] = self._windows[parents, self._rows, 2:]
+            window[:, -2:] = own[-window.shape[1] :]
+        return first
 
     def _window_tokens(self, rows: np.ndarray, nodes: np.ndarray) -> torch.Tensor:
         """Raw embeddings ``[N, kept, embed]`` of the windows of ``nodes``."""

@@ -101,7 +101,9 @@ class KVPolicy(UniZeroPolicy):
         }
         self._serving = False
         for model in (self._model, self._target_model):
-            model.world_model.expect(collectors + evaluators, int(self._cfg.num_simulations))
+            model.world_model.expect(
+                collectors + evaluators, int(self._cfg.num_simulations), max(collectors, evaluators)
+            )
 
     @property
     def kv_world_models(self) -> dict[str, KVWorldModel]:

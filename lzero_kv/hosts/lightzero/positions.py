@@ -36,9 +36,16 @@ class RotaryPositions:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embeddings as they are, and the rotary factors (complex ``[..., head_dim / 2]``) of ``logical``
         positions."""
+        return x, self._at(logical)
+
+    def factors(self, logical: np.ndarray) -> torch.Tensor:
+        """Cosine and sine ``[..., head_dim / 2, 2]`` of ``logical`` positions (int64 ``[...]``)."""
+        return torch.view_as_real(self._at(logical))
+
+    def _at(self, logical: np.ndarray) -> torch.Tensor:
         logical = np.maximum(logical, 0)
         self._reach(int(logical.max()))
-        return x, self._factors[torch.from_numpy(logical).to(x.device)]
+        return self._factors[torch.from_numpy(logical).to(self._factors.device)]
 
     def _reach(self, position: int) -> None:
         """Make the table cover ``position``.

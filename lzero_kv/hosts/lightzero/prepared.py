@@ -38,15 +38,23 @@ class PreparedBlock:
         gates: the two gates of a gated block (GTrXL, Parisotto et al. 2020), None for plain residuals.
     """
 
-    def __init__(self, block: Any, as_host: bool) -> None:
+    def __init__(self, block: Any, as_host: bool, packed: bool) -> None:
         attention = block.attn
-        projections = [attention.query, attention.key, attention.value]
+        self._projections = [attention.query, attention.key, attention.value]
+        self._joined = None if as_host else joined(self._projections)
         self.gates = (block.gate1, block.gate2) if block.gru_gating else None
         self.norm1: Layer = block.ln1 if as_host else layer_norm(block.ln1)
         self.norm2: Layer = block.ln2 if as_host else layer_norm(block.ln2)
-        self.qkv = _side_by_side(projections, as_host)
-        self.project: Layer = attention.proj if as_host else sequence([attention.proj])
-        self.mlp: Layer = block.mlp if as_host else sequence(block.mlp)
+        self.qkv = (
+            one_by_one(self._projections) if self._joined is None else affine(*self._joined, packed=packed)
+        )
+        self.project: Layer = attention.proj if as_host else sequence([attention.proj], packed)
+        self.mlp: Layer = block.mlp if as_host else sequence(block.mlp, packed)
+
+    def refresh(self) -> None:
+        """Copy the weights of query, key and value again, to where they were."""
+        if self._joined is not None:
+            joined(self._projections, out=self._joined)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The block's output for inputs ``x`` and what attention made of them, both ``[..., embed]``."""
@@ -65,6 +73,8 @@ class Prepared:
         world_model: the host's ``WorldModel``.
         as_host: run the host's own modules, one after another, so that results equal the host's to the last
             bit.
+        packed: whether large matrices may be laid out anew. Where not, everything but query, key and value
+            reads the host's own tensors.
 
     Attributes:
         blocks: one for each layer.
@@ -75,17 +85,18 @@ class Prepared:
         as_host: as given.
     """
 
-    def __init__(self, world_model: Any, as_host: bool) -> None:
+    def __init__(self, world_model: Any, as_host: bool, packed: bool = True) -> None:
         transformer = world_model.transformer
         self.as_host = as_host
+        self.packed = packed
         self.heads = transformer.blocks[0].attn.num_heads
         self._parameters = list(world_model.parameters())
         self._weights = self._fingerprint()
         with torch.no_grad():
-            self.blocks = [PreparedBlock(block, as_host) for block in transformer.blocks]
+            self.blocks = [PreparedBlock(block, as_host, packed) for block in transformer.blocks]
             self.norm: Layer = transformer.ln_f if as_host else layer_norm(transformer.ln_f)
             self.reward, self.latent, self.policy, self.value = (
-                head.head_module if as_host else sequence(head.head_module)
+                head.head_module if as_host else sequence(head.head_module, packed)
                 for head in (
                     world_model.head_rewards,
                     world_model.head_observations,
@@ -93,6 +104,24 @@ class Prepared:
                     world_model.head_value,
                 )
             )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the weights of this moment without moving a tensor: what was compiled or captured over them
+        stays valid.
+
+        Raises:
+            RuntimeError: weights are packed, or in other memory than before: make another.
+        """
+        if self.packed or not self.in_place():
+            raise RuntimeError('expected weights that are where they were, got packed or moved ones')
+        for block in self.blocks:
+            block.refresh()
+        self._weights = self._fingerprint()
+
+    def in_place(self) -> bool:
+        """Whether all parameters lie in the memory where they were."""
+        return [place for place, _ in self._fingerprint()] == [place for place, _ in self._weights]
 
     def stale(self) -> bool:
         """Whether a parameter was written to, or replaced, since this was made.
@@ -106,7 +135,7 @@ class Prepared:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
 
 
-def sequence(modules: Sequence[nn.Module] | nn.Module) -> Any:
+def sequence(modules: Sequence[nn.Module] | nn.Module, packed: bool = True) -> Any:
     """A sequence of modules as one function: linear layers with the GELU behind them in one call, dropout
     left out (inference is never in training mode), everything else as it is."""
     if isinstance(modules, nn.Module) and not isinstance(modules, nn.Sequential):
@@ -118,7 +147,9 @@ def sequence(modules: Sequence[nn.Module] | nn.Module) -> Any:
             layers.append(module)
             continue
         gelu = rest.pop(0) if rest and type(rest[0]) is nn.GELU else None
-        layers.append(affine(module.weight, module.bias, None if gelu is None else gelu.approximate))
+        layers.append(
+            affine(module.weight, module.bias, None if gelu is None else gelu.approximate, packed=packed)
+        )
     if len(layers) == 1:
         return layers[0]
 
@@ -130,11 +161,13 @@ def sequence(modules: Sequence[nn.Module] | nn.Module) -> Any:
     return run
 
 
-def affine(weight: torch.Tensor, bias: torch.Tensor, gelu: str | None = None) -> Layer:
-    """``x @ weight.T + bias`` and, with ``gelu`` ('none' or 'tanh'), the GELU of it; by a packed copy of the
-    weights where that pays."""
+def affine(
+    weight: torch.Tensor, bias: torch.Tensor, gelu: str | None = None, *, packed: bool = True
+) -> Layer:
+    """``x @ weight.T + bias`` and, with ``gelu`` ('none' or 'tanh'), the GELU of it; where that pays and
+    ``packed`` allows it, by a packed copy of the weights."""
     weight, bias = weight.detach(), bias.detach()
-    if _packs(weight):
+    if packed and _packs(weight):
         # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED)
         pointwise = torch.ops.mkldnn._linear_pointwise.default
@@ -163,10 +196,24 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def _side_by_side(modules: Sequence[nn.Module], as_host: bool) -> Layer:
-    if as_host or not all(map(is_plain, modules)):
-        return lambda x: torch.cat([module(x) for module in modules], dim=-1)
-    return affine(torch.cat([m.weight for m in modules]), torch.cat([m.bias for m in modules]))
+def joined(
+    modules: Sequence[Any], out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Weight and bias of linear layers as those of one layer, in ``out`` or new tensors; None where a layer
+    is not plain."""
+    if not all(map(is_plain, modules)):
+        return None
+    weights, biases = [m.weight.detach() for m in modules], [m.bias.detach() for m in modules]
+    if out is None:
+        return torch.cat(weights), torch.cat(biases)
+    torch.cat(weights, out=out[0])
+    torch.cat(biases, out=out[1])
+    return out
+
+
+def one_by_one(modules: Sequence[nn.Module]) -> Layer:
+    """The outputs of several layers side by side."""
+    return lambda x: torch.cat([module(x) for module in modules], dim=-1)
 
 
 def _packs(weight: torch.Tensor) -> bool:

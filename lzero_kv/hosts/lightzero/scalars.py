@@ -30,4 +30,5 @@ def expected_scalars(
         return [transform(part.squeeze(1)).cpu().numpy().reshape(-1) for part in logits]
     both = torch.cat(logits).squeeze(1).softmax(dim=1).mul_(transform.value_support).sum(1).cpu().numpy()
     root = (np.sqrt(1 + 4 * EPSILON * (np.abs(both) + 1 + EPSILON)) - 1) / (2 * EPSILON)
-    return np.split(np.sign(both) * (root * root - 1), 2)
+    scalars = np.sign(both) * (root * root - 1)
+    return [scalars[: len(logits[0])], scalars[len(logits[0]) :]]

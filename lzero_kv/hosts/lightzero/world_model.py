@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from .legacy import Clearable
 from .nodes import SearchNodes
 from .observer import Observer, SearchBegun
 from .roots import RootBatch, RootInference
+from .static_engine import StaticEngine
+from .static_nodes import StaticNodes
 from .validation.validator import Validator
 
 HostLast = tuple[torch.Tensor, Sequence[Any]]
@@ -46,6 +48,7 @@ class Engine:
     manager: KVCacheManager
     flights: Flights
     roots: RootInference
+    static: StaticEngine | None = None
     latest: RootBatch | None = None
     by_latent: NodesByLatent | None = None
 
@@ -72,7 +75,7 @@ class KVWorldModel(WorldModel):
         self._tally = ValidationTally()
         super().__init__(config, tokenizer)
         self._check_budget()
-        self._env_num = int(config.env_num)
+        self._env_num = self._search_rows = int(config.env_num)
         self._num_simulations = int(config.get('num_simulations', 50))
         self._env_ids: Sequence[int] | None = None
         self._host_last: HostLast | None = None
@@ -96,6 +99,10 @@ class KVWorldModel(WorldModel):
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
             flights = self._make_flights(manager)
             self._engine = Engine(manager, flights, RootInference(self, manager, flights))
+            if manager.scratch:
+                self._engine.static = StaticEngine(
+                    self, manager, flights, self.engine_kind, self._search_rows
+                )
             if self._validation_mode is not None:
                 self._validator = Validator(self, self._validation_mode, self.cache_config, self._tally)
                 self.observers.append(self._validator)
@@ -109,6 +116,11 @@ class KVWorldModel(WorldModel):
                 f'kv_cache.budget keeps a part of them: the differences would be its own; leave one of the '
                 f'two out'
             )
+
+    @property
+    def engine_kind(self) -> Literal['eager', 'compile', 'cudagraph']:
+        """How the steps of a search run on the device where the weights are: ``kv_cache.engine``."""
+        return self.cache_config.engine_on(self.transformer.ln_f.weight.device.type)
 
     def _drop_engine(self) -> None:
         """New pools will be made; what watched the old ones forgets them."""
@@ -158,6 +170,7 @@ class KVWorldModel(WorldModel):
             layout=layout,
             cache_config=self.cache_config,
             num_simulations=MOVED_NODES if shared else self._num_simulations,
+            scratch=self.engine_kind != 'eager',
         )
 
     def _make_flights(self, manager: KVCacheManager) -> Flights:
@@ -166,14 +179,15 @@ class KVWorldModel(WorldModel):
             return Flights(self, manager, self.cache_config)
         return BudgetedFlights(self, manager, self.cache_config, budget)
 
-    def expect(self, environments: int, num_simulations: int) -> None:
+    def expect(self, environments: int, num_simulations: int, rows: int | None = None) -> None:
         """Size the pools for a policy: all its collection and evaluation environments, its simulations per
-        search.
+        search, and the most environments that are searched at once (None: all of them).
 
         Raises:
             ValueError: the cache's configuration has no room for them.
         """
         self._env_num, self._num_simulations = environments, num_simulations
+        self._search_rows = environments if rows is None else rows
         self._drop_engine()
         # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
         self._make_manager()
@@ -274,7 +288,8 @@ class KVWorldModel(WorldModel):
             check_finite_latents(root_latents)
         engine.manager.clear_recur_cache()
         trees = None
-        if engine.flights.shares_histories:
+        static = engine.static if engine.static is not None and engine.static.serves(rows) else None
+        if engine.flights.shares_histories and static is None:
             width, most = (1, 1) if latest is None else (int(latest.lengths.max()), latest.tokens.shape[1])
             columns, largest = (
                 [tokens + 2 * num_simulations for tokens in engine.flights.widths(longest)]
@@ -297,6 +312,8 @@ class KVWorldModel(WorldModel):
         begun = SearchBegun(root_latents, timestep, latest is not None, roots.next_positions, capacity)
         for observer in self.observers:
             observer.search_begun(begun)
+        if static is not None:
+            return StaticNodes(static, self, engine.manager, engine.flights, roots, num_simulations)
         return SearchNodes(self, engine.manager, engine.flights, roots, num_simulations, trees)
 
     def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any, store: bool) -> RootBatch:
