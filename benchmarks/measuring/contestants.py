@@ -72,9 +72,7 @@ def contestant(family: Family, cache: str, **further: Any) -> Contestant:
     """
     options = CACHES[cache]
     with quiet():
-        policy = make_policy(
-            family, kv=options is not None, kv_cache=options and options | further
-        )
+        policy = make_policy(family, kv=options is not None, kv_cache=options and options | further)
         episodes = Episodes(policy, range(family.collectors), record=False, timesteps=family.timesteps)
     return Contestant(cache, policy, episodes)
 

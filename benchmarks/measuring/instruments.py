@@ -78,7 +78,7 @@ READS = {
 
 
 class HostReads(TorchFunctionMode):
-    """Counts the calls of :data:`READS`: what would be device-to-host copies, also where all is on the CPU."""
+    """Counts the calls of :data:`READS`: device-to-host copies where the model is on a GPU, nothing where not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Memory:
 
     def __exit__(self, *error: Any) -> None:
         self._profile.__exit__(*error)
-        # The public list of events adds an operator's allocations and releases up; only these tell them apart.
+        # The public list adds an operator's allocations and releases up; only these events tell them apart.
         events: list[Any] = list(self._profile.profiler.kineto_results.events())
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')
         sizes = np.array([0, *(size for _, size in changes)])

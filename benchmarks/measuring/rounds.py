@@ -69,8 +69,8 @@ def require_equal_values(predicted: dict[str, list[float]]) -> None:
     for name, values in predicted.items():
         if not np.allclose(values, expected, rtol=1e-3, atol=1e-3):
             raise RuntimeError(
-                f'expected the same values of the first roots from all contestants: stock predicts {expected}, '
-                f'{name} {values}'
+                'expected the same values of the first roots from all contestants: '
+                f'stock predicts {expected}, {name} {values}'
             )
 
 

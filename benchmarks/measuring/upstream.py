@@ -48,7 +48,7 @@ class UpstreamPlayer:
         self.name = name
         paths = [str(folder.resolve()), os.environ.get('PYTHONPATH', '')]
         self._pipe, theirs = Pipe()
-        self._errors = tempfile.TemporaryFile('w+')
+        self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115  (closed with the process)
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / 'weights.pt'
             torch.save(weights, file)

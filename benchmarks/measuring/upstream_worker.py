@@ -60,7 +60,7 @@ def load_released(policy: Any, file: str) -> None:
 
     own = collect_model(policy).state_dict()
     given = {renamed(name): tensor for name, tensor in torch.load(file, weights_only=True).items()}
-    # The branch reaches its heads by a second name and computes its rotations; no search decodes observations.
+    # The branch has a second name for its heads and computes its rotations; no search decodes anything.
     given |= {name: given[name.replace('head_dict.', '')] for name in own if 'head_dict.' in name}
     left = ('decoder_network', 'freqs_cis')
     given = {name: tensor for name, tensor in given.items() if not any(part in name for part in left)}
@@ -86,7 +86,6 @@ def player(name: str, flag: bool, family: Any, weights: str, folder: str) -> Any
     """The contestant of this process."""
     from measuring.contestants import Contestant, quiet
     from measuring.players import Player
-
     from tests.host.episodes import Episodes
     from tests.host.families import SUPPORT_SCALE
     from tests.host.models import make_policy
