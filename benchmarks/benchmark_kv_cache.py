@@ -47,6 +47,7 @@ def main(
     reanalysis: bool = True,
     collect: tuple[Task, ...] = ('cartpole',),
     calls: int = 4,
+    device: Literal['cpu', 'cuda'] = 'cpu',
 ) -> None:
     """Measure, print tables, and one JSON document as the last line.
 
@@ -62,13 +63,17 @@ def main(
         reanalysis: whether to measure it.
         collect: real environments in which collection is timed.
         calls: calls of the collector for each cache, of 160 environment steps.
+        device: where planning computes; on a GPU times are between CUDA events, and kernels, launches and
+            copies are counted. Collection and reanalysis stay on the CPU.
     """
     if upstream is not None:
         require_checkout(upstream)
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise ValueError('--device cuda: expected a GPU, torch finds none; write --device cpu')
     console = Console(width=190)
     document: Numbers = {'torch': torch.__version__, 'steps': steps, 'threads': threads, 'shapes': {}}
     for shape in shapes:
-        document['shapes'][shape] = measure_shape(SHAPES[shape], steps, history, threads, upstream)
+        document['shapes'][shape] = measure_shape(SHAPES[shape], steps, history, threads, upstream, device)
     if shapes:
         console.print(shapes_table(document['shapes'], threads))
     torch.set_num_threads(threads[0])
@@ -80,7 +85,7 @@ def main(
             shape: measure_reanalysis(shape, segments, reanalysis_simulations) for shape in REANALYSED
         }
         console.print(reanalysis_table(document['reanalysis']))
-    document['gpu'] = 'not measured'
+    document['gpu'] = torch.cuda.get_device_name() if device == 'cuda' else 'not measured'
     print(json.dumps(document))
 
 

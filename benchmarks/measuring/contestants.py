@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,14 +66,24 @@ class Contestant:
         return sum(_bytes_of(entry) for pool in pools for entry in pool if entry is not None)
 
 
-def contestant(family: Family, cache: str, **further: Any) -> Contestant:
+def options_of_device(device: str) -> dict[str, Any]:
+    """What the host wants to be told, for ``make_policy``."""
+    return dict(policy=dict(device=device, cuda=device == 'cuda'), world_model=dict(device=device))
+
+
+def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) -> Contestant:
     """Build a policy of LightZero's own kind with the same random weights for every cache.
 
     ``further`` are options of ``kv_cache`` beside those of :data:`CACHES`.
     """
     options = CACHES[cache]
     with quiet():
-        policy = make_policy(family, kv=options is not None, kv_cache=options and options | further)
+        policy = make_policy(
+            family,
+            kv=options is not None,
+            kv_cache=options and options | further,
+            **options_of_device(device),
+        )
         episodes = Episodes(policy, range(family.collectors), record=False, timesteps=family.timesteps)
     return Contestant(cache, policy, episodes)
 
@@ -84,18 +95,20 @@ class Floor:
     simulation, over windows of ``tokens`` tokens.
     """
 
-    def __init__(self, family: Family, tokens: int) -> None:
+    def __init__(self, family: Family, tokens: int, device: str = 'cpu') -> None:
         self._simulations = family.simulations
         with quiet():
-            policy = make_policy(family, kv=True)
+            policy = make_policy(family, kv=True, **options_of_device(device))
         self._world_model = world_model_of(policy)
         self._prepared = Prepared(self._world_model, as_host=False)
         size = (family.observation,) if isinstance(family.observation, int) else family.observation
-        self._observations = torch.randn(family.collectors, *size)
-        self._actions = torch.zeros(family.collectors, dtype=torch.int64)
+        self._observations = torch.randn(family.collectors, *size, device=device)
+        self._actions = torch.zeros(family.collectors, dtype=torch.int64, device=device)
         self._tokens = tokens
         self._positions = positions_of(self._world_model)
-        self._buffer = torch.randn(family.collectors, 2 * family.layers, tokens + 2, family.embed)
+        self._buffer = torch.randn(
+            family.collectors, 2 * family.layers, tokens + 2, family.embed, device=device
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -121,9 +134,11 @@ class Floor:
         prepared.value(hidden)
 
 
-def quiet() -> Any:
+@contextmanager
+def quiet() -> Iterator[None]:
     """The host prints while it builds models and plays."""
-    return redirect_stdout(Path(os.devnull).open('w'))
+    with Path(os.devnull).open('w') as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _bytes_of(entry: Any) -> int:

@@ -78,7 +78,7 @@ READS = {
 
 
 class HostReads(TorchFunctionMode):
-    """Counts the calls of :data:`READS`: device-to-host copies where the model is on a GPU, nothing where not."""
+    """Counts the calls of :data:`READS`, which are device-to-host copies where the model is on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,22 +28,22 @@ def summary(values: Sequence[float]) -> Numbers:
 
 
 def measure_shape(
-    family: Family, steps: int, history: int, threads: Sequence[int], upstream: Path | None
+    family: Family, steps: int, history: int, threads: Sequence[int], upstream: Path | None, device: str
 ) -> dict[str, Numbers]:
     """Every contestant of one shape: numbers by name; those of each number of threads under 'threads'.
 
     Raises RuntimeError when two contestants predict different values for the first observations.
     """
-    players: list[Any] = [Player(contestant(family, cache)) for cache in CACHES]
+    players: list[Any] = [Player(contestant(family, cache, device)) for cache in CACHES]
     weights = collect_model(players[0].contestant.policy).state_dict()
-    others = [UpstreamPlayer(upstream, name, family, weights) for name in FLAGS] if upstream else []
+    others = [UpstreamPlayer(upstream, name, family, weights, device) for name in FLAGS] if upstream else []
     try:
         players += others
         require_equal_values({player.name: player.begin() for player in players})
         warm_up = history if family.context > 16 else family.context // 2 + 1
         for player in players:
             player.warm_up(warm_up)
-        floor = FloorPlayer(Floor(family, min(2 * warm_up + 1, family.context - 3)))
+        floor = FloorPlayer(Floor(family, min(2 * warm_up + 1, family.context - 3), device))
         timed = {number: take_turns([*players, floor], steps, number) for number in threads}
         for player in players:
             player.threads(threads[0])

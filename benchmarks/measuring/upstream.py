@@ -43,7 +43,9 @@ def require_checkout(folder: Path) -> None:
 class UpstreamPlayer:
     """A contestant in another process: answers to the calls of ``players.Player``."""
 
-    def __init__(self, folder: Path, name: str, family: Family, weights: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, folder: Path, name: str, family: Family, weights: dict[str, torch.Tensor], device: str = 'cpu'
+    ) -> None:
         require_checkout(folder)
         self.name = name
         paths = [str(folder.resolve()), os.environ.get('PYTHONPATH', '')]
@@ -60,7 +62,7 @@ class UpstreamPlayer:
                 stderr=self._errors,
             )
             theirs.close()
-            self._pipe.send((name, FLAGS[name], family, str(file), str(folder.resolve())))
+            self._pipe.send((name, FLAGS[name], family, str(file), str(folder.resolve()), device))
             self._answer()
 
     def __getattr__(self, call: str) -> Any:
@@ -84,6 +86,6 @@ class UpstreamPlayer:
         except (EOFError, ConnectionError):
             code = self._process.wait()
             self._errors.seek(0)
-            raise RuntimeError(
-                f'{self.name}: its process ended with code {code}:\n{self._errors.read()[-3000:]}'
-            ) from None
+            said = self._errors.read()[-3000:]
+            self.close()
+            raise RuntimeError(f'{self.name}: its process ended with code {code}:\n{said}') from None

@@ -59,7 +59,10 @@ def load_released(policy: Any, file: str) -> None:
         return name
 
     own = collect_model(policy).state_dict()
-    given = {renamed(name): tensor for name, tensor in torch.load(file, weights_only=True).items()}
+    given = {
+        renamed(name): tensor
+        for name, tensor in torch.load(file, map_location='cpu', weights_only=True).items()
+    }
     # The branch has a second name for its heads and computes its rotations; no search decodes anything.
     given |= {name: given[name.replace('head_dict.', '')] for name in own if 'head_dict.' in name}
     left = ('decoder_network', 'freqs_cis')
@@ -82,9 +85,9 @@ def answer_unvisited(search: Any) -> None:
     search.search = searched
 
 
-def player(name: str, flag: bool, family: Any, weights: str, folder: str) -> Any:
+def player(name: str, flag: bool, family: Any, weights: str, folder: str, device: str) -> Any:
     """The contestant of this process."""
-    from measuring.contestants import Contestant, quiet
+    from measuring.contestants import Contestant, options_of_device, quiet
     from measuring.players import Player
     from tests.host.episodes import Episodes
     from tests.host.families import SUPPORT_SCALE
@@ -95,13 +98,11 @@ def player(name: str, flag: bool, family: Any, weights: str, folder: str) -> Any
     make_as_released()
     support = (-float(SUPPORT_SCALE), SUPPORT_SCALE + 1.0, 1.0)
     norm = {f'final_norm_option_in_{where}': 'SimNorm' for where in ('encoder', 'head', 'obs_head')}
+    options = options_of_device(device)
+    options['policy'] |= dict(model=dict(value_support_range=support, reward_support_range=support))
+    options['world_model'] |= dict(use_new_cache_manager=flag, **norm)
     with quiet():
-        policy = make_policy(
-            family,
-            kv=False,
-            policy=dict(model=dict(value_support_range=support, reward_support_range=support)),
-            world_model=dict(use_new_cache_manager=flag, **norm),
-        )
+        policy = make_policy(family, kv=False, **options)
         load_released(policy, weights)
         answer_unvisited(policy._mcts_collect)
         episodes = Episodes(policy, range(family.collectors), record=False, timesteps=family.timesteps)
