@@ -73,6 +73,7 @@ def main(
     console = Console(width=190)
     document: Numbers = {'torch': torch.__version__, 'steps': steps, 'threads': threads, 'shapes': {}}
     for shape in shapes:
+        print(f'measuring {shape} ...', file=sys.stderr, flush=True)
         document['shapes'][shape] = measure_shape(SHAPES[shape], steps, history, threads, upstream, device)
     if shapes:
         console.print(shapes_table(document['shapes'], threads))

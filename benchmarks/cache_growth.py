@@ -62,7 +62,7 @@ def measure(size: Size, value: int, steps: int) -> dict[str, Numbers]:
     family = family_of(size, value)
     pool: dict[str, Any] = dict(recurrent_slots=value) if size == 'pool' else {}
     names = [name for name, options in CACHES.items() if not pool or options is not None]
-    players = [Player(contestant(family, name, **pool)) for name in names]
+    players = [Player(contestant(family, name, **pool), family.simulations) for name in names]
     if not pool:
         require_equal_values({player.name: player.begin() for player in players})
     filled = family.context // 2 + 1

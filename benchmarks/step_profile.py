@@ -39,7 +39,7 @@ Shape = Literal['atari', 'memory', 'lunarlander', 'cartpole']
 def measure(shape: Shape, steps: int, history: int) -> tuple[dict[str, dict[str, float]], dict[str, Player]]:
     """Milliseconds of a step by part for every contestant, and the players."""
     family = SHAPES[shape]
-    players = {cache: Player(contestant(family, cache)) for cache in CACHES}
+    players = {cache: Player(contestant(family, cache), family.simulations) for cache in CACHES}
     warm_up = history if family.context > 16 else family.context // 2 + 1
     for player in players.values():
         player.warm_up(warm_up)

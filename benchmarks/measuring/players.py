@@ -19,10 +19,10 @@ MIB = 2**20
 class Player:
     """A contestant of this process. One in another process answers to the same calls."""
 
-    def __init__(self, contestant: Contestant) -> None:
+    def __init__(self, contestant: Contestant, simulations: int) -> None:
         self.contestant = contestant
         self.name = contestant.name
-        self._full = contestant.policy._mcts_collect._cfg.num_simulations
+        self._full = simulations
 
     def begin(self) -> list[float]:
         """Play the first step, with one simulation; the value the model predicts for each root."""
@@ -31,13 +31,18 @@ class Player:
             return [root.predicted_value for root in self.contestant.episodes.step()]
 
     def warm_up(self, steps: int) -> None:
-        """Play ``steps`` steps with one simulation each, which fill the windows, and a full one."""
+        """Play ``steps`` steps with one simulation each, which fill the windows, and a full one.
+
+        Raises RuntimeError when the full one searched less or more than it should.
+        """
         self.contestant.simulations(1)
         with quiet():
             for _ in range(steps):
                 self.contestant.episodes.step()
             self.contestant.simulations(self._full)
-            self.contestant.episodes.step()
+            searched = {sum(root.visits) for root in self.contestant.episodes.step()}
+        if searched != {self._full}:
+            raise RuntimeError(f'{self.name}: expected {self._full} simulations of each root, got {searched}')
 
     def threads(self, number: int) -> None:
         """Threads of the next steps."""

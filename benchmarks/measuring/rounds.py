@@ -34,7 +34,7 @@ def measure_shape(
 
     Raises RuntimeError when two contestants predict different values for the first observations.
     """
-    players: list[Any] = [Player(contestant(family, cache, device)) for cache in CACHES]
+    players: list[Any] = [Player(contestant(family, cache, device), family.simulations) for cache in CACHES]
     weights = collect_model(players[0].contestant.policy).state_dict()
     others = [UpstreamPlayer(upstream, name, family, weights, device) for name in FLAGS] if upstream else []
     try:

@@ -106,7 +106,7 @@ def player(name: str, flag: bool, family: Any, weights: str, folder: str, device
         load_released(policy, weights)
         answer_unvisited(policy._mcts_collect)
         episodes = Episodes(policy, range(family.collectors), record=False, timesteps=family.timesteps)
-    return Player(Contestant(name, policy, episodes))
+    return Player(Contestant(name, policy, episodes), family.simulations)
 
 
 def main() -> None:

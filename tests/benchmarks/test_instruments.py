@@ -48,7 +48,7 @@ def test_host_reads_are_the_calls_that_wait_for_a_gpu() -> None:
 def test_counts_repeat_exactly(cache: str) -> None:
     counted = []
     for _ in range(2):
-        player = Player(contestant(SMALL, cache))
+        player = Player(contestant(SMALL, cache), SMALL.simulations)
         player.warm_up(SMALL.context // 2 + 1)
         counted.append(player.counts())
     assert counted[0] == counted[1]
@@ -60,7 +60,7 @@ def test_counts_repeat_exactly(cache: str) -> None:
 
 @pytest.mark.parametrize('cache', CACHES)
 def test_a_step_divides_into_the_parts(cache: str) -> None:
-    player = Player(contestant(SMALL, cache))
+    player = Player(contestant(SMALL, cache), SMALL.simulations)
     player.begin()
     seconds = player.split(steps=2)
     assert set(seconds) == set(PARTS)
@@ -68,7 +68,7 @@ def test_a_step_divides_into_the_parts(cache: str) -> None:
 
 
 def test_a_step_gives_its_root_inference() -> None:
-    player = Player(contestant(SMALL, 'shift'))
+    player = Player(contestant(SMALL, 'shift'), SMALL.simulations)
     player.begin()
     whole, root = player.step()
     assert 0 < root < whole
@@ -81,7 +81,7 @@ def test_the_floor_walks_no_tree() -> None:
 
 
 def test_a_trace_is_a_file_for_a_viewer(tmp_path: Path) -> None:
-    player = Player(contestant(SMALL, 'shift'))
+    player = Player(contestant(SMALL, 'shift'), SMALL.simulations)
     player.begin()
     write_trace(player, tmp_path / 'step.json')
     events = json.loads((tmp_path / 'step.json').read_text(encoding='utf-8'))['traceEvents']

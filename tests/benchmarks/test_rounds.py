@@ -65,19 +65,28 @@ def test_a_worker_with_another_package_is_refused(tmp_path: Path) -> None:
 
 
 def test_contestants_with_other_weights_are_refused() -> None:
-    predicted = {cache: Player(contestant(SMALL, cache)).begin() for cache in CACHES}
+    predicted = {cache: Player(contestant(SMALL, cache), SMALL.simulations).begin() for cache in CACHES}
     require_equal_values(predicted)
     assert len({round(value, 3) for value in predicted['stock']}) == SMALL.collectors
     other = contestant(SMALL, 'shift')
     with torch.no_grad():
         world_model_of(other.policy).head_value.head_module[0].weight.mul_(1.1)
-    predicted['shift'] = Player(other).begin()
+    predicted['shift'] = Player(other, SMALL.simulations).begin()
     with pytest.raises(RuntimeError, match='expected the same values of the first roots'):
         require_equal_values(predicted)
 
 
+def test_a_search_of_another_length_is_refused() -> None:
+    player = Player(contestant(SMALL, 'shift'), SMALL.simulations)
+    player.contestant.simulations = lambda number: setattr(
+        player.contestant.policy._mcts_collect._cfg, 'num_simulations', min(number, 5)
+    )
+    with pytest.raises(RuntimeError, match=r'expected 7 simulations of each root, got \{5\}'):
+        player.warm_up(1)
+
+
 def test_turns_give_each_as_many_steps() -> None:
-    players = [Player(contestant(SMALL, cache)) for cache in CACHES]
+    players = [Player(contestant(SMALL, cache), SMALL.simulations) for cache in CACHES]
     rounds = take_turns(players, steps=2, threads=1)
     assert {name: len(times) for name, times in rounds.items()} == dict.fromkeys(CACHES, 2)
 
