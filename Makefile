@@ -1,5 +1,6 @@
 # make help lists the targets. Variables: PYTHON (the interpreter of the set-up), VENV (the environment's folder),
-# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (test processes), MINUTES (of the soak).
+# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (test processes), MINUTES (of the soak), UPSTREAM (a
+# built checkout of LightZero's development branch, for the benchmark).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz soak bench types docs clean
+.PHONY: help setup demo test lint fuzz soak bench plots types docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +46,11 @@ docs: setup  ## run every command and snippet of the documentation (many minutes
 	$(BIN)/python tools/run_docs.py
 
 bench: setup  ## planning with each cache against LightZero's own and the model alone: one table, one JSON line (minutes)
-	@$(BIN)/python benchmarks/benchmark_kv_cache.py
+	@$(BIN)/python benchmarks/benchmark_kv_cache.py $(if $(UPSTREAM),--upstream $(UPSTREAM))
+
+plots: setup  ## growth with every size of a search, and where a step's time goes: the pictures of the docs (minutes)
+	@$(BIN)/python benchmarks/cache_growth.py --plot docs/images/cache_growth.png
+	@$(BIN)/python benchmarks/step_profile.py --plot docs/images/step_profile.png
 
 clean:  ## remove .venv and what runs and tests left behind
 	rm -rf $(VENV) $(VENV).lock build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

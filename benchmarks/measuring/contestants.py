@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,13 @@ from tests.host.episodes import Episodes
 from tests.host.families import Family
 from tests.host.models import collect_model, make_policy, world_model_of
 
-ENVIRONMENTS = 8
-
 SHAPES = {
     'atari': Family('atari', 2, 8, 768, 8, 8, (3, 64, 64), 6, 50),
     'memory': Family('memory', 4, 4, 256, 8, 162, (3, 5, 5), 4, 50, timesteps=False),
     'lunarlander': Family('lunarlander', 4, 4, 256, 8, 8, 8, 4, 50, timesteps=False),
     'cartpole': Family('cartpole', 2, 2, 64, 8, 8, 4, 2, 25, rotary=True),
 }
-"""The shapes of LightZero's configs."""
+"""The shapes of LightZero's configs, eight environments each."""
 
 CACHES: dict[str, dict[str, Any] | None] = {
     'stock': None,
@@ -58,25 +57,36 @@ class Contestant:
     def cache_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values between calls, besides the host's training."""
         world_model = world_model_of(self.policy)
-        if hasattr(world_model, 'kv_cache_manager'):
-            return int(world_model.kv_cache_manager.bytes)
-        pools = [world_model.shared_pool_recur_infer, world_model.shared_pool_wm]
-        pools += world_model.shared_pool_init_infer
+        manager = getattr(world_model, 'kv_cache_manager', None)
+        if hasattr(manager, 'bytes'):
+            return int(manager.bytes)
+        if manager is not None:  # that of LightZero's development branch
+            pools = [pool._pool for pool in (*manager.init_pools, manager.recur_pool, manager.wm_pool)]
+        else:
+            pools = [world_model.shared_pool_recur_infer, world_model.shared_pool_wm]
+            pools += world_model.shared_pool_init_infer
         return sum(_bytes_of(entry) for pool in pools for entry in pool if entry is not None)
 
 
-def contestant(shape: str, cache: str, simulations: int) -> Contestant:
-    """Build a policy of LightZero's own kind with the same random weights for every cache."""
-    family, options = SHAPES[shape], CACHES[cache]
+def options_of_device(device: str) -> dict[str, Any]:
+    """What the host wants to be told, for ``make_policy``."""
+    return dict(policy=dict(device=device, cuda=device == 'cuda'), world_model=dict(device=device))
+
+
+def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) -> Contestant:
+    """Build a policy of LightZero's own kind with the same random weights for every cache.
+
+    ``further`` are options of ``kv_cache`` beside those of :data:`CACHES`.
+    """
+    options = CACHES[cache]
     with quiet():
         policy = make_policy(
             family,
             kv=options is not None,
-            kv_cache=options,
-            collector_env_num=ENVIRONMENTS,
-            num_simulations=simulations,
+            kv_cache=options and options | further,
+            **options_of_device(device),
         )
-        episodes = Episodes(policy, range(ENVIRONMENTS), record=False, timesteps=family.timesteps)
+        episodes = Episodes(policy, range(family.collectors), record=False, timesteps=family.timesteps)
     return Contestant(cache, policy, episodes)
 
 
@@ -87,19 +97,20 @@ class Floor:
     simulation, over windows of ``tokens`` tokens.
     """
 
-    def __init__(self, shape: str, tokens: int, simulations: int) -> None:
-        family = SHAPES[shape]
-        self._simulations = simulations
+    def __init__(self, family: Family, tokens: int, device: str = 'cpu') -> None:
+        self._simulations = family.simulations
         with quiet():
-            policy = make_policy(family, kv=True, collector_env_num=ENVIRONMENTS)
+            policy = make_policy(family, kv=True, **options_of_device(device))
         self._world_model = world_model_of(policy)
         self._prepared = Prepared(self._world_model, as_host=False)
         size = (family.observation,) if isinstance(family.observation, int) else family.observation
-        self._observations = torch.randn(ENVIRONMENTS, *size)
-        self._actions = torch.zeros(ENVIRONMENTS, dtype=torch.int64)
+        self._observations = torch.randn(family.collectors, *size, device=device)
+        self._actions = torch.zeros(family.collectors, dtype=torch.int64, device=device)
         self._tokens = tokens
         self._positions = positions_of(self._world_model)
-        self._buffer = torch.randn(ENVIRONMENTS, 2 * family.layers, tokens + 2, family.embed)
+        self._buffer = torch.randn(
+            family.collectors, 2 * family.layers, tokens + 2, family.embed, device=device
+        )
 
     @torch.no_grad()
     def step(self) -> None:
@@ -111,7 +122,7 @@ class Floor:
 
     def _two_tokens(self, latent: torch.Tensor | None) -> None:
         prepared, buffer, own = self._prepared, self._buffer, self._tokens
-        at = np.full(ENVIRONMENTS, own)
+        at = np.full(len(buffer), own)
         x, rotation = self._positions.place(action_embeddings(self._world_model, self._actions), at, at)
         columns = Columns.of_buffer(buffer, (0, own), prepared.heads, None)
         hidden = append_token(prepared, columns, x, rotation)
@@ -125,9 +136,11 @@ class Floor:
         prepared.value(hidden)
 
 
-def quiet() -> Any:
+@contextmanager
+def quiet() -> Iterator[None]:
     """The host prints while it builds models and plays."""
-    return redirect_stdout(Path(os.devnull).open('w'))
+    with Path(os.devnull).open('w') as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _bytes_of(entry: Any) -> int:

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.host.recorder import replaced
 from tests.host.repeatable_tree import host_trees
 
-THREADS = int(os.environ.get('OMP_NUM_THREADS', os.cpu_count() or 1))
-CLOCK: Callable[[], float] = time.process_time if THREADS == 1 else time.perf_counter
-"""With one thread the processor time of this process, which other processes do not lengthen by waiting."""
+
+def clock() -> float:
+    """Seconds: with one thread the processor time of this process, which other processes do not lengthen by
+    waiting; else wall-clock time. On a GPU everything asked for is done before the clock is read.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Milliseconds that an action takes; on a GPU between two CUDA events, the last of them awaited."""
+    if torch.cuda.is_initialized():
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begun.record()
+        action()
+        ended.record()
+        ended.synchronize()
+        return float(begun.elapsed_time(ended))
+    started = clock()
+    action()
+    return (clock() - started) * 1000
+
 
 MOVES = {
     *('cat', 'clone', 'constant_pad_nd', 'copy_', 'gather', 'index', 'index_copy_', 'index_put_'),
@@ -45,6 +70,65 @@ class Operators(TorchDispatchMode):
         return result
 
 
+READS = {
+    *(torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist),
+    *(torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__),
+}
+"""Calls that copy from the device to the host, and wait for it, where the tensor is on a GPU."""
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the calls of :data:`READS`, which are device-to-host copies where the model is on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in READS
+        return func(*args, **(kwargs or {}))
+
+
+class Memory:
+    """Every allocation and release of tensor memory inside a ``with`` block, from torch's profiler.
+
+    Counts repeat exactly; times do not, so none are given. ``device_counts`` is empty without a GPU.
+    """
+
+    def __enter__(self) -> Memory:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_initialized():
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(activities=activities, profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        # The public list adds an operator's allocations and releases up; only these events tell them apart.
+        events: list[Any] = list(self._profile.profiler.kineto_results.events())
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')
+        sizes = np.array([0, *(size for _, size in changes)])
+        self.allocations = int((sizes > 0).sum())
+        self.allocated = int(sizes[sizes > 0].sum())
+        self.peak = int(sizes.cumsum().max())
+        """Bytes at the highest point above what the block found."""
+        self.kept = int(sizes.sum())
+        """Bytes that the block leaves more than it found."""
+        self.device_counts = _device_counts(events) if torch.cuda.is_initialized() else {}
+
+
+def _device_counts(events: list[Any]) -> dict[str, float]:
+    """Kernels and copies that a GPU ran, and launches that asked for them."""
+    ran = [event.name() for event in events if event.device_type() == DeviceType.CUDA]
+    launches = ('cudaLaunchKernel', 'cuLaunchKernel', 'cudaGraphLaunch')
+    return {
+        'kernels': sum(not name.startswith(('Memcpy', 'Memset', '[memory]')) for name in ran),
+        'device_to_host_copies': sum(name.startswith('Memcpy DtoH') for name in ran),
+        'launches': sum(event.name().startswith(launches) for event in events),
+    }
+
+
 class Split:
     """Divides time between parts: what a function spends outside the functions of other parts is its own
     part's."""
@@ -55,8 +139,8 @@ class Split:
         self._since = 0.0
 
     @contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
-        """Put the clocks on, for a model of either kind."""
+    def watching(self) -> Iterator[None]:
+        """Put the clocks on, for models of either kind."""
         from lzero.model.unizero_world_models.slicer import Head
         from lzero.model.unizero_world_models.tokenizer import Tokenizer
         from lzero.model.unizero_world_models.transformer import Transformer
@@ -91,12 +175,12 @@ class Split:
             for part, functions in places.items():
                 for owner, name in functions:
                     stack.enter_context(replaced(owner, name, self._timed(getattr(owner, name), part)))
-            self._part, self._since = 'rest', CLOCK()
+            self._part, self._since = 'rest', clock()
             yield
             self._enter('rest')
 
     def _enter(self, part: str) -> str:
-        now, before = CLOCK(), self._part
+        now, before = clock(), self._part
         self.seconds[before] += now - self._since
         self._part, self._since = part, now
         return before

@@ -13,7 +13,7 @@ from tests.host.precision import precision
 from tests.host.reanalysis import segment
 
 from .contestants import CACHES, quiet
-from .instruments import CLOCK
+from .instruments import clock
 
 UNROLLED = 10
 """Steps after the first that a segment is reanalysed at."""
@@ -53,6 +53,6 @@ class BatchReanalysis:
             timesteps = np.stack([game.timestep_segment[:UNROLLED] for game in games])
             context = self._buffer._prepare_policy_reanalyzed_context(list(numbers), games, [0] * len(games))
             self._buffer.reanalyze_num = self._segments
-            begun = CLOCK()
+            begun = clock()
             self._buffer._compute_target_policy_reanalyzed(context, self._model, actions, timesteps)
-            return CLOCK() - begun
+            return clock() - begun

@@ -108,7 +108,7 @@ class Episodes:
         ready_set = set(range(len(self.identities)) if ready is None else ready)
         rows = list(ready_set)  # the order in which the host, too, walks through the set
         config = self.policy._cfg
-        observation = torch.stack([self.observations[env][-1] for env in rows])
+        observation = torch.stack([self.observations[env][-1] for env in rows]).to(config.device)
         masks = [np.ones(config.model.action_space_size, dtype=np.int8) for _ in rows]
         to_play = [np.array(-1) for _ in rows]
         recorder = Recorder(world_model_of(self.policy), sampled=config.type == 'sampled_unizero')

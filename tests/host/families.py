@@ -107,7 +107,7 @@ def policy_config(
         replay_buffer_size=100,
         sampled_algo=family.continuous,
     )
-    return deep_merge_dicts(default, EasyDict(overrides | policy))
+    return deep_merge_dicts(default, deep_merge_dicts(EasyDict(overrides), EasyDict(policy)))
 
 
 def _world_model_config(family: Family) -> dict[str, Any]:

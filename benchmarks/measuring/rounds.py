@@ -1,0 +1,135 @@
+"""Contestants take turns; what each needed is compared with stock's and the floor's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.host.families import Family
+from tests.host.models import collect_model
+
+from .collection import Collection
+from .contestants import CACHES, Floor, contestant
+from .players import FloorPlayer, Numbers, Player
+from .reanalysis import BatchReanalysis
+from .upstream import FLAGS, UpstreamPlayer
+
+FLOOR = 'floor'
+
+
+def summary(values: Sequence[float]) -> Numbers:
+    """Median and quartiles."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {'median': round(float(median), 3), 'quartiles': [round(float(low), 3), round(float(high), 3)]}
+
+
+def measure_shape(
+    family: Family, steps: int, history: int, threads: Sequence[int], upstream: Path | None, device: str
+) -> dict[str, Numbers]:
+    """Every contestant of one shape: numbers by name; those of each number of threads under 'threads'.
+
+    Raises RuntimeError when two contestants predict different values for the first observations.
+    """
+    players: list[Any] = [Player(contestant(family, cache, device), family.simulations) for cache in CACHES]
+    weights = collect_model(players[0].contestant.policy).state_dict()
+    others = [UpstreamPlayer(upstream, name, family, weights, device) for name in FLAGS] if upstream else []
+    try:
+        players += others
+        require_equal_values({player.name: player.begin() for player in players})
+        warm_up = history if family.context > 16 else family.context // 2 + 1
+        for player in players:
+            player.warm_up(warm_up)
+        floor = FloorPlayer(Floor(family, min(2 * warm_up + 1, family.context - 3), device))
+        timed = {number: take_turns([*players, floor], steps, number) for number in threads}
+        for player in players:
+            player.threads(threads[0])
+        found: dict[str, Numbers] = {player.name: player.look_closer() for player in players}
+    finally:
+        for other in others:
+            other.close()
+    found[FLOOR] = {}
+    for name, numbers in found.items():
+        numbers['threads'] = {
+            number: compared(rounds, name, family.simulations) for number, rounds in timed.items()
+        }
+    return found
+
+
+def require_equal_values(predicted: dict[str, list[float]]) -> None:
+    """Raise RuntimeError unless all have the same model and see the same: fresh roots owe nothing to a cache.
+
+    The tolerance is that of float32 arithmetic in another order; another weight or observation changes the
+    first digit.
+    """
+    expected = predicted['stock']
+    for name, values in predicted.items():
+        if not np.allclose(values, expected, rtol=1e-3, atol=1e-3):
+            raise RuntimeError(
+                'expected the same values of the first roots from all contestants: '
+                f'stock predicts {expected}, {name} {values}'
+            )
+
+
+def take_turns(players: Sequence[Any], steps: int, threads: int) -> dict[str, list[tuple[float, float]]]:
+    """``steps`` rounds of one environment step each; milliseconds of the steps and their root inferences."""
+    rounds: dict[str, list[tuple[float, float]]] = {player.name: [] for player in players}
+    for player in players:
+        player.threads(threads)
+    for _ in range(steps):
+        for player in players:
+            rounds[player.name].append(player.step())
+    return rounds
+
+
+def compared(rounds: dict[str, list[tuple[float, float]]], name: str, simulations: int) -> Numbers:
+    """Times of one contestant, beside stock's and the floor's."""
+    medians = {other: np.median(values, axis=0) for other, values in rounds.items()}
+    step, root = medians[name]
+    numbers = {
+        'step_ms': summary([of for of, _ in rounds[name]]),
+        'times_as_fast': round(float(medians['stock'][0] / step), 2),
+        'over_floor': round(float(step / medians[FLOOR][0]), 2),
+    }
+    if name != FLOOR:
+        numbers['root_inference_ms'] = summary([of for _, of in rounds[name]])
+        numbers['root_times_as_fast'] = round(float(medians['stock'][1] / root), 2)
+        numbers['simulation_ms'] = round(float(step - root) / simulations, 3)
+    return numbers
+
+
+def measure_reanalysis(shape: str, segments: int, simulations: int) -> Numbers:
+    """One batch each; the caches take turns, twice for all but stock, which takes minutes."""
+    found: Numbers = {'roots': 11 * segments, 'simulations': simulations}
+    for cache in CACHES:
+        batch = BatchReanalysis(shape, cache, segments, simulations)
+        if cache != 'stock':
+            batch.seconds()
+        found[f'{cache}_s'] = round(batch.seconds(), 3)
+    for cache in CACHES:
+        found[f'{cache}_times_as_fast'] = round(found['stock_s'] / found[f'{cache}_s'], 1)
+    return found
+
+
+def measure_collection(task: str, calls: int) -> dict[str, Numbers]:
+    """Environment steps per second of real collection by each cache: ``calls`` of the collector, in turn."""
+    rates: dict[str, list[float]] = {cache: [] for cache in CACHES}
+    with ExitStack() as stack:
+        collections = {cache: stack.enter_context(closing(Collection(task, cache))) for cache in CACHES}
+        for collection in collections.values():
+            collection.segment()
+        for _ in range(calls):
+            for cache, collection in collections.items():
+                steps, seconds = collection.segment()
+                rates[cache].append(steps / seconds)
+    stock = np.median(rates['stock'])
+    return {
+        cache: {
+            'steps_per_second': summary(values),
+            'times_as_fast': round(float(np.median(values) / stock), 2),
+        }
+        for cache, values in rates.items()
+    }

@@ -1,0 +1,1 @@
+"""Tests of the benchmarks' instruments and shapes; nothing here is timed."""

@@ -1,0 +1,114 @@
+"""Contestants are compared only when they are alike, and by the right ratios."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cache_growth import BASE
+from measuring.collection import SEGMENT, SEGMENTS, Collection
+from measuring.contestants import CACHES, contestant
+from measuring.players import Player
+from measuring.rounds import compared, require_equal_values, take_turns
+from measuring.upstream import FLAGS, UpstreamPlayer, require_checkout
+
+from tests.host.models import world_model_of
+
+SMALL = replace(BASE, collectors=3, simulations=7)
+BENCHMARK = Path(__file__).resolve().parents[2] / 'benchmarks' / 'benchmark_kv_cache.py'
+
+
+def broken_checkout(folder: Path, package: str) -> Path:
+    """A folder with the files of a built checkout, whose package holds ``package``."""
+    for name in ('mcts/ctree/ctree_muzero/mz_tree.so', 'model/unizero_world_models/kv_cache_manager.py'):
+        file = folder / 'lzero' / name
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (folder / 'lzero' / '__init__.py').write_text(package, encoding='utf-8')
+    return folder
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'expected a checkout of LightZero .*found none; write the folder'):
+        require_checkout(tmp_path)
+
+
+def test_a_checkout_that_is_not_built_is_refused(tmp_path: Path) -> None:
+    (broken_checkout(tmp_path, '') / 'lzero/mcts/ctree/ctree_muzero/mz_tree.so').unlink()
+    with pytest.raises(ValueError, match=r'compiled tree search, found none; run\s.*build_ext --inplace'):
+        require_checkout(tmp_path)
+
+
+def test_the_command_refuses_it_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARK), '--upstream', str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f'--upstream {tmp_path}: expected a checkout')
+
+
+def test_what_a_worker_dies_of_is_told(tmp_path: Path) -> None:
+    folder = broken_checkout(tmp_path, "raise ImportError('nothing works here')")
+    with pytest.raises(RuntimeError, match=r'ended with code 1:\n[\s\S]*ImportError: nothing works here'):
+        UpstreamPlayer(folder, 'upstream', SMALL, {})
+
+
+def test_a_worker_with_another_package_is_refused(tmp_path: Path) -> None:
+    folder = broken_checkout(tmp_path, "__file__ = '/elsewhere/lzero/__init__.py'")
+    with pytest.raises(RuntimeError, match=r'expected lzero of .*, got /elsewhere'):
+        UpstreamPlayer(folder, next(iter(FLAGS)), SMALL, {})
+
+
+def test_contestants_with_other_weights_are_refused() -> None:
+    predicted = {cache: Player(contestant(SMALL, cache), SMALL.simulations).begin() for cache in CACHES}
+    require_equal_values(predicted)
+    assert len({round(value, 3) for value in predicted['stock']}) == SMALL.collectors
+    other = contestant(SMALL, 'shift')
+    with torch.no_grad():
+        world_model_of(other.policy).head_value.head_module[0].weight.mul_(1.1)
+    predicted['shift'] = Player(other, SMALL.simulations).begin()
+    with pytest.raises(RuntimeError, match='expected the same values of the first roots'):
+        require_equal_values(predicted)
+
+
+def test_a_search_of_another_length_is_refused() -> None:
+    player = Player(contestant(SMALL, 'shift'), SMALL.simulations)
+    player.contestant.simulations = lambda number: setattr(
+        player.contestant.policy._mcts_collect._cfg, 'num_simulations', min(number, 5)
+    )
+    with pytest.raises(RuntimeError, match=r'expected 7 simulations of each root, got \{5\}'):
+        player.warm_up(1)
+
+
+def test_turns_give_each_as_many_steps() -> None:
+    players = [Player(contestant(SMALL, cache), SMALL.simulations) for cache in CACHES]
+    rounds = take_turns(players, steps=2, threads=1)
+    assert {name: len(times) for name, times in rounds.items()} == dict.fromkeys(CACHES, 2)
+
+
+def test_ratios_are_stocks_time_by_mine_and_mine_by_the_floors() -> None:
+    rounds = {
+        'stock': [(120.0, 20.0), (90.0, 10.0), (500.0, 30.0)],
+        'shift': [(60.0, 5.0), (20.0, 4.0), (70.0, 8.0)],
+        'floor': [(40.0, float('nan')), (30.0, float('nan')), (10.0, float('nan'))],
+    }
+    numbers = compared(rounds, 'shift', simulations=11)
+    assert numbers['times_as_fast'] == 2.0
+    assert numbers['over_floor'] == 2.0
+    assert numbers['root_times_as_fast'] == 4.0
+    assert numbers['simulation_ms'] == 5.0
+    assert 'root_inference_ms' not in compared(rounds, 'floor', simulations=11)
+
+
+@pytest.mark.parametrize('cache', ['stock', 'shift'])
+def test_real_cartpole_is_collected(cache: str) -> None:
+    with closing(Collection('cartpole', cache)) as collection:
+        collection.segment()
+        steps, seconds = collection.segment()
+    assert steps == pytest.approx(SEGMENT * SEGMENTS, rel=0.5)  # an episode's end closes a segment early
+    assert seconds > 0
