@@ -61,8 +61,8 @@ class KVCacheConfig(BaseModel):
     engine: Literal['auto', 'eager', 'compile', 'cudagraph'] = 'auto'
     """How the steps of a search run: 'eager' one operator after another, 'compile' as one function on static
     shapes, compiled by torch.compile (about a minute, once), 'cudagraph' as one captured CUDA graph. 'auto'
-    is 'cudagraph' on a CUDA device, and 'eager' elsewhere, with padding='host' and with a budget. What fails
-    falls back to 'eager' with a warning."""
+    is 'cudagraph' on a CUDA device, and 'eager' elsewhere, with padding='host', with a budget, and with long
+    contexts. What fails falls back to 'eager' with a warning."""
     enable_stats: StrictBool = True
     """Whether events are counted."""
     tensorboard: StrictBool = True
@@ -88,12 +88,17 @@ class KVCacheConfig(BaseModel):
             raise ValueError('; '.join(problems))
         return self
 
-    def engine_on(self, device: str) -> Literal['eager', 'compile', 'cudagraph']:
-        """The engine of a model on a device of this type ('cpu', 'cuda', ...)."""
+    def engine_on(self, device: str, *, sharing: bool) -> Literal['eager', 'compile', 'cudagraph']:
+        """The engine of a model.
+
+        Arguments:
+            device: type of its device ('cpu', 'cuda', ...).
+            sharing: whether its nodes share their roots' histories, which the eager engine alone can.
+        """
         if self.engine != 'auto':
             return self.engine
-        whole = self.padding != 'host' and self.budget is None
-        return 'cudagraph' if device == 'cuda' and whole else 'eager'
+        fits = self.padding != 'host' and self.budget is None and not sharing
+        return 'cudagraph' if device == 'cuda' and fits else 'eager'
 
     @classmethod
     def from_world_model_cfg(cls, cfg: Any) -> KVCacheConfig:

@@ -11,8 +11,10 @@ from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.hosts.lightzero.install import FLAG
+from lzero_kv.window import Window
 
 PLUGIN = 'lzero_kv.plugin'
+HOST_CONTEXT = 8  # tokens, where a config leaves context_length to LightZero
 ENTRIES = ('train_unizero', 'train_unizero_segment')
 SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
 POLICIES = ('unizero', 'sampled_unizero')
@@ -99,13 +101,16 @@ def _engine_checks(call: TrainingCall, world_model: Any) -> list[Check]:
     """Return how the steps of a search would run on the device that the host would take here."""
     import torch
 
+    from lzero_kv.hosts.lightzero.flight import shares_histories
+
     try:
         config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
     except (ValueError, TypeError):
         return []  # the check of the values says why
     wanted = _at(call.config, 'policy', 'cuda') is not False  # the host's own default is True
     device = 'cuda' if wanted and torch.cuda.is_available() else 'cpu'
-    kind = config.engine_on(device)
+    context = int(_at(world_model, 'context_length') or HOST_CONTEXT)
+    kind = config.engine_on(device, sharing=shares_histories(config, Window(context)))
     found = f'{kind} on {device}' + (' (auto)' if config.engine == 'auto' else '')
     if kind == 'cudagraph' and device != 'cuda':
         remedy = "there is no CUDA device, searches would go on with 'eager'; leave engine out"

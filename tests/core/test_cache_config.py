@@ -100,10 +100,13 @@ def test_an_unknown_engine_is_refused():
 
 
 def test_auto_picks_the_engine_by_device():
-    assert [read().engine_on(device) for device in ('cpu', 'cuda', 'mps')] == ['eager', 'cudagraph', 'eager']
-    assert read(padding='host').engine_on('cuda') == 'eager'
-    assert read(budget=dict(ratio=0.5)).engine_on('cuda') == 'eager'
-    assert read(engine='compile').engine_on('cpu') == 'compile'
+    devices = ('cpu', 'cuda', 'mps')
+    chosen = [read().engine_on(device, sharing=False) for device in devices]
+    assert chosen == ['eager', 'cudagraph', 'eager']
+    assert read().engine_on('cuda', sharing=True) == 'eager'
+    assert read(padding='host').engine_on('cuda', sharing=False) == 'eager'
+    assert read(budget=dict(ratio=0.5)).engine_on('cuda', sharing=False) == 'eager'
+    assert read(engine='compile').engine_on('cpu', sharing=True) == 'compile'
 
 
 def test_statistics_switched_off_need_no_second_switch():

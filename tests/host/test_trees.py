@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero import flight, world_model
+from lzero_kv.hosts.lightzero import engine, flight
 from lzero_kv.hosts.lightzero.observer import NodesExpanded, Observer
 from lzero_kv.hosts.lightzero.trees import SearchTrees
 from lzero_kv.hosts.lightzero.validation.recompute import Recompute
@@ -199,5 +199,5 @@ def test_memory_grows_with_what_is_new() -> None:
     manager = world_model_of(policy).kv_cache_manager
     nodes = ROWS * manager.layout.row_bytes * (world_model_of(policy)._num_simulations + 1)
     trees = nodes_of(policy)['bytes']
-    assert world_model.MOVED_NODES < 5
+    assert engine.MOVED_NODES < 5
     assert trees < nodes / 4 and manager.tree_bytes < nodes / 30

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,44 +12,22 @@ from lzero.model.unizero_world_models.world_model import WorldModel
 
 from lzero_kv.budget import BudgetReading
 from lzero_kv.config import KVCacheConfig, validation_mode_of
-from lzero_kv.keys import NodeKey
-from lzero_kv.layout import KVLayout
 from lzero_kv.manager import KVCacheManager
 from lzero_kv.validation.tally import ValidationTally
 from lzero_kv.window import Window
 
 from .budgeted import BudgetedFlights, limiting_budget
 from .by_latent import NodesByLatent
-from .flight import Flights, shares_histories
-from .inputs import check_finite_latents, check_world_model_config, same_latents, timesteps_of
+from .engine import Engine, make_manager
+from .flight import shares_histories
+from .inputs import check_world_model_config, timesteps_of
 from .legacy import Clearable
 from .nodes import SearchNodes
-from .observer import Observer, SearchBegun
-from .roots import RootBatch, RootInference
-from .static_engine import StaticEngine
-from .static_nodes import StaticNodes
+from .observer import Observer
 from .validation.validator import Validator
 
 HostLast = tuple[torch.Tensor, Sequence[Any]]
 """A batch of last observations and last actions, as the host's policy keeps one for all environments."""
-
-
-MOVED_NODES = 4
-"""Slots for each row where nodes share histories: only windows that moved need one, and few are in use at
-once."""
-
-
-@dataclass
-class Engine:
-    """What serves inference while weights keep their dtype and device; made at the first use, never copied or
-    saved."""
-
-    manager: KVCacheManager
-    flights: Flights
-    roots: RootInference
-    static: StaticEngine | None = None
-    latest: RootBatch | None = None
-    by_latent: NodesByLatent | None = None
 
 
 class KVWorldModel(WorldModel):
@@ -94,15 +71,10 @@ class KVWorldModel(WorldModel):
     def engine(self) -> Engine:
         """The engine, made for the dtype and device that the weights have now."""
         if self._engine is None:
-            manager = self._make_manager()
+            self._engine = Engine(self, self._env_num, self._num_simulations, self._search_rows)
+            manager = self._engine.manager
             self.keys_values_wm_list = manager.keys_values_wm_list
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
-            flights = self._make_flights(manager)
-            self._engine = Engine(manager, flights, RootInference(self, manager, flights))
-            if manager.scratch:
-                self._engine.static = StaticEngine(
-                    self, manager, flights, self.engine_kind, self._search_rows
-                )
             if self._validation_mode is not None:
                 self._validator = Validator(self, self._validation_mode, self.cache_config, self._tally)
                 self.observers.append(self._validator)
@@ -120,7 +92,8 @@ class KVWorldModel(WorldModel):
     @property
     def engine_kind(self) -> Literal['eager', 'compile', 'cudagraph']:
         """How the steps of a search run on the device where the weights are: ``kv_cache.engine``."""
-        return self.cache_config.engine_on(self.transformer.ln_f.weight.device.type)
+        sharing = shares_histories(self.cache_config, Window(self.context_length))
+        return self.cache_config.engine_on(self.transformer.ln_f.weight.device.type, sharing=sharing)
 
     def _drop_engine(self) -> None:
         """New pools will be made; what watched the old ones forgets them."""
@@ -148,37 +121,6 @@ class KVWorldModel(WorldModel):
         is off."""
         return self._validator
 
-    def _make_manager(self) -> KVCacheManager:
-        weight, window = self.transformer.ln_f.weight, Window(self.context_length)
-        budget = limiting_budget(self.cache_config, self.num_layers, window)
-        shared = budget is not None or shares_histories(self.cache_config, window)
-        layers, tokens = self.num_layers, window.kept
-        if budget is not None:  # one run of tokens, which the layers divide among themselves
-            layers, tokens = 1, budget.sizes(layers, tokens).total
-        layout = KVLayout(
-            layers=layers,
-            heads=self.num_heads,
-            head_dim=self.embed_dim // self.num_heads,
-            tokens=tokens,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-        return KVCacheManager(
-            self.config,
-            self._env_num,
-            self.cache_config.enable_stats,
-            layout=layout,
-            cache_config=self.cache_config,
-            num_simulations=MOVED_NODES if shared else self._num_simulations,
-            scratch=self.engine_kind != 'eager',
-        )
-
-    def _make_flights(self, manager: KVCacheManager) -> Flights:
-        budget = limiting_budget(self.cache_config, self.num_layers, Window(self.context_length))
-        if budget is None:
-            return Flights(self, manager, self.cache_config)
-        return BudgetedFlights(self, manager, self.cache_config, budget)
-
     def expect(self, environments: int, num_simulations: int, rows: int | None = None) -> None:
         """Size the pools for a policy: all its collection and evaluation environments, its simulations per
         search, and the most environments that are searched at once (None: all of them).
@@ -190,7 +132,7 @@ class KVWorldModel(WorldModel):
         self._search_rows = environments if rows is None else rows
         self._drop_engine()
         # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
-        self._make_manager()
+        make_manager(self, environments, num_simulations)
 
     @contextmanager
     def serving(self, env_ids: Sequence[int], host_last: HostLast | None = None) -> Iterator[None]:
@@ -279,59 +221,7 @@ class KVWorldModel(WorldModel):
             ValueError: a latent state is nan or infinite. Nothing is changed.
             RuntimeError: the nodes of two simulations do not fit into ``max_bytes``.
         """
-        engine, rows = self.engine, len(root_latents)
-        engine.flights.take_weights()
-        latest = None if self.reanalyze_phase else engine.latest
-        if latest is not None and not same_latents(latest.latents, root_latents):
-            latest = None
-        if latest is None:
-            check_finite_latents(root_latents)
-        engine.manager.clear_recur_cache()
-        trees = None
-        static = engine.static if engine.static is not None and engine.static.serves(rows) else None
-        if engine.flights.shares_histories and static is None:
-            width, most = (1, 1) if latest is None else (int(latest.lengths.max()), latest.tokens.shape[1])
-            columns, largest = (
-                [tokens + 2 * num_simulations for tokens in engine.flights.widths(longest)]
-                for longest in (width, most)
-            )
-            trees = engine.manager.tree_buffer(rows, columns, largest)
-            if trees is None and isinstance(engine.flights, BudgetedFlights):
-                raise RuntimeError(
-                    f'a search of {rows} rows and {num_simulations} simulations under kv_cache.budget needs '
-                    f'{engine.manager.bytes_of_trees(rows, columns):,} bytes beside the pools; raise '
-                    f'kv_cache.max_bytes={self.cache_config.max_bytes}'
-                )
-        if trees is None:
-            own = 0 if latest is not None else rows
-            engine.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
-        else:
-            engine.manager.reserve_recurrent(rows * MOVED_NODES, minimum=rows)
-        roots = latest or self._begin_with_latents(root_latents, timestep, store=trees is None)
-        capacity = engine.manager.recur_pool.pool_size
-        begun = SearchBegun(root_latents, timestep, latest is not None, roots.next_positions, capacity)
-        for observer in self.observers:
-            observer.search_begun(begun)
-        if static is not None:
-            return StaticNodes(static, self, engine.manager, engine.flights, roots, num_simulations)
-        return SearchNodes(self, engine.manager, engine.flights, roots, num_simulations, trees)
-
-    def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any, store: bool) -> RootBatch:
-        """Histories of one observation each, all computed in one batch, and stored unless the caller keeps
-        them."""
-        engine, rows = self.engine, len(root_latents)
-        layout = engine.manager.layout
-        # Long windows of thousands of reanalysed roots would not fit in memory, and hold one token each.
-        width = engine.flights.window.kept if engine.flights.host_padding else 1
-        latents = torch.as_tensor(root_latents).to(layout.device, layout.dtype).reshape(rows, 1, -1)
-        lengths = np.ones(rows, dtype=np.int64)
-        next_positions = 2 * np.maximum(timesteps_of(timestep, rows), 0) + 1
-        kv = latents.new_zeros(rows, 2 * engine.flights.layers, width, layout.embed_dim)
-        engine.flights.recompute(latents, lengths, next_positions, kv[:, :, width - 1 :])
-        keys = [NodeKey(row, 0) for row in range(rows)]
-        if store:
-            engine.manager.store(keys, kv, lengths, next_positions, newest=width)
-        return RootBatch(keys, latents, latents, lengths, next_positions, None if store else kv)
+        return self.engine.begin_search(root_latents, timestep, num_simulations)
 
     @contextmanager
     def clean_on_failure(self) -> Iterator[None]:
@@ -346,30 +236,18 @@ class KVWorldModel(WorldModel):
         try:
             yield
         except Exception as error:
-            engine.flights.forget_buffer()
-            engine.manager.forget_trees()
+            engine.forget_working_memory()
             if isinstance(error, RuntimeError):
-                engine.latest = engine.by_latent = None
+                engine.forget_search()
                 self.clear_caches()
-                self._blank(engine.manager)
+                engine.blank()
             raise
-
-    @staticmethod
-    def _blank(manager: KVCacheManager) -> None:
-        slab = manager.slab
-        if slab.bytes:
-            row = torch.zeros(
-                manager.layout.batch_shape(1), dtype=manager.layout.dtype, device=manager.layout.device
-            )
-            slab.store(np.arange(slab.slots), row.expand(slab.slots, *row.shape[1:]))
 
     def clear_caches(self) -> None:
         """Drop all keys and values, as after an update of the weights; environments stay in their
         episodes."""
         if self._engine is not None:
-            self._engine.manager.clear_all()
-            self._engine.roots.contexts.forget_tokens()
-            self._engine.flights.forget_weights()
+            self._engine.forget_weights()
         for observer in self.observers:
             observer.caches_cleared()
 
@@ -399,7 +277,7 @@ class KVWorldModel(WorldModel):
         super()._load_from_state_dict(*args, **kwargs)
         self.clear_caches()
         if self._engine is not None:
-            self._engine.latest = self._engine.by_latent = None
+            self._engine.forget_search()
 
     def _apply(self, *args: Any, **kwargs: Any) -> KVWorldModel:
         super()._apply(*args, **kwargs)
