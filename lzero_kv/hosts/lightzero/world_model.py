@@ -288,7 +288,7 @@ class KVWorldModel(WorldModel):
             check_finite_latents(root_latents)
         engine.manager.clear_recur_cache()
         trees = None
-        static = engine.static if engine.static is not None and engine.static.serves(rows) else None
+        static = self._static_for(rows, num_simulations)
         if engine.flights.shares_histories and static is None:
             width, most = (1, 1) if latest is None else (int(latest.lengths.max()), latest.tokens.shape[1])
             columns, largest = (
@@ -315,6 +315,17 @@ class KVWorldModel(WorldModel):
         if static is not None:
             return StaticNodes(static, self, engine.manager, engine.flights, roots, num_simulations)
         return SearchNodes(self, engine.manager, engine.flights, roots, num_simulations, trees)
+
+    def _static_for(self, rows: int, num_simulations: int) -> StaticEngine | None:
+        """Who serves a search on static shapes, where every node has a slot; None where nobody does, or where
+        nodes that share their histories need the memory less."""
+        engine = self.engine
+        if engine.static is None or not engine.static.serves(rows):
+            return None
+        most = engine.static.rows * (num_simulations + 1)
+        if engine.flights.shares_histories and not engine.manager.can_reserve(most):
+            return None
+        return engine.static
 
     def _begin_with_latents(self, root_latents: np.ndarray, timestep: Any, store: bool) -> RootBatch:
         """Histories of one observation each, all computed in one batch, and stored unless the caller keeps
