@@ -158,6 +158,11 @@ class KVCacheManager(NamedAccess):
             self.recur_pool.resize(capacity)
         return capacity
 
+    def can_reserve(self, entries: int) -> bool:
+        """Whether :meth:`reserve_recurrent` would make room for so many nodes."""
+        most = self.cache_config.recurrent_slots or self._recurrent_limit(self.env_num)
+        return most is None or entries <= most
+
     def tree_buffer(
         self, rows: int, columns: Sequence[int], most: Sequence[int]
     ) -> list[torch.Tensor] | None:

@@ -247,6 +247,42 @@ def test_explicit_recurrent_slots_stay():
         made.reserve_recurrent(90, minimum=18)
 
 
+def test_whether_a_search_would_fit_is_known_beforehand():
+    made = manager(max_bytes=(8 + 4 + 50) * 1680)
+    assert made.can_reserve(50) and not made.can_reserve(51)
+    assert made.recur_pool.capacity == 48, 'nothing changed'
+    assert manager(recurrent_slots=17).can_reserve(17) and not manager(recurrent_slots=17).can_reserve(18)
+    assert manager(max_bytes=None).can_reserve(10_000)
+
+
+def test_reserved_slots_are_stored_nodes_whose_numbers_the_caller_writes():
+    made, _ = filled()
+    keys = [NodeKey(3, 7), NodeKey(0, 4)]
+    slots = made.reserve(keys, np.array([2, 6]), np.array([12, 16]))
+    assert made.slots(keys).tolist() == slots.tolist()
+    assert made.lengths(slots).tolist() == [2, 6] and made.next_positions(slots).tolist() == [12, 16]
+    assert slots[1] == made.slots([KEYS[1]])[0], 'a known key keeps its slot'
+    nodes = made.get_stats_summary()['nodes']
+    assert (nodes['stores'], nodes['overwrites']) == (4, 1)
+    full = manager(recurrent_slots=4)
+    with pytest.raises(RuntimeError, match='do not fit'):
+        full.reserve([NodeKey(0, number) for number in range(5)], np.ones(5, int), np.ones(5, int))
+    assert len(full.recur_pool) == 0
+
+
+def test_the_scratch_row_counts_towards_the_bound():
+    bound = (8 + 4 + 50) * 1680
+    plain, scratched = (
+        KVCacheManager({**WORLD_MODEL, 'kv_cache': dict(max_bytes=bound)}, 4, scratch=scratch)
+        for scratch in (False, True)
+    )
+    assert (plain.reserve_recurrent(90), scratched.reserve_recurrent(90)) == (50, 49)
+    scratched.set_wm_cache(1, Histories(UNIFORM, 0).entry(4))
+    scratched.set_init_cache(1, 1, Histories(UNIFORM, 0).entry(4))
+    assert scratched.bytes == (4 + 4 + 49 + 1) * 1680 <= bound
+    assert copy.deepcopy(scratched).scratch and pickle.loads(pickle.dumps(scratched)).scratch
+
+
 def test_no_bound():
     assert manager(max_bytes=None).reserve_recurrent(10_000) == 10_000
 

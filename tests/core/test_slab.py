@@ -241,3 +241,17 @@ def test_impossible_sizes_are_refused(slots, keep):
     with pytest.raises(ValueError, match='must be'):
         slab.resize(slots, keep=keep)
     assert torch.equal(slab.load(range(11)), rows)
+
+
+def test_the_scratch_row_is_behind_the_slots_and_no_slot():
+    slab = KVSlab(UNIFORM, 11, scratch=True)
+    rows = torch.randn(UNIFORM.batch_shape(11), dtype=UNIFORM.dtype)
+    slab.store(range(11), rows)
+    assert slab.tensor.shape == UNIFORM.batch_shape(12) and slab.bytes == 12 * 1680
+    assert torch.equal(slab.tensor[:11], rows) and not slab.tensor[11].any()
+    with pytest.raises(ValueError, match=r'slots must be in \[0, 11\), got \[11\]'):
+        slab.load([11])
+    slab.tensor[11] = 1.0
+    slab.resize(14, keep=3)
+    assert slab.tensor.shape == UNIFORM.batch_shape(15)
+    assert torch.equal(slab.tensor[:3], rows[:3]) and not slab.tensor[3:].any()

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzero_kv.hosts.lightzero import runners
+from lzero_kv.hosts.lightzero import flight, runners
 from lzero_kv.hosts.lightzero.nodes import SearchNodes
 from lzero_kv.hosts.lightzero.prepared import Prepared
 from lzero_kv.hosts.lightzero.static_engine import StaticEngine
@@ -248,6 +248,23 @@ def test_validation_accounts_for_every_row(as_is: Counted, mode: str, window: st
     for tally in (tally_of(policy).roots, tally_of(policy).nodes):
         assert tally.compared > 0
         assert_accounted(tally)
+
+
+@pytest.mark.parametrize(('rows', 'shared'), [(400, False), (110, True)])
+def test_long_contexts_share_histories_where_slots_do_not_fit(
+    as_is: Counted, rows: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flight, 'SHARED_FROM', 1)
+    options: dict[str, Any] = dict(num_simulations=40, infer_context_length=14)
+    row_bytes = model_of('eager', **options).world_model.kv_cache_manager.layout.row_bytes
+    plays = []
+    for engine in ('eager', 'compile'):
+        model = model_of(engine, kv_cache=dict(max_bytes=rows * row_bytes), **options)
+        plays.append(Drive(model, ROWS, 40).play(UNEVEN))
+    assert largest_difference(plays[1], plays[0]) < TOLERANCE[torch.float64]
+    manager = model.world_model.kv_cache_manager
+    assert (manager.tree_bytes > 0, as_is.made == 0) == (shared, shared)
+    assert manager.bytes <= rows * row_bytes
 
 
 def test_reanalysis_of_more_rows_than_environments_stays_eager(as_is: Counted) -> None:

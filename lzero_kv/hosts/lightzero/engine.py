@@ -106,7 +106,7 @@ class Engine:
         if latest is None:
             check_finite_latents(root_latents)
         self.manager.clear_recur_cache()
-        static = self.static if self.static is not None and self.static.serves(rows) else None
+        static = self._static_for(rows, num_simulations)
         trees = None if static is not None else self._trees(rows, latest, num_simulations)
         if trees is None:
             own = 0 if latest is not None else rows
