@@ -3,9 +3,9 @@
     python benchmarks/cache_growth.py --plot docs/images/cache_growth.png
 
 One size is changed at a time, from a small model's (2 layers, 64 wide, 8 tokens, 8 environments, 25
-simulations). Contestants are those of benchmark_kv_cache.py that compile nothing; they take turns; times are medians of ``--steps``
-steps on one thread, processor time. The last line is one JSON document. The pool's size is that of the
-manager's nodes: stock's is fixed, and the floor has none.
+simulations). Contestants are those of benchmark_kv_cache.py that compile nothing. They take turns; times are
+medians of ``--steps`` steps on one thread, processor time. The last line is one JSON document. The pool's
+size is that of the manager's nodes: stock's is fixed, and the floor has none.
 """
 
 from __future__ import annotations
