@@ -3,9 +3,9 @@
     python benchmarks/cache_growth.py --plot docs/images/cache_growth.png
 
 One size is changed at a time, from a small model's (2 layers, 64 wide, 8 tokens, 8 environments, 25
-simulations). Contestants are those of benchmark_kv_cache.py and take turns; times are medians of ``--steps``
-steps on one thread, processor time. The last line is one JSON document. The pool's size is that of the
-manager's nodes: stock's is fixed, and the floor has none.
+simulations). Contestants are those of benchmark_kv_cache.py that compile nothing. They take turns; times are
+medians of ``--steps`` steps on one thread, processor time. The last line is one JSON document. The pool's
+size is that of the manager's nodes: stock's is fixed, and the floor has none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 
 import numpy as np
 import tyro
-from measuring.contestants import CACHES, Floor, contestant
+from measuring.contestants import CACHES, EAGER, Floor, contestant
 from measuring.players import FloorPlayer, Numbers, Player
 from measuring.plots import growth_plot
 from measuring.rounds import FLOOR, require_equal_values, take_turns
@@ -61,7 +61,7 @@ def measure(size: Size, value: int, steps: int) -> dict[str, Numbers]:
     """
     family = family_of(size, value)
     pool: dict[str, Any] = dict(recurrent_slots=value) if size == 'pool' else {}
-    names = [name for name, options in CACHES.items() if not pool or options is not None]
+    names = [name for name in EAGER if not pool or CACHES[name] is not None]
     players = [Player(contestant(family, name, **pool), family.simulations) for name in names]
     if not pool:
         require_equal_values({player.name: player.begin() for player in players})

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 import numpy as np
 import torch
 import tyro
-from measuring.contestants import CACHES, SHAPES, Floor, contestant, quiet
+from measuring.contestants import EAGER, SHAPES, Floor, contestant, quiet
 from measuring.players import FloorPlayer, Player
 from measuring.plots import profile_plot
 from measuring.rounds import FLOOR
@@ -39,7 +39,7 @@ Shape = Literal['atari', 'memory', 'lunarlander', 'cartpole']
 def measure(shape: Shape, steps: int, history: int) -> tuple[dict[str, dict[str, float]], dict[str, Player]]:
     """Milliseconds of a step by part for every contestant, and the players."""
     family = SHAPES[shape]
-    players = {cache: Player(contestant(family, cache), family.simulations) for cache in CACHES}
+    players = {cache: Player(contestant(family, cache), family.simulations) for cache in EAGER}
     warm_up = history if family.context > 16 else family.context // 2 + 1
     for player in players.values():
         player.warm_up(warm_up)

@@ -37,6 +37,9 @@ CACHES: dict[str, dict[str, Any] | None] = {
 }
 """Options of ``kv_cache``; None for LightZero's own."""
 
+EAGER = [name for name, options in CACHES.items() if options is None or options['engine'] == 'eager']
+"""Those that compile nothing, which would take minutes at every shape."""
+
 
 @dataclass
 class Contestant:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cache_growth import BASE
-from measuring.contestants import CACHES, Floor, contestant
+from measuring.contestants import EAGER, Floor, contestant
 from measuring.instruments import HostReads, Memory
 from measuring.players import FloorPlayer, Player
 from measuring.tables import PARTS
@@ -44,7 +44,7 @@ def test_host_reads_are_the_calls_that_wait_for_a_gpu() -> None:
     assert (reads.count, computing.count) == (5, 0)
 
 
-@pytest.mark.parametrize('cache', CACHES)
+@pytest.mark.parametrize('cache', EAGER)
 def test_counts_repeat_exactly(cache: str) -> None:
     counted = []
     for _ in range(2):
@@ -58,7 +58,7 @@ def test_counts_repeat_exactly(cache: str) -> None:
     assert counted[0]['cache_mib'] > 0
 
 
-@pytest.mark.parametrize('cache', CACHES)
+@pytest.mark.parametrize('cache', EAGER)
 def test_a_step_divides_into_the_parts(cache: str) -> None:
     player = Player(contestant(SMALL, cache), SMALL.simulations)
     player.begin()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from cache_growth import BASE
 from measuring.collection import SEGMENT, SEGMENTS, Collection
-from measuring.contestants import CACHES, contestant
+from measuring.contestants import EAGER, contestant
 from measuring.players import Player
 from measuring.rounds import compared, require_equal_values, take_turns
 from measuring.upstream import FLAGS, UpstreamPlayer, require_checkout
@@ -65,7 +65,7 @@ def test_a_worker_with_another_package_is_refused(tmp_path: Path) -> None:
 
 
 def test_contestants_with_other_weights_are_refused() -> None:
-    predicted = {cache: Player(contestant(SMALL, cache), SMALL.simulations).begin() for cache in CACHES}
+    predicted = {cache: Player(contestant(SMALL, cache), SMALL.simulations).begin() for cache in EAGER}
     require_equal_values(predicted)
     assert len({round(value, 3) for value in predicted['stock']}) == SMALL.collectors
     other = contestant(SMALL, 'shift')
@@ -86,9 +86,9 @@ def test_a_search_of_another_length_is_refused() -> None:
 
 
 def test_turns_give_each_as_many_steps() -> None:
-    players = [Player(contestant(SMALL, cache), SMALL.simulations) for cache in CACHES]
+    players = [Player(contestant(SMALL, cache), SMALL.simulations) for cache in EAGER]
     rounds = take_turns(players, steps=2, threads=1)
-    assert {name: len(times) for name, times in rounds.items()} == dict.fromkeys(CACHES, 2)
+    assert {name: len(times) for name, times in rounds.items()} == dict.fromkeys(EAGER, 2)
 
 
 def test_ratios_are_stocks_time_by_mine_and_mine_by_the_floors() -> None:
