@@ -15,7 +15,7 @@ from .flight import Flights
 from .outputs import StepOutputs
 from .positions import RotaryPositions
 from .prepared import Prepared
-from .runners import RUNNERS, Run
+from .runners import RUNNERS, Function, Run
 from .static_step import ACTION, CHILD, PARENT, TOKEN, WINDOW, StaticStep, StepInputs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -108,7 +108,8 @@ class StaticEngine:
         try:
             self._fill(self._inputs, actions, next_positions)
             if moved not in self._runs:
-                return self._first_run(self._inputs, moved, len(actions))
+                step = self._step.moved if moved else self._step.plain
+                return self._first_run(step, self._inputs, moved, len(actions))
             return self._runs[moved]()[: len(actions)]
         except Exception as error:  # compilers and drivers raise what they like
             self._give_up(f'{type(error).__name__}: {error}')
@@ -124,10 +125,9 @@ class StaticEngine:
         )
         return StepOutputs(hidden, latent, reward, policy, value)
 
-    def _first_run(self, inputs: StepInputs, moved: bool, rows: int) -> torch.Tensor:
-        """Make a runner and compare its first answer. A step reads nothing that it writes, so it can be taken
-        twice; the plain function comes last, so that what stays is its."""
-        step = self._step.moved if moved else self._step.plain
+    def _first_run(self, step: Function, inputs: StepInputs, moved: bool, rows: int) -> torch.Tensor:
+        """Make a runner and compare its first answer, of the rows in use. A step reads nothing that it writes,
+        so it can be taken twice; the plain function comes last, so that what stays is its."""
         run = RUNNERS[self._kind](step, inputs)
         got, expected = run()[:rows], step(inputs)[:rows]
         if not torch.isfinite(expected).all():
@@ -167,14 +167,16 @@ class StaticEngine:
             self.first_tokens = np.arange(self.rows) * columns
             host = torch.from_numpy(self.numbers)
             continuous = world_model.action_space_size if world_model.continuous_action_space else 0
-            rotary = isinstance(self._flights.positions, RotaryPositions)
-            factors = self._flights.positions.factors(np.zeros(1, np.int64)) if rotary else slab.new_zeros(0)
+            rotation, positions = slab.new_zeros(0), self._flights.positions
+            if isinstance(positions, RotaryPositions):
+                like = positions.factors(np.zeros(1, np.int64))
+                rotation = like.new_zeros(self.rows, kept + 2, layout.head_dim // 2, 2)
             return StepInputs(
                 slab,
                 self._tokens.view(self.rows * columns, layout.embed_dim),
                 host if slab.device.type == 'cpu' else torch.empty_like(host, device=slab.device),
                 slab.new_zeros(self.rows, continuous),
-                factors.new_zeros(self.rows, kept + 2, layout.head_dim // 2, 2) if rotary else factors,
+                rotation,
                 slab.new_zeros(0) if shift is None else torch.zeros_like(shift),
             )
 

@@ -52,7 +52,8 @@ class StaticNodes(SearchNodes):
     def __init__(self, engine: StaticEngine, *args: Any) -> None:
         super().__init__(*args)
         self._engine = engine
-        shared = engine.begin(*self._tokens.shape[:2], self._shift)
+        rows, columns, _ = self._tokens.shape
+        shared = engine.begin(rows, columns, self._shift)
         self._tokens = shared.copy_(self._tokens)
 
     def expand(self, parents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
