@@ -126,8 +126,8 @@ class StaticEngine:
         return StepOutputs(hidden, latent, reward, policy, value)
 
     def _first_run(self, step: Function, inputs: StepInputs, moved: bool, rows: int) -> torch.Tensor:
-        """Make a runner and compare its first answer, of the rows in use. A step reads nothing that it writes,
-        so it can be taken twice; the plain function comes last, so that what stays is its."""
+        """Make a runner and compare its first answer in the rows in use. A step reads nothing that it
+        writes, so it can be taken twice; the plain function comes last, so that what stays is its."""
         run = RUNNERS[self._kind](step, inputs)
         got, expected = run()[:rows], step(inputs)[:rows]
         if not torch.isfinite(expected).all():
