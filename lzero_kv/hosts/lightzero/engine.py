@@ -121,6 +121,16 @@ class Engine:
         arguments = self._world_model, self.manager, self.flights, roots, num_simulations
         return SearchNodes(*arguments, trees) if static is None else StaticNodes(static, *arguments)
 
+    def _static_for(self, rows: int, num_simulations: int) -> StaticEngine | None:
+        """Who serves a search on static shapes, where every node has a slot; None where nobody does, or where
+        slots for all nodes do not fit and nodes can share their histories."""
+        if self.static is None or not self.static.serves(rows):
+            return None
+        most = self.static.rows * (num_simulations + 1)
+        if self.flights.shares_histories and not self.manager.can_reserve(most):
+            return None
+        return self.static
+
     def _trees(self, rows: int, latest: RootBatch | None, num_simulations: int) -> list[torch.Tensor] | None:
         """Memory for nodes that share their roots' histories; None where each has a slot of its own."""
         if not self.flights.shares_histories:
