@@ -17,12 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzero_kv.hosts.lightzero import flight, runners
+from lzero_kv.hosts.lightzero import flight
 from lzero_kv.hosts.lightzero.nodes import SearchNodes
 from lzero_kv.hosts.lightzero.prepared import Prepared
-from lzero_kv.hosts.lightzero.static_engine import StaticEngine
-from lzero_kv.hosts.lightzero.static_nodes import StaticNodes
-from lzero_kv.hosts.lightzero.static_step import StaticStep, StepInputs
+from lzero_kv.hosts.lightzero.static import StaticEngine, StaticNodes, runners
+from lzero_kv.hosts.lightzero.static.step import StaticStep, StepInputs
 
 from .direct import Drive, Step, largest_difference
 from .families import FAMILIES

@@ -20,8 +20,7 @@ from .inputs import check_finite_latents, same_latents, timesteps_of
 from .nodes import SearchNodes
 from .observer import SearchBegun
 from .roots import RootBatch, RootInference
-from .static_engine import StaticEngine
-from .static_nodes import StaticNodes
+from .static import StaticEngine, StaticNodes
 
 MOVED_NODES = 4
 """Slots for each row where nodes share histories: only windows that moved need one, and few are in use at

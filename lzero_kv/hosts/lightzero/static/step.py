@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lzero_kv.window import TOKENS_PER_STEP
 
-from .prepared import Prepared
+from ..prepared import Prepared
 
 PARENT, CHILD, WINDOW, LENGTH, TOKEN, PENDING, ACTION = range(7)
 """Columns of :attr:`StepInputs.numbers` in front of the tokens of the window."""

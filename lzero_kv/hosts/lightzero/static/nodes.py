@@ -10,11 +10,11 @@ import torch
 from lzero_kv.keys import NO_SLOT, NodeKey
 from lzero_kv.window import TOKENS_PER_STEP
 
-from .nodes import SearchNodes
-from .observer import NO_HISTORIES, Histories, NodesExpanded
-from .outputs import StepOutputs
-from .static_engine import StaticEngine
-from .static_step import ACTION, CHILD, LENGTH, PARENT, PENDING, TOKEN, WINDOW
+from ..nodes import SearchNodes
+from ..observer import NO_HISTORIES, Histories, NodesExpanded
+from ..outputs import StepOutputs
+from .engine import StaticEngine
+from .step import ACTION, CHILD, LENGTH, PARENT, PENDING, TOKEN, WINDOW
 
 
 class Plan(NamedTuple):

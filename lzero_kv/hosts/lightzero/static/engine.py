@@ -11,12 +11,12 @@ import torch
 
 from lzero_kv.manager import KVCacheManager
 
-from .flight import Flights
-from .outputs import StepOutputs
-from .positions import RotaryPositions
-from .prepared import Prepared
+from ..flight import Flights
+from ..outputs import StepOutputs
+from ..positions import RotaryPositions
+from ..prepared import Prepared
 from .runners import RUNNERS, Function, Run
-from .static_step import ACTION, CHILD, PARENT, TOKEN, WINDOW, StaticStep, StepInputs
+from .step import ACTION, CHILD, PARENT, TOKEN, WINDOW, StaticStep, StepInputs
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference between a runner's first answer and that of the plain function, in parts of the largest

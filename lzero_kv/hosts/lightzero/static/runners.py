@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .static_step import StepInputs
+from .step import StepInputs
 
 Function = Callable[[StepInputs], torch.Tensor]
 """A bound method that reads and writes tensors of its inputs, and returns a new one."""
