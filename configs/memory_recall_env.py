@@ -1,0 +1,108 @@
+"""A memory task small enough to be learned on a CPU: LightZero's visual_match, its cue at a frame of choice.
+
+One frame, the cue, shows a colour. All frames before the reward phase but that one show an empty room, in which
+nothing that the agent does matters. In the reward phase it stands between three doors, two steps from each, and
+the door of the cue's colour pays. visual_match as shipped shows the cue first and puts the doors seven steps
+away; how long an episode takes depends on neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from ding.envs import BaseEnvTimestep
+from ding.utils import ENV_REGISTRY
+from memory_repairs import repair_memory_tasks
+
+repair_memory_tasks()
+
+from pycolab import storytelling  # noqa: E402  (it reads what the repair puts back)
+from zoo.memory.envs.memory_lightzero_env import MemoryEnvLightZero  # noqa: E402
+from zoo.memory.envs.pycolab_tvt import common, visual_match  # noqa: E402
+
+DOORS = ('b', 'c', 'e')  # to the west, to the north, to the east
+STEPS_TO_DOOR = 2
+REWARD_ROOM = [
+    '###########',
+    '#####c#####',
+    '##### #####',
+    '###b + e###',
+    '###########',
+    '###########',
+    '###########',
+]
+
+
+class RecallGame(visual_match.Game):
+    """visual_match with the cue at one of the given frames, and a smaller room of doors.
+
+    cue_frames: frames of which one is drawn for an episode, all equally likely; a frame that is written twice is
+    twice as likely. Raises ValueError for a frame outside 0 (first) to max_frames['distractor'] (last before
+    the doors), and for another number of cue frames than 1.
+    """
+
+    def __init__(self, rng: np.random.RandomState, cue_frames: Sequence[int], **settings: Any) -> None:
+        super().__init__(rng, **settings)
+        last = self._max_frames['distractor']
+        if self._max_frames['explore'] != 1:
+            raise ValueError(f'max_frames.explore: expected 1, got {self._max_frames["explore"]}')
+        if not cue_frames or not all(0 <= frame <= last for frame in cue_frames):
+            raise ValueError(f'cue_frames: expected frames from 0 to {last}, got {list(cue_frames)}')
+        self._cue_frames = list(cue_frames)
+        self.cue_frame: int | None = None
+        self.target: str | None = None
+
+    def make_episode(self) -> storytelling.Story:
+        """Draw the frame of the cue and its colour: `cue_frame` and `target` tell which."""
+        self.cue_frame = cue = int(self._rng.choice(self._cue_frames))
+        self.target = target = str(self._rng.choice(DOORS))
+        rest = self._max_frames['distractor'] - cue
+        chapters = [functools.partial(self._distract, cue)] if cue else []
+        chapters += [functools.partial(self._make_explore_phase, target)]
+        chapters += [functools.partial(self._distract, rest)] if rest else []
+        chapters += [functools.partial(self._make_reward_phase, target)]
+        return storytelling.Story(chapters, croppers=common.get_cropper())
+
+    def _distract(self, frames: int) -> Any:
+        with patch.dict(self._max_frames, distractor=frames):
+            return self._make_distractor_phase()
+
+    def _make_reward_phase(self, target_char: str) -> Any:
+        with patch.object(visual_match, 'REWARD_GRID', REWARD_ROOM):
+            return super()._make_reward_phase(target_char)
+
+
+@ENV_REGISTRY.register('memory_recall')
+class MemoryRecallEnv(MemoryEnvLightZero):
+    """LightZero's environment of the memory tasks around a RecallGame, without what it prints at every episode."""
+
+    config = MemoryEnvLightZero.config | dict(
+        cue_frames=[0],  # one of them is drawn for an episode
+        num_apples=0,  # nothing to see in the frames that do not matter
+        max_frames=dict(explore=1, distractor=20, reward=6),
+    )
+
+    @property
+    def game(self) -> RecallGame:
+        """The game of this episode."""
+        return self._game
+
+    def reset(self) -> dict[str, Any]:
+        """Begin an episode; the observation of frame 0."""
+        game = functools.partial(RecallGame, cue_frames=self._cfg.cue_frames)
+        with patch.object(visual_match, 'Game', game), contextlib.redirect_stdout(io.StringIO()):
+            return super().reset()
+
+    def step(self, action: np.ndarray) -> BaseEnvTimestep:
+        """Play an action; the next frame."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super().step(action)
+
+    def __repr__(self) -> str:
+        return 'LightZero environment of a memory task with its cue at a frame of choice'

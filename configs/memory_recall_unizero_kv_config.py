@@ -1,0 +1,81 @@
+"""UniZero with lzero_kv's cache on a memory task that one CPU core learns: a cue at any frame, asked at the end.
+
+    python configs/memory_recall_unizero_kv_config.py --seed 0
+
+The task is memory_recall_env.py's; the settings follow memory_unizero_kv_config.py, smaller, and with more
+updates for a frame collected. The study of layer budgets (benchmarks/budget_study.py) trains this model.
+"""
+
+from __future__ import annotations
+
+from command_line import parse_arguments
+from easydict import EasyDict
+from memory_unizero_kv_config import make_config as make_memory_config
+
+ENVIRONMENTS = ('memory_recall',)
+DISTRACTOR_FRAMES = 20
+REWARD_FRAMES = 6
+
+# ==============================================================
+# the most frequently changed settings
+# ==============================================================
+FULL = EasyDict(
+    memory_length=DISTRACTOR_FRAMES,
+    reward_frames=REWARD_FRAMES,
+    max_env_step=int(1e5),
+    num_layers=4,
+    num_heads=4,
+    embed_dim=64,
+    collector_env_num=8,
+    evaluator_env_num=8,
+    num_simulations=16,
+    update_per_collect=20,
+    batch_size=32,
+    replay_ratio=0.1,
+    reanalyze_ratio=0.0,
+    eval_freq=int(1e3),
+    env_manager='base',
+)
+SMOKE = EasyDict(
+    FULL,
+    max_env_step=80,
+    embed_dim=32,
+    collector_env_num=4,
+    evaluator_env_num=2,
+    num_simulations=6,
+    update_per_collect=3,
+    batch_size=3,
+    eval_freq=1,
+)
+
+
+def make_config(seed: int, smoke: bool = False, kv: bool = True) -> tuple[EasyDict, EasyDict]:
+    """The two configs that `train_unizero` takes: (main_config, create_config)."""
+    size = SMOKE if smoke else FULL
+    main_config, create_config = make_memory_config('visual_match', seed, smoke, kv, size)
+    main_config.exp_name = main_config.exp_name.replace('visual_match', 'memory_recall')
+    # Half of the episodes show the cue first, where it has to be kept longest.
+    anywhere = list(range(DISTRACTOR_FRAMES + 1))
+    main_config.env.cue_frames = [0] * len(anywhere) + anywhere
+    main_config.env.num_apples = 0
+    main_config.policy.learning_rate = 3e-4
+    create_config.env = EasyDict(type='memory_recall', import_names=['memory_recall_env'])
+    return main_config, create_config
+
+
+def main(seed: int = 0, smoke: bool = False, kv: bool = True, model_path: str | None = None) -> None:
+    """Train until the size's max_env_step, from a checkpoint where one is given."""
+    main_config, create_config = make_config(seed, smoke, kv)
+    from lzero.entry import train_unizero
+
+    train_unizero(
+        [main_config, create_config],
+        seed=seed,
+        model_path=model_path,
+        max_env_step=(SMOKE if smoke else FULL).max_env_step,
+    )
+
+
+if __name__ == '__main__':
+    args = parse_arguments('UniZero on a small memory task.', 'memory_recall', ENVIRONMENTS)
+    main(args.seed, smoke=args.smoke, kv=args.kv, model_path=args.model_path)
