@@ -1,9 +1,9 @@
 """A memory task small enough to be learned on a CPU: LightZero's visual_match, its cue at a frame of choice.
 
-One frame, the cue, shows a colour. All frames before the reward phase but that one show an empty room, in which
+One frame, the cue, shows a colour. All other frames before the reward phase show an empty room, in which
 nothing that the agent does matters. In the reward phase it stands between three doors, two steps from each, and
-the door of the cue's colour pays. visual_match as shipped shows the cue first and puts the doors seven steps
-away; how long an episode takes depends on neither.
+the one of the cue's colour pays; the first door that it reaches is its choice. visual_match as shipped shows
+the cue first and puts the doors four and seven steps away.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REWARD_ROOM = [
 class RecallGame(visual_match.Game):
     """visual_match with the cue at one of the given frames, and a smaller room of doors.
 
-    cue_frames: frames of which one is drawn for an episode, all equally likely; a frame that is written twice is
+    cue_frames: frames of which one is drawn for an episode, all equally likely; one that is written twice is
     twice as likely. Raises ValueError for a frame outside 0 (first) to max_frames['distractor'] (last before
     the doors), and for another number of cue frames than 1.
     """
@@ -80,7 +80,7 @@ class RecallGame(visual_match.Game):
 
 @ENV_REGISTRY.register('memory_recall')
 class MemoryRecallEnv(MemoryEnvLightZero):
-    """LightZero's environment of the memory tasks around a RecallGame, without what it prints at every episode."""
+    """LightZero's environment of the memory tasks around a RecallGame; nothing is printed."""
 
     config = MemoryEnvLightZero.config | dict(
         cue_frames=[0],  # one of them is drawn for an episode
@@ -106,3 +106,11 @@ class MemoryRecallEnv(MemoryEnvLightZero):
 
     def __repr__(self) -> str:
         return 'LightZero environment of a memory task with its cue at a frame of choice'
+
+
+def shows_door(observation: np.ndarray) -> bool:
+    """Whether an observation [3, 5, 5] shows a colour of a door; a door that is taken takes all from sight.
+
+    The cue's frame shows one, too.
+    """
+    return bool(((observation > 0).sum(axis=0) == 1).any())

@@ -1,4 +1,4 @@
-"""UniZero with lzero_kv's cache on a memory task that one CPU core learns: a cue at any frame, asked at the end.
+"""UniZero with lzero_kv's cache on a memory task that one CPU core learns: a cue at any frame.
 
     python configs/memory_recall_unizero_kv_config.py --seed 0
 
@@ -8,7 +8,7 @@ updates for a frame collected. The study of layer budgets (benchmarks/budget_stu
 
 from __future__ import annotations
 
-from command_line import parse_arguments
+from command_line import parse_arguments, require_known
 from easydict import EasyDict
 from memory_unizero_kv_config import make_config as make_memory_config
 
@@ -29,7 +29,8 @@ FULL = EasyDict(
     collector_env_num=8,
     evaluator_env_num=8,
     num_simulations=16,
-    update_per_collect=20,
+    n_episode=16,
+    update_per_collect=50,
     batch_size=32,
     replay_ratio=0.1,
     reanalyze_ratio=0.0,
@@ -43,29 +44,47 @@ SMOKE = EasyDict(
     collector_env_num=4,
     evaluator_env_num=2,
     num_simulations=6,
+    n_episode=4,
     update_per_collect=3,
     batch_size=3,
     eval_freq=1,
 )
 
 
-def make_config(seed: int, smoke: bool = False, kv: bool = True) -> tuple[EasyDict, EasyDict]:
-    """The two configs that `train_unizero` takes: (main_config, create_config)."""
-    size = SMOKE if smoke else FULL
+def make_config(
+    env_id: str, seed: int, smoke: bool = False, kv: bool = True, size: EasyDict | None = None
+) -> tuple[EasyDict, EasyDict]:
+    """The two configs that `train_unizero` takes: (main_config, create_config).
+
+    size: settings in the place of FULL (or, with smoke, of SMOKE). Raises ValueError for an unknown env_id.
+    """
+    require_known(env_id, ENVIRONMENTS)
+    size = size or (SMOKE if smoke else FULL)
     main_config, create_config = make_memory_config('visual_match', seed, smoke, kv, size)
-    main_config.exp_name = main_config.exp_name.replace('visual_match', 'memory_recall')
+    main_config.exp_name = main_config.exp_name.replace('visual_match', env_id)
     # Half of the episodes show the cue first, where it has to be kept longest.
-    anywhere = list(range(DISTRACTOR_FRAMES + 1))
+    anywhere = list(range(size.memory_length + 1))
     main_config.env.cue_frames = [0] * len(anywhere) + anywhere
     main_config.env.num_apples = 0
-    main_config.policy.learning_rate = 3e-4
-    create_config.env = EasyDict(type='memory_recall', import_names=['memory_recall_env'])
+    policy, world_model = main_config.policy, main_config.policy.model.world_model_cfg
+    policy.learning_rate = 1e-3
+    policy.fixed_temperature_value = 1.0  # all doors are tried
+    policy.n_episode = size.n_episode
+    policy.learn.learner.hook.save_ckpt_after_iter = 1000
+    world_model.embed_pdrop = world_model.resid_pdrop = world_model.attn_pdrop = 0.0
+    create_config.env = EasyDict(type=env_id, import_names=['memory_recall_env'])
     return main_config, create_config
 
 
-def main(seed: int = 0, smoke: bool = False, kv: bool = True, model_path: str | None = None) -> None:
+def main(
+    env_id: str = 'memory_recall',
+    seed: int = 0,
+    smoke: bool = False,
+    kv: bool = True,
+    model_path: str | None = None,
+) -> None:
     """Train until the size's max_env_step, from a checkpoint where one is given."""
-    main_config, create_config = make_config(seed, smoke, kv)
+    main_config, create_config = make_config(env_id, seed, smoke, kv)
     from lzero.entry import train_unizero
 
     train_unizero(
@@ -78,4 +97,4 @@ def main(seed: int = 0, smoke: bool = False, kv: bool = True, model_path: str | 
 
 if __name__ == '__main__':
     args = parse_arguments('UniZero on a small memory task.', 'memory_recall', ENVIRONMENTS)
-    main(args.seed, smoke=args.smoke, kv=args.kv, model_path=args.model_path)
+    main(args.env, args.seed, smoke=args.smoke, kv=args.kv, model_path=args.model_path)

@@ -1,0 +1,192 @@
+"""What layer budgets cost in quality, on a UniZero world model that has to remember.
+
+    python benchmarks/budget_study.py --model-path CHECKPOINT --out study
+
+Without --model-path the model is trained first (configs/memory_recall_unizero_kv_config.py, about an hour on
+one core); its checkpoint is left in --out. Then, for each kind of cue, the full cache plays episodes of all
+seeds, and every budget is shown the same observations and actions, with the same ties broken the same way; what
+it answers is compared with what the full cache answered. After that each budget plays the same episodes by
+itself, for the return. Ratio 1 is run as a budget, too: its differences are exactly 0.
+
+A table per kind of cue, study.json, study.csv and study.png in --out; one JSON document is the last line of
+the output. --quick: the published methods and one hybrid, one seed, few episodes. CPU only.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_ROOT), str(_ROOT / 'benchmarks'), str(_ROOT / 'configs')]
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from studying import methods
+from studying.measures import averages, compare, mean_and_spread
+from studying.methods import Method
+from studying.picture import draw
+from studying.plays import CUES, answers, play
+from studying.subject import Weights, load_checkpoint, make_subject, reported_bytes, train
+
+FULL = Method('full cache', 'full', {})
+RATIOS = (1.0, 0.5, 0.25, 0.125)
+EPISODES = 24  # for each seed and kind of cue
+SEED_STRIDE = 1000  # between the episodes of two seeds
+UNROLL_SEED = 0  # of the actions along which the model is unrolled
+
+COLUMNS = {
+    'KL root': 'decisive/policy_kl_root',
+    'KL nodes': 'decisive/policy_kl_nodes',
+    '|dv|': 'decisive/value_root',
+    '|dr|': 'decisive/reward_nodes',
+    'latent 1': 'decisive/latent_1',
+    'latent 5': 'decisive/latent_5',
+    'same action': 'decisive/agreement',
+    '... all frames': 'all/agreement',
+    'KL visits': 'decisive/visit_kl',
+    'return': 'return',
+}
+
+Row = dict[str, Any]
+Outcome = dict[str, float]
+
+
+class Bench:
+    """One kind of cue: what the full cache did, and what everybody else is compared with.
+
+    The episodes of all seeds are played in one batch, which is several times faster than one after the other.
+    """
+
+    def __init__(
+        self, weights: Weights | None, cue: str, seeds: Sequence[int], episodes: int, smoke: bool
+    ) -> None:
+        self._weights, self._cue, self._smoke = weights, cue, smoke
+        self._seeds = [SEED_STRIDE * (seed + 1) + number for seed in seeds for number in range(episodes)]
+        self._groups = np.split(np.arange(len(self._seeds)), len(seeds))
+        subject = self._subject(None)
+        self._recording = play(subject, cue, self._seeds)
+        self._expected = answers(subject, self._recording, UNROLL_SEED)
+
+    def outcomes(self, budget: dict[str, Any] | None) -> list[Outcome]:
+        """Everything that is measured about one budget, for each seed; None for the full cache, anew."""
+        subject = self._subject(budget)
+        answered = answers(subject, self._recording, UNROLL_SEED)
+        node_bytes, cache_bytes = reported_bytes(subject)
+        search_ms = 1000 * float(np.median(answered.seconds))
+        measures = compare(self._expected, answered)
+        successes = play(subject, self._cue, self._seeds).successes
+        sizes = dict(node_bytes=node_bytes, cache_bytes=cache_bytes, search_ms=search_ms)
+        return [
+            averages({name: of[:, rows] for name, of in measures.items()}, self._recording.decisive[:, rows])
+            | {'return': float(successes[rows].mean())}
+            | sizes
+            for rows in self._groups
+        ]
+
+    def _subject(self, budget: dict[str, Any] | None) -> Any:
+        return make_subject(self._weights, len(self._seeds), budget, smoke=self._smoke)
+
+
+def measure(benches: dict[str, Bench], method: Method, ratio: float) -> list[Row]:
+    """A row for each kind of cue: means over the seeds, and their spread under 'spread'."""
+    budget = None if method is FULL else method.budget(ratio)
+    rows = []
+    for cue, bench in benches.items():
+        outcomes = bench.outcomes(budget)
+        summary = {name: mean_and_spread([one[name] for one in outcomes]) for name in outcomes[0]}
+        about = dict(method=method.name, kind=method.kind, ratio=ratio, cue=cue, budget=budget)
+        about |= {name: method.options.get(name) for name in ('allocation', 'selection')}
+        rows.append(
+            about
+            | {name: mean for name, (mean, _) in summary.items()}
+            | {'spread': {name: spread for name, (_, spread) in summary.items()}}
+        )
+    return rows
+
+
+def table_of(rows: Iterable[Row], cue: str) -> Table:
+    """The rows of one kind of cue."""
+    table = Table(title=f'cue at {cue}: differences from the full cache between the doors, mean +- spread')
+    for name in ('ratio', 'method', *COLUMNS, 'node KiB', 'search ms'):
+        table.add_column(name, justify='left' if name == 'method' else 'right', no_wrap=True)
+    for row in rows:
+        cells = [f'{row[field]:.3g}+-{row["spread"][field]:.1g}' for field in COLUMNS.values()]
+        sizes = [f'{row["node_bytes"] / 1024:.1f}', f'{row["search_ms"]:.1f}']
+        table.add_row(f'{row["ratio"]:g}', row['method'], *cells, *sizes)
+    return table
+
+
+def save(rows: Sequence[Row], about: Row, out: Path) -> None:
+    """The rows in study.json and study.csv, and the picture."""
+    (out / 'study.json').write_text(json.dumps(about | {'rows': rows}, indent=1))
+    flat = [
+        {name: value for name, value in row.items() if name not in ('spread', 'budget')}
+        | {f'{name} spread': value for name, value in row['spread'].items()}
+        for row in rows
+    ]
+    with (out / 'study.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, list(flat[0]))
+        writer.writeheader()
+        writer.writerows(flat)
+    draw([row for row in rows if row['kind'] != 'full'], out / 'study.png')
+
+
+def main(
+    model_path: Path | None = None,
+    out: Path = Path('budget_study'),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    episodes: int = EPISODES,
+    ratios: tuple[float, ...] = RATIOS,
+    training_seed: int = 0,
+    quick: bool = False,
+    smoke: bool = False,
+) -> None:
+    """Layer budgets against the full cache.
+
+    Args:
+        model_path: a checkpoint of configs/memory_recall_unizero_kv_config.py; trained anew if absent.
+        out: folder for the results.
+        seeds: of the episodes; the spread is over them.
+        episodes: for each seed and kind of cue.
+        ratios: slots as a part of all tokens.
+        training_seed: where the model is trained.
+        quick: few methods, one seed, few episodes: minutes.
+        smoke: random weights of the smallest size, as a test of this program; the figures mean nothing.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    if quick:
+        seeds, episodes = seeds[:1], min(episodes, 8)
+    chosen = methods.quick() if quick else methods.grid() + methods.hybrids()
+    if not smoke and model_path is None:
+        model_path = train(training_seed, out / 'training')
+    weights = None if smoke else load_checkpoint(model_path)
+    console, begun = Console(stderr=True, width=200), time.time()
+    benches = {cue: Bench(weights, cue, seeds, episodes, smoke) for cue in CUES}
+    rows = measure(benches, FULL, 1.0)
+    about = dict(model=str(model_path), seeds=seeds, episodes=episodes, cues=CUES)
+    for ratio in ratios:
+        for method in chosen[:1] if ratio == 1 else chosen:
+            rows += measure(benches, method, ratio)
+            console.log(f'{time.time() - begun:.0f} s: {method.name} at {ratio:g}')
+        save(rows, about, out)
+    for cue in CUES:
+        console.print(table_of([row for row in rows if row['cue'] == cue], cue))
+    print(json.dumps(about | {'rows': rows}))
+
+
+if __name__ == '__main__':
+    tyro.cli(main)
