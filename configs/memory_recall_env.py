@@ -1,9 +1,9 @@
 """A memory task small enough to be learned on a CPU: LightZero's visual_match, its cue at a frame of choice.
 
 One frame, the cue, shows a colour. All other frames before the reward phase show an empty room, in which
-nothing that the agent does matters. In the reward phase it stands between three doors, two steps from each, and
-the one of the cue's colour pays; the first door that it reaches is its choice. visual_match as shipped shows
-the cue first and puts the doors four and seven steps away.
+nothing that the agent does matters. In the reward phase it stands between three doors, two steps from each,
+and the one of the cue's colour pays; the first door that it reaches is its choice. visual_match as shipped
+shows the cue first and puts the doors four and seven steps away.
 """
 
 from __future__ import annotations
