@@ -8,8 +8,8 @@ seeds, and every budget is shown the same observations and actions, with ties br
 are compared with those of the full cache. After that each budget plays the same episodes by itself, for the
 return. Ratio 1 is run as a budget, too: its differences are exactly 0.
 
-A table per kind of cue, study.json, study.csv and study.png in --out; one JSON document is the last line of
-the output. --quick: the published methods and one hybrid, one seed, few episodes. CPU only.
+A table per kind of cue; study.json, study.csv, study.md and study.png in --out; one JSON document is the last
+line of the output. --quick: the published methods and one hybrid, one seed, few episodes. CPU only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,13 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 from studying import methods
 from studying.measures import averages, compare, mean_and_spread
 from studying.methods import Method
 from studying.picture import draw
 from studying.plays import CUES, answers, play
 from studying.subject import Weights, load_checkpoint, make_subject, reported_bytes, train
+from studying.tables import Row, detailed, overview, rich_table
 
 FULL = Method('full cache', 'full', {})
 RATIOS = (1.0, 0.5, 0.25, 0.125)
@@ -46,20 +46,6 @@ EPISODES = 24  # for each seed and kind of cue
 SEED_STRIDE = 1000  # between the episodes of two seeds
 UNROLL_SEED = 0  # of the actions along which the model is unrolled
 
-COLUMNS = {
-    'KL root': 'decisive/policy_kl_root',
-    'KL nodes': 'decisive/policy_kl_nodes',
-    '|dv|': 'decisive/value_root',
-    '|dr|': 'decisive/reward_nodes',
-    'latent 1': 'decisive/latent_1',
-    'latent 5': 'decisive/latent_5',
-    'same action': 'decisive/agreement',
-    '... all frames': 'all/agreement',
-    'KL visits': 'decisive/visit_kl',
-    'return': 'return',
-}
-
-Row = dict[str, Any]
 Outcome = dict[str, float]
 
 
@@ -116,20 +102,8 @@ def measure(benches: dict[str, Bench], method: Method, ratio: float) -> list[Row
     return rows
 
 
-def table_of(rows: Iterable[Row], cue: str) -> Table:
-    """The rows of one kind of cue."""
-    table = Table(title=f'cue at {cue}: differences from the full cache between the doors, mean +- spread')
-    for name in ('ratio', 'method', *COLUMNS, 'node KiB', 'search ms'):
-        table.add_column(name, justify='left' if name == 'method' else 'right', no_wrap=True)
-    for row in rows:
-        cells = [f'{row[field]:.3g}+-{row["spread"][field]:.1g}' for field in COLUMNS.values()]
-        sizes = [f'{row["node_bytes"] / 1024:.1f}', f'{row["search_ms"]:.1f}']
-        table.add_row(f'{row["ratio"]:g}', row['method'], *cells, *sizes)
-    return table
-
-
 def save(rows: Sequence[Row], about: Row, out: Path) -> None:
-    """The rows in study.json and study.csv, and the picture."""
+    """The rows in study.json, study.csv and study.md, and the picture."""
     (out / 'study.json').write_text(json.dumps(about | {'rows': rows}, indent=1))
     flat = [
         {name: value for name, value in row.items() if name not in ('spread', 'budget')}
@@ -140,6 +114,9 @@ def save(rows: Sequence[Row], about: Row, out: Path) -> None:
         writer = csv.DictWriter(file, list(flat[0]))
         writer.writeheader()
         writer.writerows(flat)
+    of_cues = {cue: [row for row in rows if row['cue'] == cue] for cue in CUES}
+    pages = [f'## {cue}\n\n{overview(of)}\n\n{detailed(of)}\n' for cue, of in of_cues.items()]
+    (out / 'study.md').write_text('\n'.join(pages))
     draw([row for row in rows if row['kind'] != 'full'], out / 'study.png')
 
 
@@ -184,7 +161,7 @@ def main(
             console.log(f'{time.time() - begun:.0f} s: {method.name} at {ratio:g}')
         save(rows, about, out)
     for cue in CUES:
-        console.print(table_of([row for row in rows if row['cue'] == cue], cue))
+        console.print(rich_table([row for row in rows if row['cue'] == cue], cue))
     print(json.dumps(about | {'rows': rows}))
 
 

@@ -82,10 +82,14 @@ class RecallGame(visual_match.Game):
 class MemoryRecallEnv(MemoryEnvLightZero):
     """LightZero's environment of the memory tasks around a RecallGame; nothing is printed."""
 
-    config = MemoryEnvLightZero.config | dict(
-        cue_frames=[0],  # one of them is drawn for an episode
-        num_apples=0,  # nothing to see in the frames that do not matter
-        max_frames=dict(explore=1, distractor=20, reward=6),
+    config = (
+        MemoryEnvLightZero.config
+        | dict(
+            cue_frames=[0],  # one of them is drawn for an episode
+            num_apples=0,  # nothing to see in the frames that do not matter
+            final_reward=10.0,  # as in the game itself; the bins of a categorical reward tell it from 0 better than 1
+            max_frames=dict(explore=1, distractor=20, reward=6),
+        )
     )
 
     @property

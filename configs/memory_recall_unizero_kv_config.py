@@ -29,8 +29,8 @@ FULL = EasyDict(
     collector_env_num=8,
     evaluator_env_num=8,
     num_simulations=16,
-    n_episode=16,
-    update_per_collect=50,
+    n_episode=8,
+    update_per_collect=40,
     batch_size=32,
     replay_ratio=0.1,
     reanalyze_ratio=0.0,
@@ -68,9 +68,9 @@ def make_config(
     main_config.env.num_apples = 0
     policy, world_model = main_config.policy, main_config.policy.model.world_model_cfg
     policy.learning_rate = 1e-3
-    policy.fixed_temperature_value = 1.0  # all doors are tried
+    policy.fixed_temperature_value = 0.5
     policy.n_episode = size.n_episode
-    policy.learn.learner.hook.save_ckpt_after_iter = 1000
+    policy.learn.learner.hook.save_ckpt_after_iter = 500
     world_model.embed_pdrop = world_model.resid_pdrop = world_model.attn_pdrop = 0.0
     create_config.env = EasyDict(type=env_id, import_names=['memory_recall_env'])
     return main_config, create_config

@@ -63,9 +63,9 @@ def test_the_frames_of_a_seeded_episode() -> None:
 def test_the_right_door_alone_pays(door: str, seed: int) -> None:
     env = make_env([0], seed)
     observations, rewards, info = episode(env, [WAYS[door]] * STEPS_TO_DOOR)
-    right = float(door == env.game.target)
+    right = door == env.game.target
     first = DISTRACTOR + STEPS_TO_DOOR  # the reward of the action that reaches the door
-    assert rewards == [right if frame == first else 0.0 for frame in range(len(rewards))]
+    assert rewards == [10.0 * right if frame == first else 0.0 for frame in range(len(rewards))]
     assert info['success'] == right
     assert shows_door(observations[first]) and not shows_door(observations[first + 1])
 
