@@ -87,7 +87,7 @@ class MemoryRecallEnv(MemoryEnvLightZero):
         | dict(
             cue_frames=[0],  # one of them is drawn for an episode
             num_apples=0,  # nothing to see in the frames that do not matter
-            final_reward=10.0,  # as in the game itself; the bins of a categorical reward tell it from 0 better than 1
+            final_reward=10.0,  # the bins of a categorical reward tell 10 from 0 better than 1
             max_frames=dict(explore=1, distractor=20, reward=6),
         )
     )
