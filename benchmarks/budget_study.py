@@ -69,11 +69,9 @@ class Bench:
         """Everything that is measured about one budget, for each seed; None for the full cache, anew."""
         subject = self._subject(budget)
         answered = answers(subject, self._recording, UNROLL_SEED)
-        node_bytes, cache_bytes = reported_bytes(subject)
-        search_ms = 1000 * float(np.median(answered.seconds))
+        sizes = reported_bytes(subject) | {'search_ms': 1000 * float(np.median(answered.seconds))}
         measures = compare(self._expected, answered)
         successes = play(subject, self._cue, self._seeds).successes
-        sizes = dict(node_bytes=node_bytes, cache_bytes=cache_bytes, search_ms=search_ms)
         return [
             averages({name: of[:, rows] for name, of in measures.items()}, self._recording.decisive[:, rows])
             | {'return': float(successes[rows].mean())}
@@ -117,7 +115,7 @@ def save(rows: Sequence[Row], about: Row, out: Path) -> None:
     of_cues = {cue: [row for row in rows if row['cue'] == cue] for cue in CUES}
     pages = [f'## {cue}\n\n{overview(of)}\n\n{detailed(of)}\n' for cue, of in of_cues.items()]
     (out / 'study.md').write_text('\n'.join(pages))
-    draw([row for row in rows if row['kind'] != 'full'], out / 'study.png')
+    draw([row for row in rows if row['ratio'] < 1], out / 'study.png')
 
 
 def main(
@@ -147,11 +145,11 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if quick:
         seeds, episodes = seeds[:1], min(episodes, 8)
-    chosen = methods.quick() if quick else methods.grid() + methods.hybrids()
+    chosen = methods.quick() if quick else methods.published() + methods.grid() + methods.hybrids()
     if not smoke and model_path is None:
         model_path = train(training_seed, out / 'training')
     weights = None if smoke else load_checkpoint(model_path)
-    console, begun = Console(stderr=True, width=200), time.time()
+    console, begun = Console(stderr=True, width=270), time.time()
     benches = {cue: Bench(weights, cue, seeds, episodes, smoke) for cue in CUES}
     rows = measure(benches, FULL, 1.0)
     about = dict(model=str(model_path), seeds=seeds, episodes=episodes, cues=CUES)
@@ -159,7 +157,7 @@ def main(
         for method in chosen[:1] if ratio == 1 else chosen:
             rows += measure(benches, method, ratio)
             console.log(f'{time.time() - begun:.0f} s: {method.name} at {ratio:g}')
-        save(rows, about, out)
+    save(rows, about, out)
     for cue in CUES:
         console.print(rich_table([row for row in rows if row['cue'] == cue], cue))
     print(json.dumps(about | {'rows': rows}))

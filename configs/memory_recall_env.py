@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -82,14 +83,11 @@ class RecallGame(visual_match.Game):
 class MemoryRecallEnv(MemoryEnvLightZero):
     """LightZero's environment of the memory tasks around a RecallGame; nothing is printed."""
 
-    config = (
-        MemoryEnvLightZero.config
-        | dict(
-            cue_frames=[0],  # one of them is drawn for an episode
-            num_apples=0,  # nothing to see in the frames that do not matter
-            final_reward=10.0,  # the bins of a categorical reward tell 10 from 0 better than 1
-            max_frames=dict(explore=1, distractor=20, reward=6),
-        )
+    config = MemoryEnvLightZero.config | dict(
+        cue_frames=[0],  # one of them is drawn for an episode
+        num_apples=0,  # nothing to see in the frames that do not matter
+        final_reward=10.0,  # the bins of a categorical reward tell 10 from 0 better than 1
+        max_frames=dict(explore=1, distractor=20, reward=6),
     )
 
     @property
@@ -100,16 +98,24 @@ class MemoryRecallEnv(MemoryEnvLightZero):
     def reset(self) -> dict[str, Any]:
         """Begin an episode; the observation of frame 0."""
         game = functools.partial(RecallGame, cue_frames=self._cfg.cue_frames)
-        with patch.object(visual_match, 'Game', game), contextlib.redirect_stdout(io.StringIO()):
+        with patch.object(visual_match, 'Game', game), _quiet():
             return super().reset()
 
     def step(self, action: np.ndarray) -> BaseEnvTimestep:
         """Play an action; the next frame."""
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _quiet():
             return super().step(action)
 
     def __repr__(self) -> str:
         return 'LightZero environment of a memory task with its cue at a frame of choice'
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The host prints at the ends of episodes, and warns of colours that NumPy wraps to bytes."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        yield
 
 
 def shows_door(observation: np.ndarray) -> bool:

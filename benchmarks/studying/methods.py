@@ -1,4 +1,4 @@
-"""What is compared: every allocation with every selection, and hybrids."""
+"""What is compared: methods as published, every allocation with every selection, and hybrids."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 
 WINDOW = 4
-"""Tokens of the two newest steps; at an eighth of 64 tokens that is half of a layer's."""
-STEP = 2
-"""UniZero drops an observation with its action."""
+"""Tokens of the two newest steps; at an eighth of 61 tokens that is half of a layer's."""
 SINKS = 2
 """The first step."""
+STEP = 2
+"""UniZero drops an observation with its action."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A `budget` without its ratio."""
+    """A `kv_cache.budget` without its ratio; sizes are written out, so that other defaults change nothing."""
 
     name: str
     kind: str
-    """'published', 'grid' (an allocation with a selection that nobody published together) or 'hybrid'."""
+    """'published', 'grid' or 'hybrid'."""
     options: dict[str, Any]
 
     def budget(self, ratio: float) -> dict[str, Any]:
@@ -29,53 +29,58 @@ class Method:
         return dict(self.options, ratio=ratio)
 
 
-PUBLISHED = {
-    ('uniform', 'streaming'): 'StreamingLLM',
-    ('uniform', 'h2o'): 'H2O',
-    ('uniform', 'snapkv'): 'SnapKV',
-    ('pyramid', 'snapkv'): 'PyramidKV',
-    ('attention_based', 'cake'): 'CAKE',
-}
+def published() -> list[Method]:
+    """As their authors define them, in whole steps: each head keeps tokens of its own, no sinks but for
+    StreamingLLM, all of the weights from the attention for CAKE."""
+    alone: dict[str, Any] = dict(sinks=0, per_head=True)
+    return [
+        _method('published', 'uniform', 'streaming', 'StreamingLLM'),
+        _method('published', 'uniform', 'h2o', 'H2O', **alone),
+        _method('published', 'uniform', 'snapkv', 'SnapKV', **alone),
+        _method('published', 'pyramid', 'snapkv', 'PyramidKV', **alone),
+        _method('published', 'attention_based', 'cake', 'CAKE', **alone, alpha=1.0),
+    ]
 
 
 def grid() -> list[Method]:
-    """Every allocation with every selection, alike in the rest."""
+    """Every allocation with every selection, alike in the rest: sinks, heads together."""
     return [
-        _method(allocation, selection, name=None) for selection in SELECTIONS for allocation in ALLOCATIONS
+        _method('grid', allocation, selection, f'{selection} + {allocation}')
+        for selection in SELECTIONS
+        for allocation in ALLOCATIONS
     ]
 
 
 def hybrids() -> list[Method]:
     """Candidates for the best: the accumulated attention mixed with CAKE's score, and what surrounds it."""
-    sunk: dict[str, Any] = dict(sinks=SINKS)
-    near: dict[str, Any] = dict(sinks=SINKS, window=2)
-    mixed: dict[str, Any] = dict(alpha=0.5)
+    found = [_hybrid(allocation, f'{allocation}, window 2', window=2) for allocation in ALLOCATIONS]
     return [
-        *(_method(allocation, 'hace', 'sinks', **sunk) for allocation in ALLOCATIONS),
-        *(_method(allocation, 'hace', 'sinks, window 2', **near) for allocation in ALLOCATIONS),
-        _method('attention_based', 'hace', 'sinks, window 2, alpha 0.5', **near, **mixed),
-        _method('uniform', 'hace', 'window 2', window=2),
-        _method('uniform', 'hace', 'mix 0.25', mix=0.25),
-        _method('uniform', 'hace', 'mix 0.75', mix=0.75),
-        _method('uniform', 'hace', 'sinks, window 2, mix 0.75', mix=0.75, **near),
-        _method('uniform', 'hace', 'theta 0.1', theta=0.1),
-        _method('uniform', 'hace', 'time decay', strategy='time_decay'),
-        _method('uniform', 'h2o', 'sinks, window 2', **near),
-        _method('uniform', 'cake', 'sinks, window 2', **near),
+        *found,
+        _hybrid('uniform', 'window 2, no sinks', window=2, sinks=0),
+        _hybrid('uniform', 'no sinks', sinks=0),
+        _hybrid('uniform', 'own heads, window 2', window=2, per_head=True),
+        _hybrid('uniform', 'window 2, mix 0.25', window=2, mix=0.25),
+        _hybrid('uniform', 'window 2, mix 0.75', window=2, mix=0.75),
+        _hybrid('uniform', 'window 2, theta 0.1', window=2, theta=0.1),
+        _hybrid('uniform', 'window 2, time decay', window=2, strategy='time_decay'),
+        _hybrid('uniform', 'window 2, gamma 0', window=2, gamma=0.0),
+        _hybrid('uniform', 'window 2, kernel 1', window=2, kernel=1),
+        _hybrid('uniform', 'window 2, no sinks, kernel 1', window=2, sinks=0, kernel=1),
     ]
 
 
 def quick() -> list[Method]:
     """The published ones and one hybrid."""
-    return [method for method in grid() if method.kind == 'published'] + hybrids()[:1]
+    return published() + hybrids()[:1]
 
 
-def _method(allocation: str, selection: str, name: str | None, **options: Any) -> Method:
-    """The name of a hybrid says what it adds."""
-    published = PUBLISHED.get((allocation, selection)) if name is None else None
-    chosen = dict(allocation=allocation, selection=selection, window=WINDOW, step=STEP)
-    if selection == 'streaming':
-        chosen['sinks'] = SINKS  # its authors' method is the sinks
-    label = f'{selection} + {allocation}'
-    kind = 'published' if published else 'grid' if name is None else 'hybrid'
-    return Method(f'{label}, {name}' if name else label, kind, chosen | options)
+def _hybrid(allocation: str, name: str, **options: Any) -> Method:
+    return _method('hybrid', allocation, 'hace', f'hace, {name}', **options)
+
+
+def _method(kind: str, allocation: str, selection: str, name: str, **options: Any) -> Method:
+    chosen = dict(allocation=allocation, selection=selection, window=WINDOW, sinks=SINKS, step=STEP)
+    chosen['per_head'] = False
+    if allocation == 'attention_based':
+        chosen['alpha'] = 0.5
+    return Method(name, kind, chosen | options)

@@ -28,13 +28,13 @@ LEAST = 1e-4
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One point for each method and ratio, a panel for each measure and cue; rows as the study's table."""
+    """A point for each method and ratio, a panel for each measure and cue; the study's rows of budgets."""
     cues = sorted({row['cue'] for row in rows}, reverse=True)
     figure, axes = plt.subplots(len(PANELS), len(cues), figsize=(5.6 * len(cues), 7.6), squeeze=False)
     for line, (measure, title) in enumerate(PANELS.items()):
         for column, cue in enumerate(cues):
             ax = axes[line][column]
-            _panel(ax, [row for row in rows if row['cue'] == cue and row['ratio'] < 1], measure)
+            _panel(ax, [row for row in rows if row['cue'] == cue], measure)
             ax.set_title(f'cue at {"the start" if cue == "start" else "a random time"}', fontsize=10)
             ax.set_ylabel(title if column == 0 else '')
             ax.set_xlabel('KiB of a node' if line == len(PANELS) - 1 else '')
@@ -44,7 +44,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     handles += [
         Line2D([], [], color='k', marker=m, ls='', mfc='none', label=name) for name, m in MARKERS.items()
     ]
-    handles += [Line2D([], [], color='k', lw=0.8, label='Pareto front')]
+    handles += [
+        Line2D([], [], color='#999999', mec='k', marker='o', ls='', label='as published'),
+        Line2D([], [], color='#999999', marker='o', ls='', mfc='none', label='grid'),
+        Line2D([], [], color='#999999', marker='o', ls='', label='hybrid'),
+        Line2D([], [], color='k', lw=0.8, label='Pareto front'),
+    ]
     figure.legend(handles=handles, loc='lower center', ncol=5, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=100)
@@ -57,16 +62,17 @@ def _panel(ax: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
     order = list(SELECTIONS)
     for row, (kib, loss) in zip(rows, points, strict=True):
         place = order.index(row['selection']) + 0.18 * list(ALLOCATIONS).index(row['allocation'])
-        hybrid = row['kind'] == 'hybrid'
         ax.plot(
             kib * 2 ** ((place - 2.3) / 9), loss, MARKERS[row['allocation']], color=COLOURS[row['selection']],
-            markersize=5.5, mfc=COLOURS[row['selection']] if hybrid else 'none', alpha=0.85,
+            markersize=5.5, mfc='none' if row['kind'] == 'grid' else COLOURS[row['selection']],
+            mec='k' if row['kind'] == 'published' else COLOURS[row['selection']], alpha=0.85,
         )  # fmt: skip
     front = [points[i] for i in pareto_front(points)]
     ax.step(*np.array(front).T, where='post', color='k', lw=0.8, zorder=0)
     ticks = sorted({kib for kib, _ in points})
     ax.set_xscale('log', base=2)
-    ax.set_xticks(ticks, [f'{kib:g}' for kib in ticks])
+    ax.set_xticks(ticks, [f'{kib:.1f}' for kib in ticks])
+    ax.minorticks_off()
     ax.set_yscale('log')
     ax.grid(axis='y', lw=0.3)
 

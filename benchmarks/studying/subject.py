@@ -13,6 +13,7 @@ import torch
 from easydict import EasyDict
 from memory_recall_unizero_kv_config import FULL, make_config
 
+from lzero_kv.hosts.lightzero.budgeted import BudgetedFlights
 from tests.host.models import load_weights, random_weights, world_model_of
 
 Weights = dict[str, torch.Tensor]
@@ -61,10 +62,16 @@ def make_subject(
     return subject
 
 
-def reported_bytes(subject: Any) -> tuple[int, int]:
-    """Bytes of a node's keys and values, and of all tensors that hold any, as the manager says."""
-    manager = world_model_of(subject).kv_cache_manager
-    return int(manager.layout.row_bytes), int(manager.bytes)
+def reported_bytes(subject: Any) -> dict[str, int]:
+    """Bytes of one history's keys and values; of all tensors that hold any, as the manager says; and of what
+    is remembered about the histories' attention and positions."""
+    engine = world_model_of(subject).engine
+    budgeted = isinstance(engine.flights, BudgetedFlights)
+    return {
+        'node_bytes': engine.manager.layout.row_bytes,
+        'cache_bytes': int(engine.manager.bytes),
+        'remembered_bytes': engine.flights.table.bytes if budgeted else 0,
+    }
 
 
 def _quietly_created(policy: EasyDict, create_config: EasyDict) -> Any:

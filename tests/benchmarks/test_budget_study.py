@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from easydict import EasyDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,8 @@ from studying.measures import (  # noqa: E402
 )
 from studying.plays import Answers  # noqa: E402
 
-from lzero_kv.budget import ALLOCATIONS, SELECTIONS, BudgetConfig  # noqa: E402
+from lzero_kv import KVCacheConfig  # noqa: E402
+from lzero_kv.budget import ALLOCATIONS, SELECTIONS  # noqa: E402
 
 LOGITS = st.lists(st.floats(-8, 8), min_size=3, max_size=3)
 COUNTS = st.lists(st.integers(0, 30), min_size=4, max_size=4)
@@ -126,16 +128,15 @@ def test_mean_and_spread() -> None:
 
 
 def test_every_method_is_a_possible_budget_and_has_a_name_of_its_own() -> None:
-    chosen = methods.grid() + methods.hybrids()
+    chosen = methods.published() + methods.grid() + methods.hybrids()
     for method in chosen:
         for ratio in (1.0, 0.5, 0.25, 0.125):
-            BudgetConfig.read(method.budget(ratio)).sizes(layers=4, context=64)
+            cfg = {'kv_cache': {'budget': method.budget(ratio)}}
+            budget = KVCacheConfig.from_world_model_cfg(EasyDict(cfg)).budget
+            assert budget is not None and budget.sizes(layers=4, context=61).total == round(244 * ratio)
     assert len({method.name for method in chosen}) == len(chosen)
     pairs = {(m.options['allocation'], m.options['selection']) for m in methods.grid()}
     assert pairs == {(a, s) for a in ALLOCATIONS for s in SELECTIONS}
-    assert {m.options['selection'] for m in methods.grid() if m.kind == 'published'} == {
-        'streaming', 'h2o', 'snapkv', 'cake',
-    }  # fmt: skip
 
 
 def test_the_study_from_end_to_end(tmp_path: Path) -> None:
