@@ -5,8 +5,8 @@
 Without --model-path the model is trained first (configs/memory_recall_unizero_kv_config.py, about an hour on
 one core); its checkpoint is left in --out. Then, for each kind of cue, the full cache plays episodes of all
 seeds, and every budget is shown the same observations and actions, with ties broken the same way; its answers
-are compared with those of the full cache. After that each budget plays the same episodes by itself, for the
-return. Ratio 1 is run as a budget, too: its differences are exactly 0.
+are compared with those of the full cache. After that each budget plays the same episodes from the doors on by
+itself, for the return. Ratio 1 is run as a budget, too: its differences are exactly 0.
 
 A table per kind of cue; study.json, study.csv, study.md and study.png in --out; one JSON document is the last
 line of the output. --quick: the published methods and one hybrid, one seed, few episodes. CPU only.
@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from studying import methods
 from studying.measures import averages, compare, mean_and_spread
 from studying.methods import Method
 from studying.picture import draw
-from studying.plays import CUES, answers, play
-from studying.subject import Weights, load_checkpoint, make_subject, reported_bytes, train
+from studying.plays import CUES, answers, asked_frames, play
+from studying.subject import forget_all, load_checkpoint, make_subject, reported_bytes, train
 from studying.tables import Row, detailed, overview, rich_table
 
 FULL = Method('full cache', 'full', {})
@@ -55,42 +56,38 @@ class Bench:
     The episodes of all seeds are played in one batch, which is several times faster than one after the other.
     """
 
-    def __init__(
-        self, weights: Weights | None, cue: str, seeds: Sequence[int], episodes: int, smoke: bool
-    ) -> None:
-        self._weights, self._cue, self._smoke = weights, cue, smoke
-        self._seeds = [SEED_STRIDE * (seed + 1) + number for seed in seeds for number in range(episodes)]
-        self._groups = np.split(np.arange(len(self._seeds)), len(seeds))
-        subject = self._subject(None)
-        self._recording = play(subject, cue, self._seeds)
-        self._expected = answers(subject, self._recording, UNROLL_SEED)
+    def __init__(self, full: Any, cue: str, seeds: Sequence[int], episodes: int) -> None:
+        numbers = [SEED_STRIDE * (seed + 1) + number for seed in seeds for number in range(episodes)]
+        self._groups = np.split(np.arange(len(numbers)), len(seeds))
+        forget_all(full)
+        self._recording = play(full, cue, numbers)
+        self._expected = answers(full, self._recording, UNROLL_SEED)
+        self._decisive = self._recording.decisive[asked_frames(self._recording)]
 
-    def outcomes(self, budget: dict[str, Any] | None) -> list[Outcome]:
-        """Everything that is measured about one budget, for each seed; None for the full cache, anew."""
-        subject = self._subject(budget)
-        answered = answers(subject, self._recording, UNROLL_SEED)
+    def outcomes(self, subject: Any) -> list[Outcome]:
+        """Everything that is measured about a subject, for each seed."""
+        forget_all(subject)
+        recording = self._recording
+        answered = answers(subject, recording, UNROLL_SEED)
         sizes = reported_bytes(subject) | {'search_ms': 1000 * float(np.median(answered.seconds))}
         measures = compare(self._expected, answered)
-        successes = play(subject, self._cue, self._seeds).successes
+        successes = play(subject, recording.cue, recording.seeds, past=recording).successes
         return [
-            averages({name: of[:, rows] for name, of in measures.items()}, self._recording.decisive[:, rows])
+            averages({name: of[:, rows] for name, of in measures.items()}, self._decisive[:, rows])
             | {'return': float(successes[rows].mean())}
             | sizes
             for rows in self._groups
         ]
 
-    def _subject(self, budget: dict[str, Any] | None) -> Any:
-        return make_subject(self._weights, len(self._seeds), budget, smoke=self._smoke)
 
-
-def measure(benches: dict[str, Bench], method: Method, ratio: float) -> list[Row]:
+def measure(benches: dict[str, Bench], subject: Any, method: Method, ratio: float) -> list[Row]:
     """A row for each kind of cue: means over the seeds, and their spread under 'spread'."""
-    budget = None if method is FULL else method.budget(ratio)
     rows = []
     for cue, bench in benches.items():
-        outcomes = bench.outcomes(budget)
+        outcomes = bench.outcomes(subject)
         summary = {name: mean_and_spread([one[name] for one in outcomes]) for name in outcomes[0]}
-        about = dict(method=method.name, kind=method.kind, ratio=ratio, cue=cue, budget=budget)
+        about: Row = dict(method=method.name, kind=method.kind, ratio=ratio, cue=cue)
+        about |= {'budget': None if method is FULL else method.budget(ratio)}
         about |= {name: method.options.get(name) for name in ('allocation', 'selection')}
         rows.append(
             about
@@ -150,12 +147,14 @@ def main(
         model_path = train(training_seed, out / 'training')
     weights = None if smoke else load_checkpoint(model_path)
     console, begun = Console(stderr=True, width=270), time.time()
-    benches = {cue: Bench(weights, cue, seeds, episodes, smoke) for cue in CUES}
-    rows = measure(benches, FULL, 1.0)
+    subject_of = partial(make_subject, weights, len(seeds) * episodes, smoke=smoke)
+    full = subject_of(budget=None)
+    benches = {cue: Bench(full, cue, seeds, episodes) for cue in CUES}
+    rows = measure(benches, full, FULL, 1.0)
     about = dict(model=str(model_path), seeds=seeds, episodes=episodes, cues=CUES)
     for ratio in ratios:
         for method in chosen[:1] if ratio == 1 else chosen:
-            rows += measure(benches, method, ratio)
+            rows += measure(benches, subject_of(budget=method.budget(ratio)), method, ratio)
             console.log(f'{time.time() - begun:.0f} s: {method.name} at {ratio:g}')
     save(rows, about, out)
     for cue in CUES:

@@ -3,7 +3,8 @@
     python configs/memory_recall_unizero_kv_config.py --seed 0
 
 The task is memory_recall_env.py's; the settings follow memory_unizero_kv_config.py, smaller, and with more
-updates for a frame collected. The study of layer budgets (benchmarks/budget_study.py) trains this model.
+updates for a frame collected. The study of layer budgets (benchmarks/budget_study.py) trains this model,
+with shorter episodes first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from memory_unizero_kv_config import make_config as make_memory_config
 ENVIRONMENTS = ('memory_recall',)
 DISTRACTOR_FRAMES = 20
 REWARD_FRAMES = 6
+CONTEXT_STEPS = 1 + DISTRACTOR_FRAMES + REWARD_FRAMES + 5  # the search looks past the last frame
 
 # ==============================================================
 # the most frequently changed settings
@@ -71,6 +73,9 @@ def make_config(
     policy.fixed_temperature_value = 0.5
     policy.n_episode = size.n_episode
     policy.learn.learner.hook.save_ckpt_after_iter = 500
+    # Of shorter episodes, too, so that their weights fit.
+    world_model.max_blocks, world_model.max_tokens = CONTEXT_STEPS, 2 * CONTEXT_STEPS
+    world_model.context_length = 2 * CONTEXT_STEPS
     world_model.embed_pdrop = world_model.resid_pdrop = world_model.attn_pdrop = 0.0
     create_config.env = EasyDict(type=env_id, import_names=['memory_recall_env'])
     return main_config, create_config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,21 @@ UNROLLED = 5
 """Recurrent steps that are compared after each root."""
 CUES = {'start': [0], 'random': list(range(DISTRACTOR_FRAMES + 1))}
 """Frames of which the cue's is drawn."""
+DOORS = 1 + DISTRACTOR_FRAMES
+"""The first frame between the doors."""
+STRIDE = 4
+"""Of the frames before, every so manieth is asked about."""
+FEWEST = 1
+"""Simulations where nobody looks at the search."""
 
 
 @dataclass(frozen=True)
 class Recording:
     """T frames of B episodes of equal length."""
 
+    seeds: tuple[int, ...]
+    """Of the environments, B."""
+    cue: str
     observations: np.ndarray
     """float32 [T, B, 3, 5, 5]."""
     actions: np.ndarray
@@ -41,65 +50,74 @@ class Recording:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a subject says at T frames of B episodes: at the root (N = 1 node) and along K steps from it."""
+    """What a subject says at F frames of B episodes: at the root (one node) and along K steps from it."""
 
     policy: np.ndarray
-    """Logits [T, B, 1 + K, actions]."""
+    """Logits [F, B, 1 + K, actions]."""
     value: np.ndarray
-    """Scalars [T, B, 1 + K]."""
+    """Scalars [F, B, 1 + K]."""
     reward: np.ndarray
-    """Scalars [T, B, K]."""
+    """Scalars [F, B, K]."""
     latent: np.ndarray
-    """[T, B, K, embed]."""
+    """[F, B, K, embed]."""
     visits: np.ndarray
-    """Visit counts of the root's actions, [T, B, actions]."""
+    """Visit counts of the root's actions, [F, B, actions]."""
     seconds: np.ndarray
-    """Processor time of one root inference and search of all B rows, [T]."""
+    """Processor time of one root inference and search of all B rows, [F]."""
 
 
-def play(subject: Any, cue: str, seeds: Sequence[int]) -> Recording:
-    """Episodes of the task as the subject plays them, one for each seed; nothing is drawn by the subject."""
+def play(subject: Any, cue: str, seeds: Sequence[int], past: Recording | None = None) -> Recording:
+    """Episodes of the task as the subject plays them, one for each seed; nothing is drawn by the subject.
+
+    past: the same episodes, whose actions are taken before the doors are there, where they decide nothing;
+    the subject sees these frames, and does not search there.
+    """
     environments = [_environment(cue) for _ in seeds]
     for environment, seed in zip(environments, seeds, strict=True):
         environment.seed(seed, dynamic_seed=False)
     frames = [environment.reset()['observation'] for environment in environments]
     observations, actions, decisive, step = [], [], [], None
-    with _repeatable_searches():
+    with _repeatable_searches(), _simulations(subject) as simulate:
         _forget(subject, len(seeds))
         while step is None or not step[0].done:
             observations.append(np.stack(frames).astype(np.float32))
-            reward_phase = len(observations) > 1 + DISTRACTOR_FRAMES
-            decisive.append([reward_phase and shows_door(frame) for frame in frames])
-            output = _forward(subject, observations[-1])
+            at_doors = len(observations) > DOORS
+            decisive.append([at_doors and shows_door(frame) for frame in frames])
+            forced = None if past is None or at_doors else past.actions[len(actions)]
+            simulate(FEWEST if forced is not None else None)
+            output = _forward(subject, observations[-1], forced)
             actions.append([int(output[row]['action']) for row in range(len(seeds))])
             step = [one.step(action) for one, action in zip(environments, actions[-1], strict=True)]
             frames = [one.obs['observation'] for one in step]
     successes = np.array([bool(one.info['success']) for one in step])
-    return Recording(np.stack(observations), np.array(actions), np.array(decisive), successes)
+    played = np.stack(observations), np.array(actions), np.array(decisive), successes
+    return Recording(tuple(seeds), cue, *played)
+
+
+def asked_frames(recording: Recording) -> np.ndarray:
+    """Frames at which answers are compared, int64 [F]: all between the doors, and some before."""
+    return np.array([t for t in range(len(recording.actions)) if t >= DOORS or t % STRIDE == 0])
 
 
 @torch.no_grad()
 def answers(subject: Any, recording: Recording, seed: int) -> Answers:
-    """The subject's answers at every frame of a recording, whose actions it is made to take.
+    """The subject's answers at the asked frames of a recording, all of whose frames it sees and whose actions
+    it is made to take.
 
     seed: of the actions along which the model is unrolled; the same for all subjects.
     """
     frames, rows = recording.actions.shape
     branches = np.random.default_rng(seed).integers(0, 4, size=(frames, UNROLLED, rows))
-    collected: list[tuple[np.ndarray, ...]] = []
-    with _repeatable_searches():
+    asked, collected = set(asked_frames(recording).tolist()), []
+    with _repeatable_searches(), _simulations(subject) as simulate:
         _forget(subject, rows)
         for frame in range(frames):
-            taken = iter(recording.actions[frame])
-
-            def select_action(*args: Any, taken: Iterator[int] = taken, **kwargs: Any) -> tuple[int, float]:
-                return int(next(taken)), 0.0
-
-            with replaced(unizero, 'select_action', select_action):
-                begun = CLOCK()
-                output = _forward(subject, recording.observations[frame])
-                seconds = CLOCK() - begun
-            collected.append((*_unrolled(subject, output, branches[frame]), np.float64(seconds)))
+            simulate(None if frame in asked else FEWEST)
+            begun = CLOCK()
+            output = _forward(subject, recording.observations[frame], recording.actions[frame])
+            seconds = CLOCK() - begun
+            if frame in asked:
+                collected.append((*_unrolled(subject, output, branches[frame]), np.float64(seconds)))
     return Answers(*(np.stack(part) for part in zip(*collected, strict=True)))
 
 
@@ -130,20 +148,42 @@ def _environment(cue: str) -> MemoryRecallEnv:
     return MemoryRecallEnv(config)
 
 
-def _forward(subject: Any, observations: np.ndarray) -> dict[int, dict[str, Any]]:
+def _forward(
+    subject: Any, observations: np.ndarray, forced: np.ndarray | None = None
+) -> dict[int, dict[str, Any]]:
+    """One call of the policy; `forced` are the actions it then takes, int64 [B]."""
     rows = len(observations)
     masks = [np.ones(subject._cfg.model.action_space_size, dtype=np.int8)] * rows
     players = [np.array(-1)] * rows
-    return subject.eval_mode.forward(
-        torch.from_numpy(observations), masks, players, ready_env_id=set(range(rows)), timestep=[-1] * rows
-    )
+    taken = iter(() if forced is None else forced)
+
+    def select_action(*args: Any, **kwargs: Any) -> tuple[int, float]:
+        return int(next(taken)), 0.0
+
+    with nullcontext() if forced is None else replaced(unizero, 'select_action', select_action):
+        return subject.eval_mode.forward(
+            torch.from_numpy(observations), masks, players,
+            ready_env_id=set(range(rows)), timestep=[-1] * rows,
+        )  # fmt: skip
+
+
+@contextmanager
+def _simulations(subject: Any) -> Iterator[Callable[[int | None], None]]:
+    """A function that sets the simulations of the next search; None: as many as are configured."""
+    config, number = subject._mcts_eval._cfg, subject._mcts_eval._cfg.num_simulations
+
+    def simulate(simulations: int | None) -> None:
+        config.num_simulations = simulations or number
+
+    try:
+        yield simulate
+    finally:
+        config.num_simulations = number
 
 
 def _forget(subject: Any, rows: int) -> None:
     subject.eval_mode.reset(list(range(rows)))
 
 
-def _repeatable_searches() -> ExitStack:
-    stack = ExitStack()
-    stack.enter_context(repeatable(*host_trees()))
-    return stack
+def _repeatable_searches() -> AbstractContextManager[None]:
+    return repeatable(*host_trees())

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from easydict import EasyDict
-from memory_recall_unizero_kv_config import FULL, make_config
+from memory_recall_unizero_kv_config import DISTRACTOR_FRAMES, FULL, make_config
 
 from lzero_kv.hosts.lightzero.budgeted import BudgetedFlights
 from tests.host.models import load_weights, random_weights, world_model_of
@@ -19,15 +19,31 @@ from tests.host.models import load_weights, random_weights, world_model_of
 Weights = dict[str, torch.Tensor]
 
 
-def train(seed: int, folder: Path, max_env_step: int | None = None) -> Path:
-    """Train the model by LightZero's own entry; its last checkpoint."""
-    main_config, create_config = make_config('memory_recall', seed)
-    main_config.exp_name = str(folder)
+LESSONS = ((4, 2_700), (DISTRACTOR_FRAMES, 10_000))
+"""Frames between cue and doors at most, and environment steps. Over few frames the model finds out within
+minutes what the cue is for, and then keeps it over more frames; over many from the beginning it did not."""
+
+
+def train(seed: int, folder: Path) -> Path:
+    """Train the model by LightZero's own entry, lesson by lesson; its last checkpoint."""
     from lzero.entry import train_unizero
 
-    train_unizero([main_config, create_config], seed=seed, max_env_step=max_env_step or FULL.max_env_step)
-    checkpoints = folder.glob('ckpt/iteration_*.pth.tar')
-    return max(checkpoints, key=lambda path: int(path.name.split('_')[1].split('.')[0]))
+    checkpoint: Path | None = None
+    for memory_length, max_env_step in LESSONS:
+        main_config, create_config = make_config(
+            'memory_recall', seed, size=EasyDict(FULL, memory_length=memory_length)
+        )
+        lesson = folder / f'{memory_length}_frames'
+        main_config.exp_name = str(lesson)
+        train_unizero(
+            [main_config, create_config], seed=seed, model_path=checkpoint, max_env_step=max_env_step
+        )
+        checkpoint = max(lesson.glob('ckpt/iteration_*.pth.tar'), key=_iteration)
+    return checkpoint
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name.removeprefix('iteration_').removesuffix('.pth.tar'))
 
 
 def load_checkpoint(path: Path) -> Weights:
@@ -60,6 +76,13 @@ def make_subject(
     load_weights(subject, random_weights(_bare(model), 0) if weights is None else weights)
     _bare(model).eval()
     return subject
+
+
+def forget_all(subject: Any) -> None:
+    """New pools: nothing is left of earlier episodes, nor of what was learned about the layers."""
+    config = subject._cfg
+    environments = int(config.collector_env_num) + int(config.evaluator_env_num)
+    world_model_of(subject).expect(environments, int(config.num_simulations))
 
 
 def reported_bytes(subject: Any) -> dict[str, int]:
