@@ -54,15 +54,21 @@ SMOKE = EasyDict(
 
 
 def make_config(
-    env_id: str, seed: int, smoke: bool = False, kv: bool = True, size: EasyDict | None = None
+    env_id: str,
+    seed: int,
+    smoke: bool = False,
+    kv: bool = True,
+    size: EasyDict | None = None,
+    budget: float | None = None,
 ) -> tuple[EasyDict, EasyDict]:
     """The two configs that `train_unizero` takes: (main_config, create_config).
 
-    size: settings in the place of FULL (or, with smoke, of SMOKE). Raises ValueError for an unknown env_id.
+    size: settings in the place of FULL (or, with smoke, of SMOKE). budget: the part of all tokens that layers
+    keep, None for all. Raises ValueError for an unknown env_id.
     """
     require_known(env_id, ENVIRONMENTS)
     size = size or (SMOKE if smoke else FULL)
-    main_config, create_config = make_memory_config('visual_match', seed, smoke, kv, size)
+    main_config, create_config = make_memory_config('visual_match', seed, smoke, kv, size, budget)
     main_config.exp_name = main_config.exp_name.replace('visual_match', env_id)
     # Half of the episodes show the cue first, where it has to be kept longest.
     anywhere = list(range(size.memory_length + 1))
@@ -87,9 +93,10 @@ def main(
     smoke: bool = False,
     kv: bool = True,
     model_path: str | None = None,
+    budget: float | None = None,
 ) -> None:
     """Train until the size's max_env_step, from a checkpoint where one is given."""
-    main_config, create_config = make_config(env_id, seed, smoke, kv)
+    main_config, create_config = make_config(env_id, seed, smoke, kv, budget=budget)
     from lzero.entry import train_unizero
 
     train_unizero(
@@ -101,5 +108,12 @@ def main(
 
 
 if __name__ == '__main__':
-    args = parse_arguments('UniZero on a small memory task.', 'memory_recall', ENVIRONMENTS)
-    main(args.env, args.seed, smoke=args.smoke, kv=args.kv, model_path=args.model_path)
+    args = parse_arguments('UniZero on a small memory task.', 'memory_recall', ENVIRONMENTS, budget=True)
+    main(
+        args.env,
+        args.seed,
+        smoke=args.smoke,
+        kv=args.kv,
+        model_path=args.model_path,
+        budget=args.budget,
+    )
