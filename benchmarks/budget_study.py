@@ -156,7 +156,7 @@ def main(
         for method in chosen[:1] if ratio == 1 else chosen:
             rows += measure(benches, subject_of(budget=method.budget(ratio)), method, ratio)
             console.log(f'{time.time() - begun:.0f} s: {method.name} at {ratio:g}')
-    save(rows, about, out)
+        save(rows, about, out)
     for cue in CUES:
         console.print(rich_table([row for row in rows if row['cue'] == cue], cue))
     print(json.dumps(about | {'rows': rows}))

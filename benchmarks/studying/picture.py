@@ -10,7 +10,6 @@ import matplotlib
 
 matplotlib.use('Agg')
 
-import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
@@ -29,7 +28,7 @@ LEAST = 1e-4
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A point for each method and ratio, a panel for each measure and cue; the study's rows of budgets."""
-    cues = sorted({row['cue'] for row in rows}, reverse=True)
+    cues = list(dict.fromkeys(row['cue'] for row in rows))
     figure, axes = plt.subplots(len(PANELS), len(cues), figsize=(5.6 * len(cues), 7.6), squeeze=False)
     for line, (measure, title) in enumerate(PANELS.items()):
         for column, cue in enumerate(cues):
@@ -68,7 +67,7 @@ def _panel(ax: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
             mec='k' if row['kind'] == 'published' else COLOURS[row['selection']], alpha=0.85,
         )  # fmt: skip
     front = [points[i] for i in pareto_front(points)]
-    ax.step(*np.array(front).T, where='post', color='k', lw=0.8, zorder=0)
+    ax.step(*zip(*front, strict=True) if front else ((), ()), where='post', color='k', lw=0.8, zorder=0)
     ticks = sorted({kib for kib, _ in points})
     ax.set_xscale('log', base=2)
     ax.set_xticks(ticks, [f'{kib:.1f}' for kib in ticks])
