@@ -112,7 +112,8 @@ def save(rows: Sequence[Row], about: Row, out: Path) -> None:
     of_cues = {cue: [row for row in rows if row['cue'] == cue] for cue in CUES}
     pages = [f'## {cue}\n\n{overview(of)}\n\n{detailed(of)}\n' for cue, of in of_cues.items()]
     (out / 'study.md').write_text('\n'.join(pages))
-    draw([row for row in rows if row['ratio'] < 1], out / 'study.png')
+    if limited := [row for row in rows if row['ratio'] < 1]:
+        draw(limited, out / 'study.png')
 
 
 def main(
