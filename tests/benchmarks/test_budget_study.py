@@ -133,7 +133,7 @@ def test_every_method_is_a_possible_budget_and_has_a_name_of_its_own() -> None:
         for ratio in (1.0, 0.5, 0.25, 0.125):
             cfg = {'kv_cache': {'budget': method.budget(ratio)}}
             budget = KVCacheConfig.from_world_model_cfg(EasyDict(cfg)).budget
-            assert budget is not None and budget.sizes(layers=4, context=61).total == round(244 * ratio)
+            assert budget is not None and budget.sizes(layers=4, context=61).total == int(244 * ratio + 0.5)
     assert len({method.name for method in chosen}) == len(chosen)
     pairs = {(m.options['allocation'], m.options['selection']) for m in methods.grid()}
     assert pairs == {(a, s) for a in ALLOCATIONS for s in SELECTIONS}
