@@ -12,18 +12,19 @@ matplotlib.use('Agg')
 
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 from studying.measures import pareto_front
 
 PANELS = {
     'decisive/policy_kl_root': 'KL of the policy at the root (nats)',
-    'decisive/disagreement': 'root actions that differ',
+    'decisive/disagreement': 'root actions that differ (%)',
 }
 COLOURS = dict(zip(SELECTIONS, ('#777777', '#1f77b4', '#2ca02c', '#d62728', '#9467bd'), strict=True))
 MARKERS = dict(zip(ALLOCATIONS, 'osv^', strict=True))
-LEAST = 1e-4
-"""Losses below are drawn here: a logarithm has no zero."""
+LINEAR = {'decisive/disagreement': 1.0}
+"""Where a logarithmic axis becomes linear, to show zero."""
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -36,7 +37,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             _panel(ax, [row for row in rows if row['cue'] == cue], measure)
             ax.set_title(f'cue at {"the start" if cue == "start" else "a random time"}', fontsize=10)
             ax.set_ylabel(title if column == 0 else '')
-            ax.set_xlabel('KiB of a node' if line == len(PANELS) - 1 else '')
+            ax.set_xlabel("KiB of a history's keys and values" if line == len(PANELS) - 1 else '')
     handles = [
         Line2D([], [], color=colour, marker='o', ls='', label=name) for name, colour in COLOURS.items()
     ]
@@ -56,7 +57,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _panel(ax: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
-    points = [(row['node_bytes'] / 1024, max(_loss(row, measure), LEAST)) for row in rows]
+    points = [(row['node_bytes'] / 1024, _loss(row, measure)) for row in rows]
     # Methods of one ratio have the same bytes; they are drawn side by side, by selection and allocation.
     order = list(SELECTIONS)
     for row, (kib, loss) in zip(rows, points, strict=True):
@@ -72,10 +73,16 @@ def _panel(ax: Any, rows: Sequence[dict[str, Any]], measure: str) -> None:
     ax.set_xscale('log', base=2)
     ax.set_xticks(ticks, [f'{kib:.1f}' for kib in ticks])
     ax.minorticks_off()
-    ax.set_yscale('log')
+    if measure in LINEAR:
+        ax.set_yscale('symlog', linthresh=LINEAR[measure])
+        ax.set_ylim(bottom=-0.2)
+    else:
+        ax.set_yscale('log')
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.grid(axis='y', lw=0.3)
 
 
 def _loss(row: dict[str, Any], measure: str) -> float:
     frames, name = measure.split('/')
-    return 1 - row[f'{frames}/agreement'] if name == 'disagreement' else row[measure]
+    return 100 * (1 - row[f'{frames}/agreement']) if name == 'disagreement' else row[measure]

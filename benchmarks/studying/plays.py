@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lzero.policy import InverseScalarTransform, unizero
-from measuring.instruments import CLOCK
+from measuring.instruments import clock
 from memory_recall_env import MemoryRecallEnv, shows_door
 from memory_recall_unizero_kv_config import DISTRACTOR_FRAMES
 
@@ -113,9 +113,9 @@ def answers(subject: Any, recording: Recording, seed: int) -> Answers:
         _forget(subject, rows)
         for frame in range(frames):
             simulate(None if frame in asked else FEWEST)
-            begun = CLOCK()
+            begun = clock()
             output = _forward(subject, recording.observations[frame], recording.actions[frame])
-            seconds = CLOCK() - begun
+            seconds = clock() - begun
             if frame in asked:
                 collected.append((*_unrolled(subject, output, branches[frame]), np.float64(seconds)))
     return Answers(*(np.stack(part) for part in zip(*collected, strict=True)))
