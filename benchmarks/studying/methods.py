@@ -13,6 +13,8 @@ SINKS = 2
 """The first step."""
 STEP = 2
 """UniZero drops an observation with its action."""
+ALONE: dict[str, Any] = dict(sinks=0, per_head=True)
+"""Each head keeps tokens of its own, and nothing is kept for being first: as in most publications."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,12 @@ class Method:
 def published() -> list[Method]:
     """As their authors define them, in whole steps: each head keeps tokens of its own, no sinks but for
     StreamingLLM, all of the weights from the attention for CAKE."""
-    alone: dict[str, Any] = dict(sinks=0, per_head=True)
     return [
         _method('published', 'uniform', 'streaming', 'StreamingLLM'),
-        _method('published', 'uniform', 'h2o', 'H2O', **alone),
-        _method('published', 'uniform', 'snapkv', 'SnapKV', **alone),
-        _method('published', 'pyramid', 'snapkv', 'PyramidKV', **alone),
-        _method('published', 'attention_based', 'cake', 'CAKE', **alone, alpha=1.0),
+        _method('published', 'uniform', 'h2o', 'H2O', **ALONE),
+        _method('published', 'uniform', 'snapkv', 'SnapKV', **ALONE),
+        _method('published', 'pyramid', 'snapkv', 'PyramidKV', **ALONE),
+        _method('published', 'attention_based', 'cake', 'CAKE', **ALONE, alpha=1.0),
     ]
 
 
@@ -66,6 +67,17 @@ def hybrids() -> list[Method]:
         _hybrid('uniform', 'window 2, gamma 0', window=2, gamma=0.0),
         _hybrid('uniform', 'window 2, kernel 1', window=2, kernel=1),
         _hybrid('uniform', 'window 2, no sinks, kernel 1', window=2, sinks=0, kernel=1),
+        _hybrid('uniform', 'alone, mix 0.25', mix=0.25, **ALONE),
+        _hybrid('uniform', 'alone, mix 0.1', mix=0.1, **ALONE),
+        _hybrid('uniform', 'alone, gamma 0, mix 0.25', gamma=0.0, mix=0.25, **ALONE),
+        *(
+            _hybrid(allocation, f'{allocation}, alone, gamma 0, mix 0.1', gamma=0.0, mix=0.1, **ALONE)
+            for allocation in ALLOCATIONS
+        ),
+        _hybrid('uniform', 'alone, gamma 0, mix 0.1, window 2', gamma=0.0, mix=0.1, window=2, **ALONE),
+        _method('hybrid', 'adaptive', 'snapkv', 'snapkv + adaptive, alone', **ALONE),
+        _method('hybrid', 'attention_based', 'snapkv', 'snapkv + attention_based, alone', **ALONE),
+        _method('hybrid', 'uniform', 'cake', 'cake + uniform, alone', **ALONE),
     ]
 
 
