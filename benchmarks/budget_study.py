@@ -123,7 +123,7 @@ def main(
     episodes: int = EPISODES,
     ratios: tuple[float, ...] = RATIOS,
     training_seed: int = 0,
-    only: str = '',
+    only: tuple[str, ...] = (),
     quick: bool = False,
     smoke: bool = False,
 ) -> None:
@@ -136,7 +136,7 @@ def main(
         episodes: for each seed and kind of cue.
         ratios: slots as a part of all tokens.
         training_seed: where the model is trained.
-        only: a part of the names of the methods that are compared.
+        only: names of the methods that are compared; all of them if absent.
         quick: few methods, one seed, few episodes: minutes.
         smoke: random weights of the smallest size, as a test of this program; the figures mean nothing.
     """
@@ -146,7 +146,7 @@ def main(
     if quick:
         seeds, episodes = seeds[:1], min(episodes, 8)
     chosen = methods.quick() if quick else methods.published() + methods.grid() + methods.hybrids()
-    chosen = [method for method in chosen if only in method.name]
+    chosen = [method for method in chosen if not only or method.name in only]
     if not smoke and model_path is None:
         model_path = train(training_seed, out / 'training')
     weights = None if smoke else load_checkpoint(model_path)
