@@ -78,6 +78,9 @@ def hybrids() -> list[Method]:
         _method('hybrid', 'adaptive', 'snapkv', 'snapkv + adaptive, alone', **ALONE),
         _method('hybrid', 'attention_based', 'snapkv', 'snapkv + attention_based, alone', **ALONE),
         _method('hybrid', 'uniform', 'cake', 'cake + uniform, alone', **ALONE),
+        _method('hybrid', 'uniform', 'cake', 'cake + uniform, alone, gamma 5', gamma=5.0, **ALONE),
+        _method('hybrid', 'uniform', 'cake', 'cake + uniform, alone, gamma 20', gamma=20.0, **ALONE),
+        _hybrid('uniform', 'alone, gamma 20, mix 0.05', gamma=20.0, mix=0.05, **ALONE),
     ]
 
 
