@@ -54,7 +54,7 @@ plots: setup  ## growth with every size of a search, and where a step's time goe
 	@$(BIN)/python benchmarks/cache_growth.py --plot docs/images/cache_growth.png
 	@$(BIN)/python benchmarks/step_profile.py --plot docs/images/step_profile.png
 
-budget-study: setup  ## train a model that has to remember, then measure what each layer budget costs it (two hours)
+budget-study: setup  ## train a model that has to remember, then measure what each layer budget costs it (an hour)
 	@$(BIN)/python benchmarks/budget_study.py --out $(STUDY) $(if $(MODEL),--model-path $(MODEL))
 
 clean:  ## remove .venv and what runs and tests left behind

@@ -2,11 +2,12 @@
 
     python benchmarks/budget_study.py --model-path CHECKPOINT --out study
 
-Without --model-path the model is trained first (configs/memory_recall_unizero_kv_config.py, about an hour on
-one core); its checkpoint is left in --out. Then, for each kind of cue, the full cache plays episodes of all
-seeds, and every budget is shown the same observations and actions, with ties broken the same way; its answers
-are compared with those of the full cache. After that each budget plays the same episodes from the doors on by
-itself, for the return. Ratio 1 is run as a budget, too: its differences are exactly 0.
+Without --model-path the model is trained first (configs/memory_recall_unizero_kv_config.py, in lessons, about
+half an hour on one core); its checkpoint is left in --out. Then, for each kind of cue, the full cache plays
+episodes of all seeds, and every budget is shown the same observations and actions, with ties broken the same
+way; its answers are compared with those of the full cache. After that each budget plays the same episodes from the
+doors on by itself, for the return. Ratio 1 is run as a budget, too: its differences are exactly 0. All of it
+takes about twenty minutes.
 
 A table per kind of cue; study.json, study.csv, study.md and study.png in --out; one JSON document is the last
 line of the output. --quick: the published methods and one hybrid, one seed, few episodes. CPU only.
@@ -43,7 +44,7 @@ from studying.tables import Row, detailed, overview, rich_table
 
 FULL = Method('full cache', 'full', {})
 RATIOS = (1.0, 0.5, 0.25, 0.125)
-EPISODES = 24  # for each seed and kind of cue
+EPISODES = 16  # for each seed and kind of cue
 SEED_STRIDE = 1000  # between the episodes of two seeds
 UNROLL_SEED = 0  # of the actions along which the model is unrolled
 

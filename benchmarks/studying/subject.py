@@ -30,9 +30,9 @@ class Lesson(NamedTuple):
 
 
 LESSONS = (
-    Lesson('short', 4, 1e-3, 2_700),
+    Lesson('short', 4, 1e-3, 2_500),
     Lesson('long', DISTRACTOR_FRAMES, 1e-3, 17_000),
-    Lesson('fine', DISTRACTOR_FRAMES, 3e-4, 8_000),
+    Lesson('fine', DISTRACTOR_FRAMES, 3e-4, 6_200),
 )
 """Over few frames the model finds out within minutes what the cue is for, and then keeps it over more frames;
 over many frames from the beginning it did not."""
