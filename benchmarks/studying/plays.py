@@ -26,7 +26,7 @@ CUES = {'start': [0], 'random': list(range(DISTRACTOR_FRAMES + 1))}
 DOORS = 1 + DISTRACTOR_FRAMES
 """The first frame between the doors."""
 STRIDE = 4
-"""Of the frames before, every so manieth is asked about."""
+"""One frame in so many of those before is asked about."""
 FEWEST = 1
 """Simulations where nobody looks at the search."""
 
