@@ -1,11 +1,13 @@
 # make help lists the targets. Variables: PYTHON (the interpreter of the set-up), VENV (the environment's folder),
 # TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (test processes), MINUTES (of the soak), UPSTREAM (a
-# built checkout of LightZero's development branch, for the benchmark).
+# built checkout of LightZero's development branch, for the benchmark), STUDY (folder for the results of the budget
+# study), MODEL (a checkpoint for it, in the place of a training).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
 JOBS ?= 2
 MINUTES ?= 30
+STUDY ?= data_lz/budget_study
 BIN := $(VENV)/bin
 
 # On two cores several threads per process wait for each other: up to ten times slower than one.
@@ -13,10 +15,10 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz soak bench plots types docs clean
+.PHONY: help setup demo test lint fuzz soak bench plots budget-study types docs clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## build .venv: LightZero with its compiled tree search, torch, Atari games (a second run reuses it)
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: found no $(PYTHON), expected Python 3.11: install it, or write make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -51,6 +53,9 @@ bench: setup  ## planning with each cache against LightZero's own and the model 
 plots: setup  ## growth with every size of a search, and where a step's time goes: the pictures of the docs (minutes)
 	@$(BIN)/python benchmarks/cache_growth.py --plot docs/images/cache_growth.png
 	@$(BIN)/python benchmarks/step_profile.py --plot docs/images/step_profile.png
+
+budget-study: setup  ## train a model that has to remember, then measure what each layer budget costs it (an hour)
+	@$(BIN)/python benchmarks/budget_study.py --out $(STUDY) $(if $(MODEL),--model-path $(MODEL))
 
 clean:  ## remove .venv and what runs and tests left behind
 	rm -rf $(VENV) $(VENV).lock build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -16,13 +16,13 @@ from memory_repairs import repair_memory_tasks
 
 # Frames of the first phase, in which the agent sees what it has to remember.
 EXPLORE_FRAMES = {'visual_match': 1, 'key_to_door': 15}
-REWARD_FRAMES = 15
 
 # ==============================================================
 # the most frequently changed settings
 # ==============================================================
 FULL = EasyDict(
     memory_length=60,  # frames between what is to be remembered and the question
+    reward_frames=15,
     max_env_step=int(1e6),
     num_layers=4,
     num_heads=4,
@@ -39,6 +39,7 @@ FULL = EasyDict(
 )
 SMOKE = EasyDict(
     memory_length=5,
+    reward_frames=15,
     max_env_step=80,
     num_layers=2,
     num_heads=2,
@@ -72,7 +73,7 @@ def make_config(
     require_known(env_id, EXPLORE_FRAMES)
     repair_memory_tasks()
     size = size or (SMOKE if smoke else FULL)
-    episode_length = EXPLORE_FRAMES[env_id] + size.memory_length + REWARD_FRAMES
+    episode_length = EXPLORE_FRAMES[env_id] + size.memory_length + size.reward_frames
     # The search looks past the last frame: five more steps keep the first frame in the context until then.
     context_steps = episode_length + 5
 
@@ -90,7 +91,7 @@ def make_config(
             max_frames=dict(
                 explore=EXPLORE_FRAMES[env_id],
                 distractor=size.memory_length,
-                reward=REWARD_FRAMES,
+                reward=size.reward_frames,
             ),
             collector_env_num=size.collector_env_num,
             evaluator_env_num=size.evaluator_env_num,

@@ -23,6 +23,7 @@ ATARI = ('atari_unizero_kv_config', 'atari_unizero_segment_kv_config')
 ENVIRONMENTS = {
     **dict.fromkeys(ATARI, 'PongNoFrameskip-v4'),
     'cartpole_unizero_kv_config': 'CartPole-v0',
+    'memory_recall_unizero_kv_config': 'memory_recall',
     'memory_unizero_kv_config': 'visual_match',
     'pendulum_sampled_unizero_kv_config': 'Pendulum-v1',
 }
