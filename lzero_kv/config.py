@@ -7,26 +7,41 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
-from lzero_kv.budget.config import BudgetConfig, Natural, Positive
+from lzero_kv.budget.config import BudgetConfig, Positive
 from lzero_kv.mistakes import all_at_once, describe
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
-class NodeBudget(BudgetConfig):
-    """Layer budgets of a world model: a :class:`BudgetConfig` with defaults for steps of two tokens."""
+HYBRID = dict(mix=0.25, gamma=0.0)
+"""Of selection='hace' with strategy='hybrid', where nothing else is given: a quarter of accumulated attention
+in the mean attention of the last queries, without its variance."""
 
+
+class NodeBudget(BudgetConfig):
+    """Layer budgets of a world model: a :class:`BudgetConfig` with the defaults that lost least on a trained
+    world model (docs/budget_study.md)."""
+
+    allocation: str = 'uniform'
+    """How the slots are divided among the layers: one of ALLOCATIONS."""
+    selection: str = 'hace'
+    """Which tokens stay: one of SELECTIONS. With 'hace' and its strategy 'hybrid', mix is 0.25 and gamma 0
+    unless they are given."""
     window: Positive = 4
     """Newest tokens of a root, always kept; their queries are the ones whose attention is read."""
-    sinks: Natural = 2
-    """First tokens of a history, always kept."""
     step: Positive = 2
     """Tokens that are kept or dropped together; 2 keeps whole pairs of observation and action."""
-    per_head: StrictBool = False
-    """Whether every head keeps tokens of its own; False: all heads of a layer keep the same."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """'attention_based': part of the weights that follows the attention, the rest is uniform: with few layers
     the attention alone would give most of the tokens to one."""
+
+    @model_validator(mode='before')
+    @classmethod
+    def _complete_hybrid(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        hybrid = given.get('selection', 'hace') == 'hace' and given.get('strategy', 'hybrid') == 'hybrid'
+        return {**HYBRID, **given} if hybrid else given
 
 
 class KVCacheConfig(BaseModel):

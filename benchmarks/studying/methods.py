@@ -96,6 +96,8 @@ def _hybrid(allocation: str, name: str, **options: Any) -> Method:
 def _method(kind: str, allocation: str, selection: str, name: str, **options: Any) -> Method:
     chosen = dict(allocation=allocation, selection=selection, window=WINDOW, sinks=SINKS, step=STEP)
     chosen['per_head'] = False
+    if selection == 'hace':
+        chosen |= dict(gamma=200.0) if 'strategy' in options else dict(gamma=200.0, mix=0.5)
     if allocation == 'attention_based':
         chosen['alpha'] = 0.5
     return Method(name, kind, chosen | options)

@@ -116,7 +116,7 @@ class BudgetConfig(BaseModel):
             raise TypeError(f'{name} must be a dict such as dict(ratio=0.25), got {type(given).__name__}')
         values = dict(given)
         try:
-            return cls(**values)
+            return cls.model_validate(values)
         except ValidationError as error:
             # a wrong field keeps the model's own check from looking at the choices
             items = [item for item in error.errors() if item['loc']]

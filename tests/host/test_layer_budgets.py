@@ -129,7 +129,8 @@ def test_short_windows_can_be_budgeted() -> None:
 
 
 def test_preferences_are_those_of_the_attention() -> None:
-    budget = dict(ratio=0.5, selection='h2o', smoothing=0.0, hysteresis=1.0, window=4, sinks=2)
+    moving = dict(allocation='attention_based', smoothing=0.0, hysteresis=1.0)
+    budget = dict(ratio=0.5, selection='h2o', window=4, sinks=2, **moving)
     judge = Judge(budgeted_policy(budget=budget)).play(8)
     for layer, (dispersion, shift) in enumerate(judge.tracker.preferences):
         measured = [
@@ -195,7 +196,7 @@ def test_what_does_not_read_the_attention_does_not_look(monkeypatch: pytest.Monk
 
     for module in (flights, transformer):
         monkeypatch.setattr(module, 'attention_probabilities', look)
-    blind = budgeted_policy(budget=dict(ratio=0.5, allocation='adaptive', selection='streaming'))
+    blind = budgeted_policy(budget=dict(ratio=0.5, allocation='adaptive', selection='streaming', sinks=2))
     Episodes(blind, range(ROWS), record=False).run(12)
     looking = budgeted_policy(budget=dict(ratio=0.5, selection='h2o', allocation='uniform'))
     with pytest.raises(AssertionError, match='looked'):
@@ -226,7 +227,7 @@ def test_nan_leaves_no_trace() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match='window=4, sinks=2 and minimum=1 of 4 layers need 28 slots'):
+    with pytest.raises(ValueError, match='window=4, sinks=0 and minimum=1 of 4 layers need 20 slots'):
         budgeted_policy(budget=dict(ratio=0.1))
     with pytest.raises(ValueError, match=r"kv_cache\.budget: it cannot be combined with window='shift'"):
         budgeted_policy(budget=dict(ratio=0.5), kv_cache=dict(window='shift'))
