@@ -29,7 +29,11 @@ class LayerLoss(NamedTuple):
 
     def since(self, previous: LayerLoss) -> LayerLoss:
         """What came after ``previous``."""
-        return LayerLoss(*(now - before for now, before in zip(self, previous, strict=True)))
+        return LayerLoss(
+            self.dropped_tokens - previous.dropped_tokens,
+            self.rows - previous.rows,
+            self.mass - previous.mass,
+        )
 
 
 class BudgetTally:

@@ -141,9 +141,9 @@ def layers_of_pass(
         query, keys, values = qkv.unbind(2)
         if rotation is not None:
             query, keys = rotate(qkv[:, :, :2], rotation[:, :, None], prepared.heads).unbind(2)
-        shown = Projected(*(t.unflatten(-1, split).transpose(1, 2) for t in (query, keys, values)), mask)
-        yield shown
-        attended = F.scaled_dot_product_attention(*shown)
+        query, keys, values = (t.unflatten(-1, split).transpose(1, 2) for t in (query, keys, values))
+        yield Projected(query, keys, values, mask)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         x = block.finish(x, attended.transpose(1, 2).reshape(rows * steps, embed))
 
 

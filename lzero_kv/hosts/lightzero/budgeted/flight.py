@@ -12,7 +12,7 @@ from lzero_kv.budget import layer_preference
 from lzero_kv.window import TOKENS_PER_STEP
 
 from ..observer import Histories
-from ..transformer import Columns, additive_mask, append_token
+from ..transformer import Columns, Watch, additive_mask, append_token
 from .held import HeldLayer
 
 if TYPE_CHECKING:
@@ -74,22 +74,25 @@ class BudgetedFlight:
         for layer in self._layers:
             own = layer.positions.shape[2] - TOKENS_PER_STEP + self._column
             layer.positions[:, :, own] = torch.from_numpy(self.next_positions).to(x.device)[:, None]
-        watch = None
-        if self._watched and flights.reads_attention:
-            added = torch.from_numpy(grown).to(x.device)[:, None]
-            self._newest = []
-
-            def watch(number: int, probabilities: torch.Tensor) -> None:
-                layer = self._layers[number]
-                layer.record.observe(probabilities, layer.lengths_of_groups + added)
-                self._newest.append(probabilities[:, :, -1])
-
+        watch = self._watch(grown) if self._watched and flights.reads_attention else None
         hidden = append_token(prepared, columns, placed, rotation, watch)
         self.lengths = self.lengths + grown - self._grown
         self.next_positions = self.next_positions + grown - self._grown
         self._grown = grown
         self._column += 1
         return hidden
+
+    def _watch(self, grown: np.ndarray) -> Watch:
+        """Who remembers the attention of a token, with which rows have grown by so many (int64 ``[B]``)."""
+        added = torch.from_numpy(grown).to(self._layers[0].kv.device)[:, None]
+        self._newest = []
+
+        def watch(number: int, probabilities: torch.Tensor) -> None:
+            layer = self._layers[number]
+            layer.record.observe(probabilities, layer.lengths_of_groups + added)
+            self._newest.append(probabilities[:, :, -1])
+
+        return watch
 
     def _columns(self, like: torch.Tensor, heads: int) -> Columns:
         keys, values, own, masks = [], [], [], []

@@ -84,6 +84,14 @@ class HostTwin(WorldModel):
 
     naming: Sequence[HistoryName]
     served: list[torch.Tensor]
+    _root_owners: dict[tuple[int, int], Owner]
+    _node_owners: dict[int, Owner]
+    _newest: dict[int, tuple[Owner, Any]]
+    _keys: dict[int, Any]
+    _row: int
+    # The host's, which tells nobody what is in them.
+    past_kv_cache_init_infer_envs: list[dict[Any, int]]
+    past_kv_cache_recurrent_infer: dict[Any, int]
 
     @classmethod
     def over(cls, world_model: WorldModel) -> HostTwin:
@@ -101,10 +109,7 @@ class HostTwin(WorldModel):
         twin.shared_pool_index = twin.shared_pool_index_wm = 0
         twin.latent_state = None
         twin.naming, twin.served = (), []
-        twin._root_owners: dict[tuple[int, int], Owner] = {}
-        twin._node_owners: dict[int, Owner] = {}
-        twin._newest: dict[int, tuple[Owner, Any]] = {}
-        twin._keys: list[str] = []
+        twin._root_owners, twin._node_owners, twin._newest, twin._keys = {}, {}, {}, {}
         return twin
 
     @property
