@@ -45,7 +45,7 @@ def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[
             layout[title][chart.heading] = ['Multiline', [entry]]
         for chart in BUDGET_CHARTS if budget else ():
             entry = f'{axis.value}/{LAYER_PREFIX}[0-9]+/{chart.metric}$'
-            layout[title][chart.heading] = ['Multiline', [entry]]
+            layout[title][chart.title] = ['Multiline', [entry]]
     return layout
 
 

@@ -285,12 +285,6 @@ class BudgetChart:
     title: str
     metric: str
 
-    @property
-    def heading(self) -> str:
-        """The title, with what a point of a counter counts."""
-        counter = BUDGET_METRICS[self.metric].kind is Kind.COUNTER
-        return f'{self.title} since the previous point' if counter else self.title
-
 
 BUDGET_CHARTS = (
     BudgetChart('layer budgets: tokens', 'slots'),

@@ -243,7 +243,9 @@ def test_what_is_refused() -> None:
 
 FAULTS: dict[str, tuple[str, str, Any]] = {
     'the newest tokens stay whatever the scores': (
-        'BudgetedFlights', 'choose', lambda choose, self, layer, slots: layer.newest(slots)
+        'BudgetedFlights', 'choose', lambda choose, self, layer, number: layer.newest(
+            min(self.tracker.slots[number], layer.kv.shape[2])
+        )
     ),
     'attention of the past is forgotten': (
         'HeldTable', 'note', lambda note, self, slots, layers, lengths: (

@@ -122,13 +122,9 @@ class BudgetedFlight:
         return moved
 
     def _cut(self, number: int, layer: HeldLayer) -> HeldLayer:
-        flights = self._flights
-        slots = flights.tracker.slots[number]
-        if int(layer.lengths.max()) <= slots:
-            return layer.keep(layer.newest(slots))
-        kept = flights.choose(layer, slots)
+        kept = self._flights.choose(layer, number)
         newest = self._newest[number] if self._newest else None
-        flights.tally.dropped(number, layer.tokens, kept, newest)
+        self._flights.tally.dropped(number, layer.tokens, kept, newest)
         return layer.keep(kept)
 
     def _observe_preferences(self) -> None:

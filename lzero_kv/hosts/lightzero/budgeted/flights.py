@@ -108,10 +108,7 @@ class BudgetedFlights(Flights):
         layers = self.table.unpack(rows, slots, np.ones(len(slots), dtype=bool), watched=True)
         lengths = self.table.lengths(slots)
         self.table.slots = self.tracker.slots
-        narrowed = [
-            self.within(layer, number, layer.kv.shape[2]).widened(max(0, width - layer.kv.shape[2]))
-            for number, (layer, width) in enumerate(zip(layers, self.tracker.slots, strict=True))
-        ]
+        narrowed = [self.within(layer, number) for number, layer in enumerate(layers)]
         self.manager.slab.store(slots, self.table.pack(narrowed))
         self.table.note(slots, narrowed, lengths)
 
@@ -166,22 +163,21 @@ class BudgetedFlights(Flights):
                 mask = layer.mask[:, :, width - queries :]
                 seen = attention_probabilities(layer.queries[:, :, width - queries :], layer.keys, mask)
                 whole.record.observe(seen, whole.lengths_of_groups, token_by_token=True)
-            slots = self.tracker.slots[number]
-            layers.append(self.within(whole, number, width).widened(max(0, slots - width)))
+            layers.append(self.within(whole, number))
             if len(layers) == self.layers:
                 break  # what follows the last layer's keys and values is not asked for
         return layers
 
-    def within(self, layer: HeldLayer, number: int, columns: int) -> HeldLayer:
-        """A layer of ``columns`` columns cut to its budget, if it is over it."""
-        slots = min(self.tracker.slots[number], columns)
-        if int(layer.lengths.max()) <= slots:
-            return layer.keep(layer.newest(slots))
-        return layer.keep(self.choose(layer, slots))
+    def within(self, layer: HeldLayer, number: int) -> HeldLayer:
+        """A layer with as many columns as its budget has tokens, and those tokens that stay."""
+        missing = self.tracker.slots[number] - layer.kv.shape[2]
+        return layer.keep(self.choose(layer, number)).widened(max(0, missing))
 
-    def choose(self, layer: HeldLayer, slots: int) -> Kept:
-        """The tokens that stay of a layer that holds too many."""
-        tokens = layer.tokens
+    def choose(self, layer: HeldLayer, number: int) -> Kept:
+        """The tokens that stay of a layer: all of them, if it is not over its budget."""
+        slots, tokens = min(self.tracker.slots[number], layer.kv.shape[2]), layer.tokens
+        if int(layer.lengths.max()) <= slots:
+            return layer.newest(slots)
         return select(self.selector.scores(layer.record, tokens), tokens, slots)
 
     def compute(
