@@ -12,7 +12,6 @@ default) they are processor time, else wall-clock time.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 
 import torch
 import tyro
-from measuring.contestants import SHAPES
+from measuring.contestants import SHAPES, silence_host
 from measuring.players import Numbers
 from measuring.reanalysis import SHAPES as REANALYSED
 from measuring.rounds import measure_collection, measure_reanalysis, measure_shape
@@ -91,9 +90,7 @@ def main(
 
 
 if __name__ == '__main__':
-    import lzero.model.unizero_model  # noqa: F401  (the import sets the root logger to DEBUG)
-
-    logging.getLogger().setLevel(logging.WARNING)
+    silence_host()
     try:
         tyro.cli(main)
     except ValueError as error:

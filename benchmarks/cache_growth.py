@@ -11,7 +11,6 @@ size is that of the manager's nodes: stock's is fixed, and the floor has none.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from dataclasses import replace
@@ -24,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 
 import numpy as np
 import tyro
-from measuring.contestants import CACHES, EAGER, Floor, contestant
+from measuring.contestants import CACHES, EAGER, Floor, contestant, silence_host
 from measuring.players import FloorPlayer, Numbers, Player
 from measuring.plots import growth_plot
 from measuring.rounds import FLOOR, require_equal_values, take_turns
@@ -112,7 +111,5 @@ def main(
 
 
 if __name__ == '__main__':
-    import lzero.model.unizero_model  # noqa: F401  (the import sets the root logger to DEBUG)
-
-    logging.getLogger().setLevel(logging.WARNING)
+    silence_host()
     tyro.cli(main)

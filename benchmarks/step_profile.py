@@ -11,7 +11,6 @@ on a GPU, its kernels and copies are in it. The last line is one JSON document.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 import numpy as np
 import torch
 import tyro
-from measuring.contestants import EAGER, SHAPES, Floor, contestant, quiet
+from measuring.contestants import EAGER, SHAPES, Floor, contestant, quiet, silence_host
 from measuring.players import FloorPlayer, Player
 from measuring.plots import profile_plot
 from measuring.rounds import FLOOR
@@ -101,7 +100,5 @@ def main(
 
 
 if __name__ == '__main__':
-    import lzero.model.unizero_model  # noqa: F401  (the import sets the root logger to DEBUG)
-
-    logging.getLogger().setLevel(logging.WARNING)
+    silence_host()
     tyro.cli(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -91,6 +92,13 @@ def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) 
         )
         episodes = Episodes(policy, range(family.collectors), record=False, timesteps=family.timesteps)
     return Contestant(cache, policy, episodes)
+
+
+def silence_host() -> None:
+    """Import the host, which sets the root logger to DEBUG, and set it to WARNING."""
+    import lzero.model.unizero_model  # noqa: F401
+
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 class Floor:

@@ -1,13 +1,16 @@
-"""Compares two plays of the same episodes."""
+"""Compares two plays of the same episodes, and lets one fail before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from .episodes import Root
+from .episodes import Episodes, Root
+from .models import world_model_of
 
 FLOAT64_TOLERANCE = 1e-9
 """Largest difference of a logit in float64 that another batch or another order of sums explains."""
@@ -41,3 +44,17 @@ def assert_same_play(
         largest = max(largest, *differences)
         assert largest <= tolerance, f'environment {root.env}, step {root.step}: difference {largest:.3g}'
     return largest
+
+
+def fail_with_nan(policy: Any, identities: Sequence[int]) -> None:
+    """Let a search of the policy fail on nan weights, and mend them again."""
+    model = world_model_of(policy)
+    weight = model.head_observations.head_module[2].weight
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight[2] = torch.nan
+    with pytest.raises(RuntimeError, match='expected finite'):
+        Episodes(policy, identities, seed=3).run(1)
+    with torch.no_grad():
+        weight.copy_(good)
+    model.clear_caches()

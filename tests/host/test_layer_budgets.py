@@ -13,7 +13,7 @@ from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 from .episodes import Episodes, Root
 from .judging import TOLERANCE, tree_differences
 from .models import make_policy, world_model_of
-from .plays import assert_same_play
+from .plays import assert_same_play, fail_with_nan
 from .precision import precision
 from .slow_budgets import Answer, SlowBudgets
 
@@ -213,16 +213,7 @@ def test_searches_alone_and_together_are_the_same() -> None:
 def test_nan_leaves_no_trace() -> None:
     budget = dict(ratio=0.5, selection='hace', window=4, sinks=2)
     policy, undisturbed = budgeted_policy(budget=budget), budgeted_policy(budget=budget)
-    model = world_model_of(policy)
-    weight = model.head_observations.head_module[2].weight
-    good = weight.detach().clone()
-    with torch.no_grad():
-        weight[2] = torch.nan
-    with pytest.raises(RuntimeError, match='expected finite'):
-        Episodes(policy, range(ROWS), seed=3).run(1)
-    with torch.no_grad():
-        weight.copy_(good)
-    model.clear_caches()
+    fail_with_nan(policy, range(ROWS))
     assert_same_play(Episodes(policy, range(ROWS)).run(9), Episodes(undisturbed, range(ROWS)).run(9))
 
 

@@ -16,7 +16,7 @@ from lzero_kv.hosts.lightzero.validation.recompute import Recompute
 from .episodes import Episodes
 from .judging import judge_nodes, judge_reanalysis, judge_roots
 from .models import make_policy, world_model_of
-from .plays import assert_same_play
+from .plays import assert_same_play, fail_with_nan
 from .precision import precision
 from .reanalysis import reanalyze
 
@@ -164,16 +164,7 @@ def test_a_clear_within_a_search_changes_no_answer(always_shared: None, where: s
 
 def test_nan_leaves_no_trace_in_the_trees(always_shared: None) -> None:
     policy, undisturbed = shared_policy(), shared_policy()
-    model = world_model_of(policy)
-    weight = model.head_observations.head_module[2].weight
-    good = weight.detach().clone()
-    with torch.no_grad():
-        weight[2] = torch.nan
-    with pytest.raises(RuntimeError, match='expected finite'):
-        Episodes(policy, range(ROWS), seed=3).run(1)
-    with torch.no_grad():
-        weight.copy_(good)
-    model.clear_caches()
+    fail_with_nan(policy, range(ROWS))
     roots = Episodes(policy, range(ROWS)).run(4)
     assert_same_play(roots, Episodes(undisturbed, range(ROWS)).run(4))
 
