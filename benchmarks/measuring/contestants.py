@@ -16,7 +16,7 @@ import torch
 from lzero_kv.hosts.lightzero.outputs import action_embeddings
 from lzero_kv.hosts.lightzero.positions import positions_of
 from lzero_kv.hosts.lightzero.prepared import Prepared
-from lzero_kv.hosts.lightzero.transformer import Columns, append_token
+from lzero_kv.hosts.lightzero.transformer import Columns, append_tokens
 from tests.host.episodes import Episodes
 from tests.host.families import Family
 from tests.host.models import collect_model, make_policy, world_model_of
@@ -127,24 +127,25 @@ class Floor:
     def step(self) -> None:
         """What the model computes in one environment step."""
         latent = self._world_model.tokenizer.encode_to_obs_embeddings(self._observations)[:, 0]
-        self._two_tokens(latent)
+        action = action_embeddings(self._world_model, self._actions)
+        self._predict(self._append(torch.stack([action, latent], dim=1), 0))
         for _ in range(self._simulations):
-            self._two_tokens(None)
+            action = action_embeddings(self._world_model, self._actions)
+            hidden = self._append(action[:, None], 0)
+            self._prepared.reward(hidden)
+            self._predict(self._append(self._prepared.latent(hidden)[:, None], 1))
 
-    def _two_tokens(self, latent: torch.Tensor | None) -> None:
-        prepared, buffer, own = self._prepared, self._buffer, self._tokens
-        at = np.full(len(buffer), own)
-        x, rotation = self._positions.place(action_embeddings(self._world_model, self._actions), at, at)
-        columns = Columns.of_buffer(buffer, (0, own), prepared.heads, None)
-        hidden = append_token(prepared, columns, x, rotation)
-        if latent is None:
-            prepared.reward(hidden)
-            latent = prepared.latent(hidden)
-        x, rotation = self._positions.place(latent, at + 1, at + 1)
-        columns = Columns.of_buffer(buffer, (0, own + 1), prepared.heads, None)
-        hidden = append_token(prepared, columns, x, rotation)
-        prepared.policy(hidden)
-        prepared.value(hidden)
+    def _append(self, x: torch.Tensor, ahead: int) -> torch.Tensor:
+        rows, new, _ = x.shape
+        end = self._tokens + ahead + new
+        at = np.broadcast_to(np.arange(end - new, end), (rows, new))
+        placed, rotation = self._positions.place(x, at, at)
+        columns = Columns.of_buffer(self._buffer, (0, end), new, self._prepared.heads, None)
+        return append_tokens(self._prepared, columns, placed, rotation)
+
+    def _predict(self, hidden: torch.Tensor) -> None:
+        self._prepared.policy(hidden)
+        self._prepared.value(hidden)
 
 
 @contextmanager

@@ -6,12 +6,14 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .episodes import Episodes
 from .families import FAMILIES
-from .models import make_policy
+from .models import make_policy, world_model_of
 
 VIEWS = {
     *('alias', 'as_strided', 'detach', 'expand', 'permute', 'select', 'slice', 'split', 'squeeze', 't'),
@@ -76,12 +78,29 @@ def per_simulation(layers: int, window: str, environments: int = 4) -> Counter[s
     return Counter({name: round((long[name] - short[name]) / SIMULATIONS) for name in long})
 
 
-def cache_work(counts: Counter[str], layers: int) -> int:
-    """Operators of cache work. Not counted: the copy that puts a token's keys and values of one layer into
-    place, which comes instead of two of the host's three projections, and the one that joins the logits of
-    value and reward."""
-    assert counts['cat'] == 1
-    return sum(counts[name] for name in CACHE) - APPENDED * layers - counts['cat']
+def of_moved_windows(layers: int, asked: list[int]) -> Counter[str]:
+    """Operators of one simulation that asks for these of three children of each root, two of them not asked
+    for before; their windows moved."""
+    family = replace(FAMILIES['tiny'], layers=layers)
+    policy = make_policy(family, kv=True, num_simulations=SIMULATIONS, collector_env_num=len(asked))
+    Episodes(policy, range(len(asked)), record=False).run(8)
+    world_model = world_model_of(policy)
+    actions = torch.zeros(len(asked), dtype=torch.int64)
+    with torch.no_grad():
+        latents = world_model.engine.latest.latents.numpy()
+        nodes = world_model.begin_search(latents, np.zeros(len(asked)), SIMULATIONS)
+        for parents in (0, 0, 0, 3):
+            nodes.expand(np.full(len(asked), parents), actions)
+        with Operators() as operators:
+            nodes.expand(np.array(asked), actions)
+    return operators.counts
+
+
+def cache_work(counts: Counter[str], layers: int, appended: int = APPENDED) -> int:
+    """Operators of cache work. Not counted: the copy that puts ``appended`` tokens' keys and values of one
+    layer into place, each of which comes instead of two of the host's three projections, and the one that
+    joins the logits of value and reward."""
+    return sum(counts[name] for name in CACHE) - appended * layers - 1
 
 
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
@@ -89,13 +108,26 @@ def test_cache_work_is_a_handful_of_operators_at_any_depth(window: str) -> None:
     work = {}
     for layers in STOCK:
         counts = per_simulation(layers, window)
-        work[layers] = cache_work(counts, layers)
-        assert counts['index_select'] == 1, 'one gather'
-        # A child whose exact window moved is stored when it is expanded, which not every simulation does.
-        assert counts['index_copy_'] == 1 or (window, counts['index_copy_']) == ('rebuild', 0), 'one scatter'
-        assert work[layers] <= 7
         assert sum(counts.values()) < STOCK[layers] + STOCK_MODEL[layers]
+        if window == 'shift':
+            work[layers] = cache_work(counts, layers)
+            assert counts['index_select'] == 1, 'one gather'
+            assert counts['index_copy_'] == 1, 'one scatter'
     assert window == 'rebuild' or set(work.values()) == {5}, work
+
+
+@pytest.mark.parametrize('asked', [[1, 1, 2, 2], [1, 3, 3, 2]], ids=['all', 'some'])
+def test_moved_windows_are_computed_beside_the_action(asked: list[int]) -> None:
+    """In each layer their keys and values are put into place beside the action's, and their attention joins
+    the action's; a pass of their own would take more than all the rest of the layer."""
+    work = {}
+    for layers in STOCK:
+        counts = of_moved_windows(layers, asked)
+        joined = layers  # the tokens, and their attention in each layer but the last
+        work[layers] = cache_work(counts, layers, APPENDED + 1) - joined
+        assert counts['addmm'] == APPENDED * layers * 4 + 4 * 2, 'no pass of its own'
+    assert max(work.values()) <= 7, work
+    assert len(set(work.values())) == 1, work
 
 
 def test_what_is_not_cache_work_is_the_models_own() -> None:

@@ -16,7 +16,14 @@ from lzero_kv.window import TOKENS_PER_STEP, Window
 from .observer import Histories
 from .positions import positions_of
 from .prepared import Prepared
-from .transformer import Columns, additive_mask, append_token, causal_pass, position_shift
+from .transformer import (
+    Columns,
+    WindowsBeside,
+    additive_mask,
+    append_tokens,
+    causal_pass,
+    position_shift,
+)
 
 SHARED_FROM = 24
 """Searches share histories where windows keep at least so many tokens; shorter ones are as quick to copy."""
@@ -135,12 +142,18 @@ class Flights:
         )
         return x, lengths, rotation
 
-    def compute(
-        self, keys: Sequence[Any], tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
-    ) -> None:
-        """Compute histories from their raw tokens alone and store them under their keys; arguments as of
-        :meth:`recompute`."""
-        self.manager.store(keys, self.recompute(tokens, lengths, next_positions), lengths, next_positions)
+    def windows_beside(
+        self,
+        tokens: torch.Tensor,
+        next_positions: np.ndarray,
+        out: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> WindowsBeside:
+        """Full windows of raw embeddings (``[P, kept, embed]``, ``next_positions`` behind them), for another
+        pass to compute; ``out`` and ``rows`` as of :class:`WindowsBeside`."""
+        lengths = np.full(len(tokens), tokens.shape[1])
+        x, _, rotation = self.placed(tokens, lengths, next_positions)
+        return WindowsBeside(x, rotation, out, rows)
 
     def forget_buffer(self) -> None:
         """Drop the reused buffer, after a failure that may have left non-finite numbers in it."""
@@ -177,6 +190,9 @@ class Flight:
         self._flights = flights
         self._column = flights.window.kept
         self._begins = np.zeros(len(lengths), dtype=bool)
+        self._awaited: tuple[WindowsBeside, np.ndarray] | None = None
+        self._stays: WindowsBeside | None = None
+        self._loaded, self._slid = lengths, False
         self.buffer = buffer
         self.kept = buffer[:, :, TOKENS_PER_STEP:]
         self.lengths = lengths
@@ -206,42 +222,126 @@ class Flight:
         its roots."""
         self.lengths[rows] = self.lengths[rows].max()
 
-    def skip(self) -> None:
-        """Leave out a token in every row: the column stays in front of what begins after it."""
-        self._begins[:] = True
-        self._column += 1
-
-    def append(self, x: torch.Tensor, absent: np.ndarray | None = None) -> torch.Tensor:
-        """Append one token to every row.
+    def await_windows(
+        self, rows: np.ndarray, tokens: torch.Tensor, next_positions: np.ndarray, slots: np.ndarray
+    ) -> None:
+        """Compute full windows of rows that were loaded empty in the pass of the next token, and store them.
 
         Args:
-            x: ``[B, embed]`` raw embeddings.
-            absent: bool ``[B]``: rows that have no such token; what is computed for them is to be thrown
-                away.
+            rows: int64 ``[P]``.
+            tokens: ``[P, kept, embed]`` raw embeddings.
+            next_positions: int64 ``[P]``, behind the windows.
+            slots: int64 ``[P]``, where they are stored.
+        """
+        kept = self._flights.window.kept
+        self.lengths[rows], self.next_positions[rows] = kept, next_positions
+        at = None if len(rows) == len(self.lengths) else torch.from_numpy(rows).to(tokens.device)
+        windows = self._flights.windows_beside(tokens, next_positions, self.buffer[:, :, :kept], at)
+        self._awaited = windows, slots
+
+    def append(self, x: torch.Tensor) -> torch.Tensor:
+        """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output."""
+        return self._append(x, np.zeros(len(x), dtype=bool), None)
+
+    def append_step(
+        self,
+        actions: torch.Tensor | None,
+        observations: torch.Tensor,
+        first: np.ndarray,
+        positions: np.ndarray,
+        stays: torch.Tensor,
+    ) -> torch.Tensor:
+        """Append an action and the observation behind it to every row, in one pass.
+
+        Args:
+            actions: ``[B, embed]`` raw embeddings; None where no row has one.
+            observations: ``[B, embed]`` raw embeddings.
+            first: bool ``[B]``: rows that begin with their observation and have no action.
+            positions: int64 ``[B]``, logical positions of the observations in those rows.
+            stays: ``[N, kept, embed]`` raw embeddings of what stays of windows that move in this step, for
+                each of :meth:`moving`; computed in the same pass, put into place by :meth:`slide`.
 
         Returns:
-            ``[B, embed]``, the transformer's output.
+            ``[B, embed]``, the transformer's output of the observations.
         """
-        flights, own = self._flights, self._column
-        placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
+        if len(stays):
+            next_positions = self.next_positions[self.moving(first)] + TOKENS_PER_STEP
+            out = stays.new_empty(len(stays), *self.kept.shape[1:])
+            self._stays = self._flights.windows_beside(stays, next_positions, out, None)
+        if actions is not None and not self._flights.host_padding:
+            return self._append_both(actions, observations, first, positions)
+        if actions is None:
+            self._begins = first
+            self._column += 1
+        else:  # the host's own order of operations
+            self._append(actions, first, None)
+        self.next_positions = np.where(first, positions, self.next_positions)
+        return self._append(observations, np.zeros_like(first), self._stays)
+
+    def moving(self, first: np.ndarray) -> np.ndarray:
+        """The rows (int64 ``[N]``) whose exact window moves in a step that brings an observation, and an
+        action unless it is the row's first (bool ``[B]``)."""
+        if not self._flights.exact_window:
+            return np.empty(0, dtype=np.int64)
+        _, moved = self._flights.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))
+        return np.flatnonzero(moved)
+
+    def _append(self, x: torch.Tensor, absent: np.ndarray, windows: WindowsBeside | None) -> torch.Tensor:
+        """Append one token ``[B, embed]`` to every row; what is computed for ``absent`` rows (bool ``[B]``),
+        which have none, is to be thrown away."""
+        self._begins = self._begins | absent
         visible = self.lengths + 1
         widest = int(visible.max())
-        if absent is not None:
-            self._begins = absent
-        if flights.host_padding:
+        if self._flights.host_padding:
             visible = np.where(self._begins, visible, widest)
         mask = None
         if int(visible.min()) < widest:
             inside = np.arange(widest)[None, :] >= widest - visible[:, None]
-            mask = additive_mask(inside, x)
-        prepared = flights.prepared
-        columns = Columns.of_buffer(self.buffer, (own + 1 - widest, own), prepared.heads, mask)
-        hidden = append_token(prepared, columns, placed, rotation)
-        grown = 1 if absent is None else (~absent).astype(np.int64)
-        self.lengths = self.lengths + grown
-        self.next_positions = self.next_positions + grown
-        self._column += 1
+            mask = additive_mask(inside[:, None], x)
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None:
+            windows = awaited[0]
+        places, logical = self.lengths[:, None], self.next_positions[:, None]
+        hidden = self._run(x[:, None], places, logical, widest, mask, windows)
+        if awaited is not None:
+            self._flights.manager.slab.store(awaited[1], awaited[0].written())
+        self.lengths = self.lengths + ~absent
+        self.next_positions = self.next_positions + ~absent
         return hidden
+
+    def _append_both(
+        self, actions: torch.Tensor, observations: torch.Tensor, first: np.ndarray, positions: np.ndarray
+    ) -> torch.Tensor:
+        places = np.stack([self.lengths, self.lengths + ~first], axis=1)
+        ahead = self.next_positions
+        logical = np.stack([ahead, np.where(first, positions, ahead + 1)], axis=1)
+        widest = int(places[:, 1].max()) + 1
+        columns, own = np.arange(widest), np.array([widest - 2, widest - 1])
+        behind = own[None, :, None] - columns  # how far in front of the token a column stands
+        visible = (behind >= 0) & (behind <= places[:, :, None])
+        mask = additive_mask(visible, observations)
+        x = torch.stack([actions, observations], dim=1)
+        hidden = self._run(x, places, logical, widest, mask, self._stays)
+        self.lengths, self.next_positions = places[:, 1] + 1, logical[:, 1] + 1
+        return hidden
+
+    def _run(
+        self,
+        x: torch.Tensor,
+        places: np.ndarray,
+        logical: np.ndarray,
+        widest: int,
+        mask: torch.Tensor | None,
+        windows: WindowsBeside | None,
+    ) -> torch.Tensor:
+        """Take new tokens ``[B, n, embed]`` into the next columns; they attend to the ``widest`` newest ones,
+        ``mask`` ``[B, n, widest]``."""
+        flights, new = self._flights, x.shape[1]
+        self._column += new
+        placed, rotation = flights.positions.place(x, places, logical)
+        seen = self._column - widest, self._column
+        columns = Columns.of_buffer(self.buffer, seen, new, flights.prepared.heads, mask)
+        return append_tokens(flights.prepared, columns, placed, rotation, windows=windows)
 
     def slide(self, shift: torch.Tensor | None) -> np.ndarray:
         """Let the oldest step of full windows go; afterwards :attr:`kept` holds what stays.
@@ -250,34 +350,30 @@ class Flight:
             shift: what :meth:`Flights.window_shift` gave, None where no correction applies.
 
         Returns:
-            bool ``[B]``: rows whose window moved. Where windows are exact, their part of :attr:`kept` still
-            knows what left: :meth:`rebuild` it, or do not store it.
+            bool ``[B]``: rows whose window moved. Where windows are exact and what stays was not given to
+            :meth:`append_step`, their part of :attr:`kept` still knows what left: do not store it.
         """
-        self.kept = self.buffer[:, :, TOKENS_PER_STEP:]
         self.lengths, moved = self._flights.window.advance(self.lengths)
-        if shift is not None and moved.all():
+        self._slid = True
+        if self._stays is not None:
+            if moved.all():
+                self.kept.copy_(self._stays.out)
+            else:
+                self.kept.index_copy_(
+                    0, torch.from_numpy(np.flatnonzero(moved)).to(self.kept.device), self._stays.out
+                )
+        elif shift is not None and moved.all():
             self.kept += shift
         elif shift is not None and moved.any():
             self.kept.addcmul_(torch.from_numpy(moved).to(self.kept)[:, None, None, None], shift)
         return moved
 
     def histories(self, present: np.ndarray) -> Histories:
-        """A copy of what the rows hold between steps: before the first token, or after :meth:`slide`."""
-        begun = self._column == self._flights.window.kept
-        kept = self.buffer[:, :, : self._flights.window.kept] if begun else self.kept
-        return Histories(kept.clone(), self.lengths.copy(), present)
-
-    def rebuild(self, rows: np.ndarray, tokens: torch.Tensor) -> None:
-        """Compute what stays of windows that moved from their raw tokens alone.
-
-        Args:
-            rows: int64 ``[N]``.
-            tokens: ``[N, kept, embed]`` raw embeddings of their newest tokens.
-        """
-        out = self.kept if len(rows) == len(self.kept) else None
-        kv = self._flights.recompute(tokens, self.lengths[rows], self.next_positions[rows], out)
-        if out is None:
-            self.kept.index_copy_(0, torch.from_numpy(rows).to(kv.device), kv)
+        """A copy of what the rows hold between steps: until :meth:`slide` what they were handed, then what
+        they leave."""
+        kept = self._flights.window.kept
+        kv, lengths = (self.kept, self.lengths) if self._slid else (self.buffer[:, :, :kept], self._loaded)
+        return Histories(kv.clone(), lengths.copy(), present)
 
     def begin_trees(self, layers: Sequence[torch.Tensor]) -> np.ndarray:
         """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, embed]``.

@@ -89,8 +89,8 @@ class SearchNodes:
         flight, found = self._begin(simulation, parents)
         observers = self._world_model.observers
         copied = any(observer.needs_histories for observer in observers)
-        served = flight.histories(found) if copied else NO_HISTORIES
         reward, latent = predict_reward_latent(self._flights.prepared, flight.append(embedded))
+        served = flight.histories(found) if copied else NO_HISTORIES
         outputs = predict_policy_value(self._flights.prepared, flight.append(latent))
         self._record(simulation, parents, embedded, latent)
         stored = self._store(simulation, flight)
@@ -150,7 +150,7 @@ class SearchNodes:
 
     def _store(self, simulation: int, flight: Flight | Branch) -> np.ndarray:
         """Store the children, except where an exact window moved: such a child has nothing but its raw tokens
-        until it is expanded (:meth:`_complete`), and most never are.
+        until it is expanded (:meth:`_load`), and most never are.
 
         Returns:
             bool ``[B]``: children whose keys and values are there.
@@ -165,39 +165,42 @@ class SearchNodes:
             flight.store([NodeKey(row, simulation) for row in rows.tolist()], rows)
         return ~moved if self._flights.exact_window else np.ones(len(moved), dtype=bool)
 
-    def _complete(self, rows: np.ndarray, nodes: np.ndarray) -> None:
-        """Compute and store the windows that moved and that nobody has asked for yet, in one batch."""
-        if not self._flights.exact_window:
-            return
-        pending = self._pending[nodes, rows]
-        if not pending.any():
-            return
-        rows, nodes = rows[pending], nodes[pending]
-        tokens, lengths = self._window_tokens(rows, nodes), self._lengths[nodes, rows]
-        next_positions = self._next_positions(rows, nodes)
-        keys = [NodeKey(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
-        self._flights.compute(keys, tokens, lengths, next_positions)
-        self._manager.count_window(int(lengths.sum()))
-        self._pending[nodes, rows] = False
-
     def _load(self, rows: np.ndarray, nodes: np.ndarray) -> tuple[Flight, np.ndarray]:
         """Copies of the histories of ``nodes``, one of each of ``rows``, computed again where they are gone;
-        and which were found (bool ``[N]``)."""
-        self._complete(rows, nodes)
+        and which were found (bool ``[N]``).
+
+        Windows that moved and that nobody has asked for yet are found where they will be stored; they are
+        computed in the pass of the flight's first token.
+        """
+        exact = self._flights.exact_window
         keys = [self._key(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
+        pending = np.flatnonzero(self._pending[nodes, rows]) if exact else np.empty(0, dtype=np.int64)
+        if len(pending):
+            self._reserve_windows([keys[row] for row in pending], rows[pending], nodes[pending])
         slots = self._manager.lookup(keys)
-        missing = np.flatnonzero(slots == NO_SLOT)
-        replayed = None
-        if len(missing) and not self._flights.exact_window:
+        found = slots != NO_SLOT
+        missing, replayed = np.flatnonzero(~found), None
+        if len(missing) and not exact:
             # What a shifted window holds depends on the steps that left it: only taking them again reproduces
             # it.
             replayed = self._replay(rows[missing], nodes[missing])
+        own = slots[pending]
+        slots[pending] = NO_SLOT
         flight = self._flights.load(slots)
         if replayed is not None:
             flight.fill(missing, *replayed)
         elif len(missing):
             self._restore(flight, missing, rows[missing], nodes[missing])
-        return flight, slots != NO_SLOT
+        if len(pending):
+            tokens = self._window_tokens(rows[pending], nodes[pending])
+            flight.await_windows(pending, tokens, self._next_positions(rows[pending], nodes[pending]), own)
+        return flight, found
+
+    def _reserve_windows(self, keys: Sequence[NodeKey], rows: np.ndarray, nodes: np.ndarray) -> None:
+        lengths = self._lengths[nodes, rows]
+        self._manager.reserve(keys, lengths, self._next_positions(rows, nodes))
+        self._manager.count_window(int(lengths.sum()))
+        self._pending[nodes, rows] = False
 
     def _restore(self, flight: Flight, missing: np.ndarray, rows: np.ndarray, nodes: np.ndarray) -> None:
         """Compute histories that are not stored (evicted for want of memory, or cleared) again, in one

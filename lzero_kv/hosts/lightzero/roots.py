@@ -86,30 +86,22 @@ class RootInference:
         copied = any(observer.needs_histories for observer in observers)
         served = flight.histories(found) if copied else NO_HISTORIES
         shift = self._flights.window_shift()
-        if actions is None:
-            flight.skip()
-        else:
-            if self._flights.host_padding:
-                flight.pad_as_host(~first)
-            flight.append(actions, absent=first)
-        flight.next_positions = np.where(first, 2 * np.maximum(timesteps, 0), flight.next_positions)
-        hidden = flight.append(latents[:, 0])
+        if self._flights.host_padding and not first.all():
+            flight.pad_as_host(~first)
+        tokens = self._grown_windows(env_ids, last_digests, first, actions, latents)
+        moving = flight.moving(first)
+        positions = 2 * np.maximum(timesteps, 0)
+        stays = tokens[torch.from_numpy(moving)]
+        hidden = flight.append_step(actions, latents[:, 0], first, positions, stays)
         self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._flights.prepared, hidden)
-        contexts = self._remember(
-            env_ids, first, last_actions, observations, digests, flight, actions, latents
-        )
-        kept = self._flights.window.kept
-        tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
+        self._remember(env_ids, first, last_actions, observations, digests, flight, actions, latents)
         keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
         for env_id in env_ids:
             self._manager.init_pools[env_id].clear()  # a root's predecessor is never asked for again
-        moved = flight.slide(shift)
-        if self._flights.exact_window and moved.any():
-            rows = np.flatnonzero(moved)
-            for row in rows:
-                self._manager.count_window(kept, env_id=env_ids[row])
-            flight.rebuild(rows, tokens[torch.from_numpy(rows)])
+        for row in moving:
+            self._manager.count_window(self._flights.window.kept, env_id=env_ids[row])
+        flight.slide(shift)
         flight.store(keys)
         if observers:
             stored = flight.histories(np.ones(len(first), dtype=bool)) if copied else NO_HISTORIES
@@ -232,6 +224,25 @@ class RootInference:
                     context.tokens.append(next(embedded))
                 context.tokens.append(next(latents))
 
+    def _grown_windows(
+        self,
+        env_ids: Sequence[int],
+        last_digests: list[int],
+        first: np.ndarray,
+        actions: torch.Tensor | None,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        """Raw embeddings ``[B, kept, embed]`` of every row's window after this step, right-aligned, zero in
+        front."""
+        kept, windows = self._flights.window.kept, []
+        for row, env_id in enumerate(env_ids):
+            tokens = [latents[row, 0]]
+            context = None if first[row] else self.contexts.get(env_id, last_digests[row])
+            if context is not None and actions is not None:
+                tokens = [*context.tokens, actions[row], *tokens]
+            windows.append(right_aligned(tokens[-kept:], kept))
+        return torch.stack(windows)
+
     def _remember(
         self,
         env_ids: Sequence[int],
@@ -242,9 +253,8 @@ class RootInference:
         flight: Flight,
         actions: torch.Tensor | None,
         latents: torch.Tensor,
-    ) -> list[RootContext]:
-        """Extend every environment's window by this step; the windows, one per row."""
-        contexts = []
+    ) -> None:
+        """Extend every environment's window by this step."""
         for row, env_id in enumerate(env_ids):
             if first[row]:
                 context = self.contexts.start(
@@ -255,8 +265,6 @@ class RootInference:
                 if actions is not None:
                     context.tokens.append(actions[row])
             context.tokens.append(latents[row, 0])
-            contexts.append(context)
-        return contexts
 
 
 def is_first_step(action: Any) -> bool:

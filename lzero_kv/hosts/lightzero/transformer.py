@@ -1,4 +1,5 @@
-"""The host's transformer over keys and values that lie in one buffer: one token at a time, or a whole window.
+"""The host's transformer over keys and values that lie in one buffer: a few new tokens of every row, or whole
+windows.
 
 The buffer is ``[B, 2 * layers, tokens, embed]``: the blocks k_0, v_0, k_1, v_1, ... of every row. Rows are
 right-aligned: all rows write their next token to the same column, whatever their lengths, and the columns in
@@ -25,15 +26,16 @@ Rotation = torch.Tensor | None
 
 
 class Columns(NamedTuple):
-    """What one new token of every row attends to in each layer, its own column last, and where it is written.
+    """What the ``n`` new tokens of every row attend to in each layer, their own columns last, and where they
+    are written.
 
     Layers may hold different numbers of tokens, ``n_l``.
 
     Attributes:
         keys, values: for each layer ``[B, heads, n_l, head_dim]``.
-        own: for each layer ``[B, 2, embed]``, views of the last column of keys and values.
-        masks: for each layer ``[B, n_l]`` of :func:`additive_mask`; None when every column belongs to its
-            row.
+        own: for each layer ``[B, 2, n, embed]``, views of the last columns of keys and values.
+        masks: for each layer ``[B, n, n_l]`` of :func:`additive_mask`; None when every new token may look at
+            every column.
     """
 
     keys: Sequence[torch.Tensor]
@@ -43,63 +45,130 @@ class Columns(NamedTuple):
 
     @classmethod
     def of_buffer(
-        cls, buffer: torch.Tensor, columns: tuple[int, int], heads: int, mask: torch.Tensor | None
+        cls, buffer: torch.Tensor, columns: tuple[int, int], new: int, heads: int, mask: torch.Tensor | None
     ) -> Columns:
-        """Columns ``first .. own``, both included, of a buffer ``[B, 2 * layers, tokens, embed]``; ``mask``
-        ``[B, own - first + 1]`` serves all layers."""
-        first, own = columns
-        seen = buffer[:, :, first : own + 1].unflatten(-1, (heads, -1)).transpose(2, 3).unbind(1)
-        written = buffer[:, :, own].unflatten(1, (-1, 2)).unbind(1)
+        """Columns ``first`` up to, but not including, ``end`` of a buffer ``[B, 2 * layers, tokens, embed]``,
+        the last ``new`` of them the new tokens'; ``mask`` ``[B, new, end - first]`` serves all layers."""
+        first, end = columns
+        seen = buffer[:, :, first:end].unflatten(-1, (heads, -1)).transpose(2, 3).unbind(1)
+        written = buffer[:, :, end - new : end].unflatten(1, (-1, 2)).unbind(1)
         return cls(seen[::2], seen[1::2], written, [mask] * len(written))
 
 
+class WindowsBeside(NamedTuple):
+    """Full windows that are computed from their raw tokens in the pass of other tokens: the products of a few
+    rows cost what reading their weights costs, so more rows are nearly free.
+
+    Attributes:
+        x: ``[P, T, embed]`` embeddings with their learned position, where positions are learned.
+        rotation: complex ``[P, T, head_dim / 2]`` or None.
+        out: ``[P or B, 2 * layers, T, embed]``, where their keys and values are written.
+        rows: int64 ``[P]``, the rows of ``out``; None for all of them in order.
+    """
+
+    x: torch.Tensor
+    rotation: Rotation
+    out: torch.Tensor
+    rows: torch.Tensor | None
+
+    def write(self, layer: int, kv: torch.Tensor) -> None:
+        """Put a layer's keys and values ``[P, 2, T, embed]`` into place."""
+        place = self.out[:, 2 * layer : 2 * layer + 2]
+        if self.rows is None:
+            place.copy_(kv)
+        else:
+            place.index_copy_(0, self.rows, kv)
+
+    def written(self) -> torch.Tensor:
+        """``[P, 2 * layers, T, embed]``, what was written."""
+        return self.out if self.rows is None else self.out.index_select(0, self.rows)
+
+
 Watch = Callable[[int, torch.Tensor], None]
-"""Told the number of a layer and its attention probabilities ``[B, heads, 1, n_l]``."""
+"""Told the number of a layer and its attention probabilities ``[B, heads, n, n_l]``."""
 
 
-def append_token(
+def append_tokens(
     prepared: Prepared,
     columns: Columns,
     x: torch.Tensor,
     rotation: Rotation,
+    *,
+    windows: WindowsBeside | None = None,
     watch: Watch | None = None,
 ) -> torch.Tensor:
-    """Run one token of every row through the transformer and write its keys and values to its own column.
+    """Run new tokens of every row through the transformer and write their keys and values to their columns.
 
     Args:
         prepared: the transformer.
-        columns: what the token attends to; written in place.
-        x: ``[B, embed]``, embeddings with their learned position, where positions are learned.
-        rotation: complex ``[B, head_dim / 2]`` rotary factors, None where positions are learned.
+        columns: what the tokens attend to; written in place.
+        x: ``[B, n, embed]``, embeddings with their learned position, where positions are learned.
+        rotation: complex ``[B, n, head_dim / 2]`` rotary factors, None where positions are learned.
+        windows: computed on the way. What they write may be among the columns of this pass.
         watch: who wants to see the attention; the fused kernel does not tell it.
 
     Returns:
-        ``[B, embed]``, the transformer's output of this token.
+        ``[B, embed]``, the transformer's output of each row's last token.
     """
-    rows, embed = x.shape
-    split = (prepared.heads, embed // prepared.heads)
+    rows, new, embed = x.shape
+    x = x.reshape(rows * new, embed)
+    ahead = 0  # tokens of windows, which stand in front of the new ones
+    if windows is not None:
+        beside, steps = windows.x.shape[:2]
+        ahead = beside * steps
+        x = torch.cat([windows.x.reshape(ahead, embed), x])
+        causal = _full_mask(steps, x.dtype, x.device)
+        if rotation is not None:
+            rotation = torch.cat([windows.rotation.flatten(0, 1), rotation.flatten(0, 1)])
+    elif rotation is not None:
+        rotation = rotation.flatten(0, 1)
     for layer, block in enumerate(prepared.blocks):
-        qkv = block.qkv(block.norm1(x)).view(rows, 3, embed)
-        query, own, mask = qkv[:, 0], columns.own[layer], columns.masks[layer]
-        if rotation is None:
-            own.copy_(qkv[:, 1:])
-        else:
-            rotated = rotate(qkv[:, :2], rotation[:, None], prepared.heads)
-            query = rotated[:, 0]
-            own[:, 0].copy_(rotated[:, 1])
-            own[:, 1].copy_(qkv[:, 2])
-        query = query.unflatten(-1, split).unsqueeze(2)
-        mask = None if mask is None else mask[:, None, None]
+        last = layer + 1 == len(prepared.blocks)
+        qkv = block.qkv(block.norm1(x)).view(-1, 3, embed)
+        if rotation is not None:
+            qkv[:, :2] = rotate(qkv[:, :2], rotation[:, None], prepared.heads)
+        own = qkv[ahead:].view(rows, new, 3, embed)
+        columns.own[layer].copy_(own[:, :, 1:].transpose(1, 2))
+        if windows is not None:
+            window = qkv[:ahead].view(beside, steps, 3, embed)
+            windows.write(layer, window[:, :, 1:].transpose(1, 2))
+        queries, mask = own[:, :, 0], columns.masks[layer]
+        if last:  # nobody asks what becomes of the tokens in front of the last one
+            x = x[ahead:].view(rows, new, embed)[:, -1]
+            queries, mask = queries[:, -1:], None if mask is None else mask[:, -1:]
         keys, values = columns.keys[layer], columns.values[layer]
-        if watch is None and not prepared.as_host:
-            attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        else:
-            probabilities = attention_probabilities(query, keys, mask)
-            attended = probabilities @ values
-            if watch is not None:
-                watch(layer, probabilities)
-        x = block.finish(x, attended.reshape(rows, embed))
+        attended = _attend(prepared, layer, queries, keys, values, mask, watch).reshape(-1, embed)
+        if windows is not None and not last:
+            parts = [_by_head(part, prepared.heads) for part in window.unbind(2)]
+            seen = F.scaled_dot_product_attention(*parts, attn_mask=causal)
+            attended = torch.cat([seen.transpose(1, 2).reshape(ahead, embed), attended])
+        x = block.finish(x, attended)
     return prepared.norm(x)
+
+
+def _attend(
+    prepared: Prepared,
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    watch: Watch | None,
+) -> torch.Tensor:
+    """``[B, n, heads, head_dim]`` for queries ``[B, n, embed]``."""
+    queries = _by_head(queries, prepared.heads)
+    mask = None if mask is None else mask[:, None]
+    if watch is None and not prepared.as_host:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).transpose(1, 2)
+    probabilities = attention_probabilities(queries, keys, mask)
+    if watch is not None:
+        watch(layer, probabilities)
+    return (probabilities @ values).transpose(1, 2)
+
+
+def _by_head(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """``[B, T, embed]`` as ``[B, heads, T, head_dim]``."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class Projected(NamedTuple):
@@ -127,7 +196,6 @@ def layers_of_pass(
         rotation: complex ``[B, T, head_dim / 2]`` or None.
     """
     rows, steps, embed = x.shape
-    split = (prepared.heads, embed // prepared.heads)
     # One mask serves all rows when they are full. Not is_causal: that kernel turns nan scores into zeros, and
     # broken weights would go unnoticed.
     mask = (
@@ -141,7 +209,7 @@ def layers_of_pass(
         query, keys, values = qkv.unbind(2)
         if rotation is not None:
             query, keys = rotate(qkv[:, :, :2], rotation[:, :, None], prepared.heads).unbind(2)
-        query, keys, values = (t.unflatten(-1, split).transpose(1, 2) for t in (query, keys, values))
+        query, keys, values = (_by_head(part, prepared.heads) for part in (query, keys, values))
         yield Projected(query, keys, values, mask)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         x = block.finish(x, attended.transpose(1, 2).reshape(rows * steps, embed))

@@ -18,9 +18,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from lzero_kv.window import TOKENS_PER_STEP
+
 from .flight import Flight, Flights
 from .observer import Histories
-from .transformer import Columns, additive_mask, append_token
+from .transformer import Columns, additive_mask, append_tokens
 
 
 class SearchTrees:
@@ -85,8 +87,9 @@ class SearchTrees:
             ahead = self._visible.shape[-1] - layer.shape[2]  # columns of the widest layer in front of it
             keys.append(k[:, :, : end - ahead])
             values.append(v[:, :, : end - ahead])
-            own.append(layer[:, :, end - ahead - 1])
-            masks.append(mask[:, min(number, mask.shape[1] - 1), ahead:])
+            own.append(layer[:, :, end - ahead - 1 : end - ahead])
+            held = min(number, mask.shape[1] - 1)
+            masks.append(mask[:, held : held + 1, ahead:])
         return Columns(keys, values, own, masks)
 
 
@@ -113,15 +116,18 @@ class Branch:
         self._simulation = simulation
         self._token = 0
         self._apart = apart
+        self._loaded, self._slid = lengths, False
         self.lengths = lengths
         self.next_positions = next_positions
 
     def append(self, x: torch.Tensor) -> torch.Tensor:
         """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output."""
         flights = self._trees.flights
-        placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
+        placed, rotation = flights.positions.place(
+            x[:, None], self.lengths[:, None], self.next_positions[:, None]
+        )
         columns = self._trees.columns(self._simulation, self._token, x)
-        hidden = append_token(flights.prepared, columns, placed, rotation)
+        hidden = append_tokens(flights.prepared, columns, placed, rotation)
         if self._apart is not None:
             rows, flight = torch.from_numpy(self._apart[0]).to(x.device), self._apart[1]
             hidden = hidden.index_copy(0, rows, flight.append(x[rows]))
@@ -130,21 +136,24 @@ class Branch:
         return hidden
 
     def histories(self, present: np.ndarray) -> Histories:
-        """A copy of what the rows hold between steps: before the first token, or after :meth:`slide`."""
+        """A copy of what the rows hold between steps: until :meth:`slide` what they were handed, then what
+        they leave."""
         first = self._trees.layers[0]
-        width = int(self.lengths.max())
+        lengths, left_out = (self.lengths, 0) if self._slid else (self._loaded, TOKENS_PER_STEP)
+        width = int(lengths.max())
         kv = first.new_zeros(len(first), 2 * len(self._trees.layers), width, first.shape[3])
-        for row, length in enumerate(self.lengths.tolist()):
+        for row, length in enumerate(lengths.tolist()):
             history = torch.cat(self._trees.history(row, self._simulation))
-            end = history.shape[1] - (0 if self._token else 2)
+            end = history.shape[1] - left_out
             kv[row, :, width - length :] = history[:, end - length : end]
-        if self._apart is not None and not self._token:
+        if self._apart is not None and not self._slid:
             rows, apart = torch.from_numpy(self._apart[0]), self._apart[1].histories(present[self._apart[0]])
             width = min(kv.shape[2], apart.kv.shape[2])
             kv[rows, :, kv.shape[2] - width :] = apart.kv[:, :, apart.kv.shape[2] - width :]
-        return Histories(kv, self.lengths.copy(), present)
+        return Histories(kv, lengths.copy(), present)
 
     def slide(self) -> np.ndarray:
         """Let the oldest step of full windows go; bool ``[B]``: rows whose window moved."""
         self.lengths, moved = self._trees.flights.window.advance(self.lengths)
+        self._slid = True
         return moved

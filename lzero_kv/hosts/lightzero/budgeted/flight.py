@@ -12,7 +12,7 @@ from lzero_kv.budget import layer_preference
 from lzero_kv.window import TOKENS_PER_STEP
 
 from ..observer import Histories
-from ..transformer import Columns, Watch, additive_mask, append_token
+from ..transformer import Columns, Watch, additive_mask, append_tokens
 from .held import HeldLayer
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class BudgetedFlight:
         self._watched = watched
         self._column = 0
         self._grown = np.zeros(len(lengths), dtype=np.int64)
+        self._stays: tuple[np.ndarray, torch.Tensor] | None = None
         self._newest: list[torch.Tensor] = []  # attention of the newest token, [B, heads, n_l]
         self.lengths = lengths
         self.next_positions = next_positions
@@ -49,33 +50,66 @@ class BudgetedFlight:
     ) -> None:
         """Compute rows (int64 ``[N]``) that were loaded empty from their raw tokens; other arguments as of
         :meth:`Flights.recompute`."""
-        at = torch.from_numpy(rows).to(tokens.device)
-        for layer, other in zip(
-            self._layers, self._flights.prefill(tokens, lengths, next_positions), strict=True
-        ):
+        self._put(rows, self._flights.prefill(tokens, lengths, next_positions), lengths, next_positions)
+
+    def _put(
+        self, rows: np.ndarray, layers: Sequence[HeldLayer], lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        at = torch.from_numpy(rows).to(layers[0].kv.device)
+        for layer, other in zip(self._layers, layers, strict=True):
             layer.put(at, other)
         self.lengths[rows], self.next_positions[rows] = lengths, next_positions
 
-    def skip(self) -> None:
-        """Leave out a token in every row: the column stays in front of what begins after it."""
-        self._column += 1
+    def await_windows(
+        self, rows: np.ndarray, tokens: torch.Tensor, next_positions: np.ndarray, slots: np.ndarray
+    ) -> None:
+        """Compute full windows of rows that were loaded empty, and store them; arguments as of
+        :meth:`Flight.await_windows`. What stays of a layer is chosen before the next layer is computed, so
+        this pass is one of its own."""
+        lengths = np.full(len(rows), tokens.shape[1])
+        layers = self._flights.prefill(tokens, lengths, next_positions)
+        self._put(rows, layers, lengths, next_positions)
+        self._flights.write(slots, layers, lengths, next_positions)
 
-    def append(self, x: torch.Tensor, absent: np.ndarray | None = None) -> torch.Tensor:
-        """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output.
+    def append(self, x: torch.Tensor) -> torch.Tensor:
+        """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output."""
+        return self._append(x, np.zeros(len(x), dtype=bool))
 
-        Args:
-            absent: bool ``[B]``: rows that have no such token; what is computed for them is to be thrown
-                away.
-        """
+    def append_step(
+        self,
+        actions: torch.Tensor | None,
+        observations: torch.Tensor,
+        first: np.ndarray,
+        positions: np.ndarray,
+        stays: torch.Tensor,
+    ) -> torch.Tensor:
+        """Append an action and the observation behind it to every row; arguments as of
+        :meth:`Flight.append_step`. One after the other: each token's attention is seen by itself."""
+        self._stays = self.moving(first), stays
+        if actions is None:
+            self._column += 1
+        else:
+            self._append(actions, first)
+        self.next_positions = np.where(first, positions, self.next_positions)
+        return self.append(observations)
+
+    def moving(self, first: np.ndarray) -> np.ndarray:
+        """As :meth:`Flight.moving`."""
+        _, moved = self._flights.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))
+        return np.flatnonzero(moved)
+
+    def _append(self, x: torch.Tensor, absent: np.ndarray) -> torch.Tensor:
         flights, prepared = self._flights, self._flights.prepared
-        placed, rotation = flights.positions.place(x, self.lengths, self.next_positions)
-        grown = self._grown + (1 if absent is None else (~absent).astype(np.int64))
+        placed, rotation = flights.positions.place(
+            x[:, None], self.lengths[:, None], self.next_positions[:, None]
+        )
+        grown = self._grown + ~absent
         columns = self._columns(x, prepared.heads)
         for layer in self._layers:
             own = layer.positions.shape[2] - TOKENS_PER_STEP + self._column
             layer.positions[:, :, own] = torch.from_numpy(self.next_positions).to(x.device)[:, None]
         watch = self._watch(grown) if self._watched and flights.reads_attention else None
-        hidden = append_token(prepared, columns, placed, rotation, watch)
+        hidden = append_tokens(prepared, columns, placed, rotation, watch=watch)
         self.lengths = self.lengths + grown - self._grown
         self.next_positions = self.next_positions + grown - self._grown
         self._grown = grown
@@ -101,16 +135,17 @@ class BudgetedFlight:
             shown = layer.kv[:, :, :end].unflatten(-1, (heads, -1)).transpose(2, 3)
             keys.append(shown[:, 0])
             values.append(shown[:, 1])
-            own.append(layer.kv[:, :, end - 1])
+            own.append(layer.kv[:, :, end - 1 : end])
             visible = layer.lengths.cpu().numpy() + self._grown + 1
-            masks.append(additive_mask(np.arange(end) >= end - visible[:, None], like))
+            masks.append(additive_mask((np.arange(end) >= end - visible[:, None])[:, None], like))
         return Columns(keys, values, own, masks)
 
     def slide(self, shift: torch.Tensor | None) -> np.ndarray:
         """Drop what is over the budget, and let the oldest step of full windows go.
 
         Returns:
-            bool ``[B]``: rows whose window moved: :meth:`rebuild` them, or do not store them.
+            bool ``[B]``: rows whose window moved. Where what stays was not given to :meth:`append_step`, do
+            not store them.
         """
         self.lengths, moved = self._flights.window.advance(self.lengths)
         added = torch.from_numpy(self._grown).to(self._layers[0].kv.device)
@@ -119,6 +154,9 @@ class BudgetedFlight:
         if self._watched:
             self._observe_preferences()
         self._layers = [self._cut(number, layer) for number, layer in enumerate(self._layers)]
+        if self._stays is not None:
+            rows, tokens = self._stays
+            self.restore(rows, tokens, self.lengths[rows], self.next_positions[rows])
         return moved
 
     def _cut(self, number: int, layer: HeldLayer) -> HeldLayer:
@@ -144,11 +182,6 @@ class BudgetedFlight:
                 if layer.record.recent is not None
             ]
         )
-
-    def rebuild(self, rows: np.ndarray, tokens: torch.Tensor) -> None:
-        """Compute what stays of windows that moved (int64 ``[N]``) from their raw tokens alone,
-        ``[N, kept, embed]``."""
-        self.restore(rows, tokens, self.lengths[rows], self.next_positions[rows])
 
     def begin_trees(self, layers: Sequence[torch.Tensor]) -> np.ndarray:
         """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, embed]``.

@@ -180,13 +180,6 @@ class BudgetedFlights(Flights):
             return layer.newest(slots)
         return select(self.selector.scores(layer.record, tokens), tokens, slots)
 
-    def compute(
-        self, keys: Sequence[Any], tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
-    ) -> None:
-        """Compute histories from their raw tokens alone and store them under their keys; arguments as of
-        :meth:`recompute`."""
-        self.put_away(keys, self.prefill(tokens, lengths, next_positions), lengths, next_positions)
-
     def put_away(
         self,
         keys: Sequence[Any],
@@ -195,6 +188,21 @@ class BudgetedFlights(Flights):
         next_positions: np.ndarray,
     ) -> None:
         """Store histories (``lengths`` before anything was dropped, int64 ``[B]``) under their keys."""
-        held = torch.stack([layer.lengths for layer in layers]).amax(0).cpu().numpy()
-        slots = self.manager.store(keys, self.table.pack(layers), held, next_positions)
+        slots = self.manager.store(keys, self.table.pack(layers), held_by(layers), next_positions)
         self.table.note(slots, layers, lengths)
+
+    def write(
+        self,
+        slots: np.ndarray,
+        layers: Sequence[HeldLayer],
+        lengths: np.ndarray,
+        next_positions: np.ndarray,
+    ) -> None:
+        """:meth:`put_away` for slots (int64 ``[B]``) that were reserved."""
+        self.manager.slab.write(slots, self.table.pack(layers), held_by(layers), next_positions)
+        self.table.note(slots, layers, lengths)
+
+
+def held_by(layers: Sequence[HeldLayer]) -> np.ndarray:
+    """Most tokens that a layer holds of each row, int64 ``[B]``."""
+    return torch.stack([layer.lengths for layer in layers]).amax(0).cpu().numpy()
