@@ -93,13 +93,14 @@ class MemoryRecallEnv(MemoryEnvLightZero):
     @property
     def game(self) -> RecallGame:
         """The game of this episode."""
+        assert isinstance(self._game, RecallGame)
         return self._game
 
     def reset(self) -> dict[str, Any]:
         """Begin an episode; the observation of frame 0."""
         game = functools.partial(RecallGame, cue_frames=self._cfg.cue_frames)
         with patch.object(visual_match, 'Game', game), _quiet():
-            return super().reset()
+            return super().reset()  # pyright: ignore[reportReturnType]  # the host says ndarray
 
     def step(self, action: np.ndarray) -> BaseEnvTimestep:
         """Play an action; the next frame."""

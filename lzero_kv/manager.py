@@ -163,47 +163,38 @@ class KVCacheManager(NamedAccess):
         most = self.cache_config.recurrent_slots or self._recurrent_limit(self.env_num)
         return most is None or entries <= most
 
-    def tree_buffer(
-        self, rows: int, columns: Sequence[int], most: Sequence[int]
-    ) -> list[torch.Tensor] | None:
+    def tree_memory(self, elements: int, most: int) -> torch.Tensor | None:
         """Memory for one search whose nodes share their roots' histories; the next search gets it again.
 
         Arguments:
-            rows: of the search.
-            columns: tokens of a row in each layer.
-            most: tokens that a row of a later search may have in each layer; at least ``columns``. Memory is
-                taken for them at once, so that it is not taken anew while histories grow.
+            elements: numbers that the search needs.
+            most: numbers that a later search may need; at least ``elements``. Memory is taken for them at
+                once, so that it is not taken anew while histories grow.
 
         Returns:
-            For each layer ``[rows, 2, columns_l, embed_dim]`` (keys, values) with finite numbers of no
-            meaning; None where they do not fit into ``max_bytes`` beside the pools.
+            ``[elements]``, finite numbers of no meaning; None where they do not fit into ``max_bytes`` beside
+            the pools.
         """
-        layout, token = self.layout, 2 * rows * self.layout.embed_dim
-        elements, taken = token * sum(columns), token * sum(most)
         if self._trees is None or self._trees.numel() < elements:
             self._trees = None
             limit = self._recurrent_limit(self.env_num)
             if limit is not None:
-                spare = (limit - self.recur_pool.pool_size) * layout.row_bytes // layout.dtype.itemsize
+                spare = (limit - self.recur_pool.pool_size) * self.layout.row_bytes
+                spare //= self.layout.dtype.itemsize
                 if elements > spare:
                     return None
-                taken = min(taken, spare)
+                most = min(most, spare)
             with torch.inference_mode(False):
-                self._trees = torch.zeros(taken, dtype=layout.dtype, device=layout.device)
-        parts = self._trees[:elements].split([token * count for count in columns])
-        return [part.view(rows, 2, -1, layout.embed_dim) for part in parts]
-
-    def bytes_of_trees(self, rows: int, columns: Sequence[int]) -> int:
-        """Bytes that :meth:`tree_buffer` takes for these arguments."""
-        return 2 * rows * self.layout.embed_dim * sum(columns) * self.layout.dtype.itemsize
+                self._trees = torch.zeros(most, dtype=self.layout.dtype, device=self.layout.device)
+        return self._trees[:elements]
 
     def forget_trees(self) -> None:
-        """Free the memory of :meth:`tree_buffer`."""
+        """Free the memory of :meth:`tree_memory`."""
         self._trees = None
 
     @property
     def tree_bytes(self) -> int:
-        """Bytes of :meth:`tree_buffer`."""
+        """Bytes of :meth:`tree_memory`."""
         return 0 if self._trees is None else self._trees.numel() * self._trees.element_size()
 
     def lookup(self, keys: Iterable[Key]) -> np.ndarray:

@@ -9,8 +9,9 @@ import torch
 
 from lzero_kv.keys import digest_rows
 
-from .nodes import ROOT, SearchNodes
+from .nodes import SearchNodes
 from .outputs import StepOutputs, check_actions
+from .trees import ROOT
 
 
 class NodesByLatent:
@@ -53,10 +54,12 @@ class NodesByLatent:
             )
         parents = np.array([self._numbers[row, digest] for row, digest in digests], dtype=np.int64)
         outputs = self._nodes.expand(parents, actions)
-        if not all(torch.isfinite(part).all() for part in (outputs.hidden, outputs.latent, outputs.reward)):
+        told = (outputs.hidden, outputs.latent, outputs.reward)
+        if not all(part is None or torch.isfinite(part).all() for part in told):
             raise RuntimeError(
                 'expected finite predictions, got nan or inf; check the weights of the world model'
             )
+        assert outputs.latent is not None  # None at roots alone
         self._name(outputs.latent, self._nodes.expanded)
         return outputs
 

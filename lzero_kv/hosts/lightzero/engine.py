@@ -21,6 +21,7 @@ from .nodes import SearchNodes
 from .observer import SearchBegun
 from .roots import RootBatch, RootInference
 from .static import StaticEngine, StaticNodes
+from .trees import SearchTrees
 
 MOVED_NODES = 4
 """Slots for each row where nodes share histories: only windows that moved need one, and few are in use at
@@ -130,23 +131,27 @@ class Engine:
             return None
         return self.static
 
-    def _trees(self, rows: int, latest: RootBatch | None, num_simulations: int) -> list[torch.Tensor] | None:
-        """Memory for nodes that share their roots' histories; None where each has a slot of its own."""
-        if not self.flights.shares_histories:
+    def _trees(self, rows: int, latest: RootBatch | None, num_simulations: int) -> SearchTrees | None:
+        """Nodes that share their roots' histories; None where each has a slot of its own."""
+        flights, embed = self.flights, self.manager.layout.embed_dim
+        if not flights.shares_histories:
             return None
         now, most = (1, 1) if latest is None else (int(latest.lengths.max()), latest.tokens.shape[1])
-        grown = TOKENS_PER_STEP * num_simulations
-        columns, largest = (
-            [tokens + grown for tokens in self.flights.widths(longest)] for longest in (now, most)
+        widths = flights.widths(now)
+        needed, largest = (
+            SearchTrees.elements(embed, rows, each, num_simulations)
+            for each in (widths, flights.widths(most))
         )
-        trees = self.manager.tree_buffer(rows, columns, largest)
-        if trees is None and isinstance(self.flights, BudgetedFlights):
+        memory = self.manager.tree_memory(needed, largest)
+        if memory is not None:
+            return SearchTrees(flights, memory, rows, widths, num_simulations)
+        if isinstance(flights, BudgetedFlights):
             raise RuntimeError(
                 f'a search of {rows} rows and {num_simulations} simulations under kv_cache.budget needs '
-                f'{self.manager.bytes_of_trees(rows, columns):,} bytes beside the pools; raise '
+                f'{needed * self.manager.layout.dtype.itemsize:,} bytes beside the pools; raise '
                 f'kv_cache.max_bytes={self.manager.cache_config.max_bytes}'
             )
-        return trees
+        return None
 
     def _roots_of_latents(self, root_latents: np.ndarray, timestep: Any, store: bool) -> RootBatch:
         """Histories of one observation each, all computed in one batch, and stored unless the caller keeps

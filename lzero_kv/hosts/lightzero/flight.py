@@ -47,6 +47,7 @@ class Flights:
         self.window = Window(world_model.context_length)
         self.positions = positions_of(world_model)
         self.layers = int(world_model.num_layers)
+        self.heads = int(world_model.num_heads)
         self.host_padding = config.padding == 'host'
         rotary = world_model.config.rotary_emb
         self.exact_window = is_exact(config)
@@ -376,14 +377,15 @@ class Flight:
         return Histories(kv.clone(), lengths.copy(), present)
 
     def begin_trees(self, layers: Sequence[torch.Tensor]) -> np.ndarray:
-        """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, embed]``.
+        """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, heads, head_dim]``.
 
         Returns:
             int64 ``[B, 1]``: tokens of the rows, the same in every layer.
         """
         kept = self._flights.window.kept
+        by_head = self.buffer.unflatten(-1, (self._flights.heads, -1))
         for number, layer in enumerate(layers):
-            layer.copy_(self.buffer[:, 2 * number : 2 * number + 2, kept - layer.shape[2] : kept])
+            layer.copy_(by_head[:, 2 * number : 2 * number + 2, kept - layer.shape[2] : kept])
         return self.lengths[:, None]
 
     def store(self, keys: Sequence[Any], rows: np.ndarray | None = None) -> None:

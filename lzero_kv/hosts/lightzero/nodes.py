@@ -16,10 +16,7 @@ from .flight import Flight, Flights
 from .observer import NO_HISTORIES, NodesExpanded
 from .outputs import StepOutputs, action_embeddings, predict_policy_value, predict_reward_latent
 from .roots import RootBatch
-from .trees import Branch, SearchTrees
-
-ROOT = 0
-"""Simulation number of a root; the node that simulation ``i`` adds (counted from 0) has number ``i + 1``."""
+from .trees import ROOT, Branch, SearchTrees
 
 
 class SearchNodes:
@@ -28,9 +25,8 @@ class SearchNodes:
     Args:
         roots: where the trees begin.
         simulations: how many children each row will get at most.
-        trees: for each layer ``[B, 2, width_l + 2 * simulations, embed]`` where histories are shared,
-            ``width_l`` the tokens of the longest root: see :class:`SearchTrees`. None where each node has a
-            slot of its own.
+        trees: where histories are shared, with the roots' not in place yet; None where each node has a slot
+            of its own.
     """
 
     def __init__(
@@ -40,7 +36,7 @@ class SearchNodes:
         flights: Flights,
         roots: RootBatch,
         simulations: int,
-        trees: Sequence[torch.Tensor] | None = None,
+        trees: SearchTrees | None = None,
     ) -> None:
         rows, width, embed = roots.tokens.shape
         kept = flights.window.kept
@@ -71,7 +67,9 @@ class SearchNodes:
         self._pending = np.zeros((recorded, rows), dtype=bool)
         self._moved = np.zeros((recorded, rows), dtype=bool)
         self.expanded = 0
-        self._trees = None if trees is None else self._shared(trees)
+        self._trees = trees
+        if trees is not None:
+            self._plant(trees)
 
     def expand(self, parents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
         """Add one child to every row's tree.
@@ -119,17 +117,16 @@ class SearchNodes:
     def _key(self, row: int, simulation: int) -> RootKey | NodeKey:
         return self._roots.keys[row] if simulation == ROOT else NodeKey(row, simulation)
 
-    def _shared(self, layers: Sequence[torch.Tensor]) -> SearchTrees:
-        """The trees of this search in ``layers``, with the roots' histories in place."""
-        begin = [layer[:, :, : layer.shape[2] - 2 * self._simulations] for layer in layers]
+    def _plant(self, trees: SearchTrees) -> None:
+        """Put the roots' histories where the trees begin."""
         if self._roots.kv is None:
             flight, _ = self._load(self._rows, self._parents[ROOT])
-            held = flight.begin_trees(begin)
-        else:
-            for number, layer in enumerate(begin):
-                layer.copy_(self._roots.kv[:, 2 * number : 2 * number + 2])
-            held = self._roots.lengths[:, None]
-        return SearchTrees(self._flights, layers, held, self._simulations)
+            trees.begin(flight.begin_trees(trees.roots))
+            return
+        for number, root in enumerate(trees.roots):
+            kv = self._roots.kv[:, 2 * number : 2 * number + 2]
+            root.copy_(kv.unflatten(-1, root.shape[3:]))
+        trees.begin(self._roots.lengths[:, None])
 
     def _begin(self, simulation: int, parents: np.ndarray) -> tuple[Flight | Branch, np.ndarray]:
         """The histories of ``parents``, ready for two tokens: a copy of what is stored, or a branch of the
@@ -175,17 +172,17 @@ class SearchNodes:
         exact = self._flights.exact_window
         keys = [self._key(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
         pending = np.flatnonzero(self._pending[nodes, rows]) if exact else np.empty(0, dtype=np.int64)
-        if len(pending):
-            self._reserve_windows([keys[row] for row in pending], rows[pending], nodes[pending])
+        own = self._reserve_windows([keys[row] for row in pending], rows[pending], nodes[pending])
         slots = self._manager.lookup(keys)
         found = slots != NO_SLOT
-        missing, replayed = np.flatnonzero(~found), None
+        slots[pending] = NO_SLOT
+        missing, replayed = np.flatnonzero(slots == NO_SLOT), None
+        if len(pending):
+            missing = np.setdiff1d(missing, pending)
         if len(missing) and not exact:
             # What a shifted window holds depends on the steps that left it: only taking them again reproduces
             # it.
             replayed = self._replay(rows[missing], nodes[missing])
-        own = slots[pending]
-        slots[pending] = NO_SLOT
         flight = self._flights.load(slots)
         if replayed is not None:
             flight.fill(missing, *replayed)
@@ -196,11 +193,15 @@ class SearchNodes:
             flight.await_windows(pending, tokens, self._next_positions(rows[pending], nodes[pending]), own)
         return flight, found
 
-    def _reserve_windows(self, keys: Sequence[NodeKey], rows: np.ndarray, nodes: np.ndarray) -> None:
+    def _reserve_windows(self, keys: Sequence[Any], rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+        """Slots (int64 ``[N]``) for windows that moved and are going to be computed."""
+        if not len(rows):
+            return np.empty(0, dtype=np.int64)
         lengths = self._lengths[nodes, rows]
-        self._manager.reserve(keys, lengths, self._next_positions(rows, nodes))
+        slots = self._manager.reserve(keys, lengths, self._next_positions(rows, nodes))
         self._manager.count_window(int(lengths.sum()))
         self._pending[nodes, rows] = False
+        return slots
 
     def _restore(self, flight: Flight, missing: np.ndarray, rows: np.ndarray, nodes: np.ndarray) -> None:
         """Compute histories that are not stored (evicted for want of memory, or cleared) again, in one

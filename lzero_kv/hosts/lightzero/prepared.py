@@ -11,7 +11,7 @@ The copies are made again when the weights change; see :meth:`Prepared.stale`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -146,10 +146,11 @@ def sequence(modules: Sequence[nn.Module] | nn.Module, packed: bool = True) -> A
         if not is_plain(module):
             layers.append(module)
             continue
-        gelu = rest.pop(0) if rest and type(rest[0]) is nn.GELU else None
-        layers.append(
-            affine(module.weight, module.bias, None if gelu is None else gelu.approximate, packed=packed)
-        )
+        gelu = None
+        if rest and isinstance(rest[0], nn.GELU):
+            gelu = rest[0].approximate
+            rest.pop(0)
+        layers.append(affine(module.weight, module.bias, gelu, packed=packed))
     if len(layers) == 1:
         return layers[0]
 
@@ -186,7 +187,7 @@ def layer_norm(norm: nn.LayerNorm) -> Layer:
     return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer with a bias that nobody has put a hook on."""
     return (
         type(module) is nn.Linear

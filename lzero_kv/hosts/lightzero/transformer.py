@@ -33,7 +33,7 @@ class Columns(NamedTuple):
 
     Attributes:
         keys, values: for each layer ``[B, heads, n_l, head_dim]``.
-        own: for each layer ``[B, 2, n, embed]``, views of the last columns of keys and values.
+        own: for each layer ``[B, 2, n, heads, head_dim]``, views of the last columns of keys and values.
         masks: for each layer ``[B, n, n_l]`` of :func:`additive_mask`; None when every new token may look at
             every column.
     """
@@ -50,8 +50,9 @@ class Columns(NamedTuple):
         """Columns ``first`` up to, but not including, ``end`` of a buffer ``[B, 2 * layers, tokens, embed]``,
         the last ``new`` of them the new tokens'; ``mask`` ``[B, new, end - first]`` serves all layers."""
         first, end = columns
-        seen = buffer[:, :, first:end].unflatten(-1, (heads, -1)).transpose(2, 3).unbind(1)
-        written = buffer[:, :, end - new : end].unflatten(1, (-1, 2)).unbind(1)
+        by_head = buffer.unflatten(-1, (heads, -1))
+        seen = by_head[:, :, first:end].transpose(2, 3).unbind(1)
+        written = by_head[:, :, end - new : end].unflatten(1, (-1, 2)).unbind(1)
         return cls(seen[::2], seen[1::2], written, [mask] * len(written))
 
 
@@ -112,23 +113,22 @@ def append_tokens(
     """
     rows, new, embed = x.shape
     x = x.reshape(rows * new, embed)
+    rotation = None if rotation is None else rotation.flatten(0, 1)
     ahead = 0  # tokens of windows, which stand in front of the new ones
     if windows is not None:
         beside, steps = windows.x.shape[:2]
         ahead = beside * steps
         x = torch.cat([windows.x.reshape(ahead, embed), x])
         causal = _full_mask(steps, x.dtype, x.device)
-        if rotation is not None:
-            rotation = torch.cat([windows.rotation.flatten(0, 1), rotation.flatten(0, 1)])
-    elif rotation is not None:
-        rotation = rotation.flatten(0, 1)
+        if rotation is not None and windows.rotation is not None:
+            rotation = torch.cat([windows.rotation.flatten(0, 1), rotation])
     for layer, block in enumerate(prepared.blocks):
         last = layer + 1 == len(prepared.blocks)
         qkv = block.qkv(block.norm1(x)).view(-1, 3, embed)
         if rotation is not None:
             qkv[:, :2] = rotate(qkv[:, :2], rotation[:, None], prepared.heads)
         own = qkv[ahead:].view(rows, new, 3, embed)
-        columns.own[layer].copy_(own[:, :, 1:].transpose(1, 2))
+        columns.own[layer].copy_(own[:, :, 1:].transpose(1, 2).unflatten(-1, (prepared.heads, -1)))
         if windows is not None:
             window = qkv[:ahead].view(beside, steps, 3, embed)
             windows.write(layer, window[:, :, 1:].transpose(1, 2))

@@ -1,11 +1,12 @@
-"""Search trees that share their roots' histories: one buffer for each row, and a mask for each node.
+"""Search trees that share their roots' histories: each path is laid beside its root, and nothing else is
+copied.
 
 A child's history is its parent's and two tokens more. Over a long context copying the shared part costs more
-than computing the two tokens. So each row of a search has one run of columns: the root's history, then two
-columns for every simulation, in which the keys and values of that node's action and observation stay where
-the projections wrote them. A node's history is a subset of the columns, its root's and those of the nodes on
-its path, and attention is told by a mask; the order of the columns is the order of the history. Nothing is
-loaded, stored or copied, and a token's keys and values are the same numbers as in a history of its own.
+than computing the two tokens. So a row of a search has its root's history in place for the whole search, and
+behind it room for one path. A node's own two tokens are stored by themselves; a simulation gathers those of
+the nodes between the root and the new child, lays them behind the root's history, and computes the child's
+tokens behind them. A token's keys and values are the same numbers as in a history of its own, in the same
+order. What a simulation costs depends on how deep it goes, not on how many went before it.
 
 That holds until a window is full: then positions and context of everything that is kept change, and the node
 has a history of its own (:class:`Branch` joins both kinds in one batch).
@@ -24,45 +25,81 @@ from .flight import Flight, Flights
 from .observer import Histories
 from .transformer import Columns, additive_mask, append_tokens
 
+ROOT = 0
+"""Simulation number of a root; the node that simulation ``i`` adds (counted from 0) has number ``i + 1``."""
+
 
 class SearchTrees:
     """Keys and values of the trees of one search.
 
     Args:
-        layers: for each layer ``[B, 2, width_l + 2 * simulations, embed]``, finite; the first ``width_l``
-            columns hold the roots' histories, right-aligned. Written in place.
-        held: int64 ``[B, D]``, tokens of the roots' histories: the same in all layers (``D`` 1), or in each.
+        memory: ``[elements]`` finite numbers of no meaning, as many as :meth:`elements` says.
+        rows: of the search.
+        widths: for each layer, tokens of the longest root.
         simulations: children each row will get at most.
+
+    Attributes:
+        roots: for each layer ``[B, 2, width_l, heads, head_dim]``, where the roots' histories belong,
+            right-aligned.
     """
 
     def __init__(
-        self, flights: Flights, layers: Sequence[torch.Tensor], held: np.ndarray, simulations: int
+        self, flights: Flights, memory: torch.Tensor, rows: int, widths: Sequence[int], simulations: int
     ) -> None:
         self.flights = flights
-        self._rows = np.arange(len(held))
-        self._width = max(layer.shape[2] for layer in layers) - 2 * simulations
-        self.layers = layers
-        heads = flights.prepared.heads
-        self._split = [layer.unflatten(-1, (heads, -1)).transpose(2, 3).unbind(1) for layer in layers]
-        # bool [simulations + 1, B, D, columns of the widest layer]: what each node's history is made of
-        columns = self._width + 2 * simulations
-        self._visible = np.zeros((simulations + 1, *held.shape, columns), dtype=bool)
-        self._visible[0, ..., : self._width] = np.arange(self._width) >= self._width - held[..., None]
+        self._widths = widths
+        self._widest = max(widths)
+        self._path = 0  # columns of the path that lies behind the roots
+        self._rows = np.arange(rows)
+        heads, embed = flights.heads, flights.manager.layout.embed_dim
+        size, room = (heads, embed // heads), TOKENS_PER_STEP * simulations
+        # Layers of one width are one block, so that a path is laid behind all of them with one copy:
+        # [n, B, 2, heads, columns, head_dim], which layers, their width. Each head's tokens lie side by side,
+        # because attention reads them at every token, and roots are most of what it reads.
+        count = len(widths) if len(set(widths)) == 1 else 1
+        firsts = range(0, len(widths), count)
+        token = 2 * rows * embed
+        parts = memory.split(
+            [token * count * (widths[first] + room) for first in firsts] + [token * len(widths) * room]
+        )
+        self._blocks = [
+            (part.view(count, rows, 2, heads, -1, size[1]), slice(first, first + count), widths[first])
+            for first, part in zip(firsts, parts[:-1], strict=True)
+        ]
+        self._layers = [layer for block, _, _ in self._blocks for layer in block]
+        # the two tokens of each node: [B, simulations, 2 tokens, layers, 2, heads, head_dim]
+        self._nodes = parts[-1].view(rows, simulations, TOKENS_PER_STEP, len(widths), 2, *size)
+        self._parents = np.zeros((simulations + 1, rows), dtype=np.int64)
+        self._visible = np.zeros((rows, 1, 0), dtype=bool)
+        self.roots = [
+            layer[:, :, :, :width].transpose(2, 3) for layer, width in zip(self._layers, widths, strict=True)
+        ]
+
+    @staticmethod
+    def elements(embed: int, rows: int, widths: Sequence[int], simulations: int) -> int:
+        """Numbers that trees of these sizes take: a root's history and room for a path in each layer, and the
+        nodes."""
+        room = TOKENS_PER_STEP * simulations
+        return 2 * embed * rows * sum(width + 2 * room for width in widths)
+
+    def begin(self, held: np.ndarray) -> None:
+        """The roots are in place: ``held`` int64 ``[B, D]``, their tokens, the same in all layers (``D`` 1)
+        or in each."""
+        self._held = held
 
     def history(self, row: int, node: int) -> list[torch.Tensor]:
         """A copy of a node's keys and values, for each layer ``[2, tokens_l, embed]``; not of a node whose
         window moved."""
-        return [
-            layer[row][:, shown] for layer, shown in zip(self.layers, self._shown(row, node), strict=True)
-        ]
-
-    def _shown(self, row: int, node: int) -> list[torch.Tensor]:
-        """bool ``[columns_l]`` for each layer."""
-        visible = torch.from_numpy(self._visible[node, row])
-        return [
-            visible[min(number, len(visible) - 1), visible.shape[1] - layer.shape[2] :]
-            for number, layer in enumerate(self.layers)
-        ]
+        nodes, path = self._nodes[row], []
+        while node != ROOT:
+            path.append(node - 1)
+            node = int(self._parents[node, row])
+        histories = []
+        for number, root in enumerate(self.roots):
+            held = int(self._held[row, min(number, self._held.shape[1] - 1)])
+            below = nodes[path[::-1], :, number].flatten(0, 1).transpose(0, 1)
+            histories.append(torch.cat([root[row, :, root.shape[2] - held :], below], dim=1).flatten(2))
+        return histories
 
     def branch(
         self,
@@ -73,23 +110,65 @@ class SearchTrees:
         apart: tuple[np.ndarray, Flight] | None,
     ) -> Branch:
         """Begin the children that ``simulation`` adds; arguments as of :class:`Branch`."""
-        own = self._width + 2 * (simulation - 1)
-        self._visible[simulation] = self._visible[parents, self._rows]
-        self._visible[simulation, ..., own : own + 2] = True
+        self._parents[simulation] = parents
+        if apart is not None:  # their path is not asked for, and would be the longest
+            parents = parents.copy()
+            parents[apart[0]] = ROOT
+        path = self._path_to(parents)
+        self._lay(path)
+        inside = np.arange(self._widest) >= self._widest - self._held[..., None]
+        between = np.repeat(path != ROOT, TOKENS_PER_STEP, axis=1)[:, None]
+        own = np.ones((*inside.shape[:2], TOKENS_PER_STEP), dtype=bool)
+        shape = (*inside.shape[:2], between.shape[2])
+        self._visible = np.concatenate([inside, np.broadcast_to(between, shape), own], axis=2)
         return Branch(self, simulation, lengths, next_positions, apart)
 
-    def columns(self, simulation: int, token: int, like: torch.Tensor) -> Columns:
-        """What the first or second token (0 or 1) of the children that ``simulation`` adds attends to."""
-        end = self._width + 2 * (simulation - 1) + token + 1
-        mask = additive_mask(self._visible[simulation, ..., :end], like)
+    def _path_to(self, nodes: np.ndarray) -> np.ndarray:
+        """The nodes from below the root down to ``nodes``, int64 ``[B, depth]``; ``ROOT`` in front of shorter
+        paths."""
+        path = []
+        while (nodes != ROOT).any():
+            path.append(nodes)
+            nodes = self._parents[nodes, self._rows]
+        return np.stack(path[::-1], axis=1) if path else np.zeros((len(nodes), 0), dtype=np.int64)
+
+    def _lay(self, path: np.ndarray) -> None:
+        """Copy the tokens of a path's nodes behind the roots."""
+        rows, depth = path.shape
+        self._path = TOKENS_PER_STEP * depth
+        if not depth:
+            return
+        stored = self._nodes.flatten(0, 1)
+        at = self._rows[:, None] * self._nodes.shape[1] + np.maximum(path - 1, 0)
+        tokens = stored.index_select(0, torch.from_numpy(at.reshape(-1)).to(stored.device))
+        tokens = tokens.view(rows, depth, *stored.shape[1:]).permute(3, 0, 4, 5, 1, 2, 6)
+        for block, layers, width in self._blocks:
+            place = block[..., width : width + self._path, :]
+            place.unflatten(-2, (depth, TOKENS_PER_STEP)).copy_(tokens[layers])
+
+    def keep(self, simulation: int) -> None:
+        """Store the two tokens of the children that ``simulation`` adds."""
+        node = self._nodes[:, simulation - 1].permute(2, 0, 3, 4, 1, 5)
+        for block, layers, width in self._blocks:
+            first = width + self._path
+            node[layers].copy_(block[..., first : first + TOKENS_PER_STEP, :])
+
+    def columns(self, token: int, like: torch.Tensor) -> Columns:
+        """What the first or second token (0 or 1) of the children attends to."""
+        more = self._path + token + 1
+        shown = self._visible[..., : self._widest + more]
+        mask = None if shown.all() else additive_mask(shown, like)
         keys, values, own, masks = [], [], [], []
-        for number, (layer, (k, v)) in enumerate(zip(self.layers, self._split, strict=True)):
-            ahead = self._visible.shape[-1] - layer.shape[2]  # columns of the widest layer in front of it
-            keys.append(k[:, :, : end - ahead])
-            values.append(v[:, :, : end - ahead])
-            own.append(layer[:, :, end - ahead - 1 : end - ahead])
+        for number, (layer, width) in enumerate(zip(self._layers, self._widths, strict=True)):
+            end = width + more
+            keys.append(layer[:, 0, :, :end])
+            values.append(layer[:, 1, :, :end])
+            own.append(layer[:, :, :, end - 1 : end].transpose(2, 3))
+            if mask is None:
+                masks.append(None)
+                continue
             held = min(number, mask.shape[1] - 1)
-            masks.append(mask[:, held : held + 1, ahead:])
+            masks.append(mask[:, held : held + 1, self._widest - width :])
         return Columns(keys, values, own, masks)
 
 
@@ -126,24 +205,25 @@ class Branch:
         placed, rotation = flights.positions.place(
             x[:, None], self.lengths[:, None], self.next_positions[:, None]
         )
-        columns = self._trees.columns(self._simulation, self._token, x)
+        columns = self._trees.columns(self._token, x)
         hidden = append_tokens(flights.prepared, columns, placed, rotation)
         if self._apart is not None:
             rows, flight = torch.from_numpy(self._apart[0]).to(x.device), self._apart[1]
             hidden = hidden.index_copy(0, rows, flight.append(x[rows]))
         self._token += 1
+        if self._token == TOKENS_PER_STEP:
+            self._trees.keep(self._simulation)
         self.lengths, self.next_positions = self.lengths + 1, self.next_positions + 1
         return hidden
 
     def histories(self, present: np.ndarray) -> Histories:
         """A copy of what the rows hold between steps: until :meth:`slide` what they were handed, then what
         they leave."""
-        first = self._trees.layers[0]
         lengths, left_out = (self.lengths, 0) if self._slid else (self._loaded, TOKENS_PER_STEP)
+        whole = [torch.cat(self._trees.history(row, self._simulation)) for row in range(len(lengths))]
         width = int(lengths.max())
-        kv = first.new_zeros(len(first), 2 * len(self._trees.layers), width, first.shape[3])
-        for row, length in enumerate(lengths.tolist()):
-            history = torch.cat(self._trees.history(row, self._simulation))
+        kv = whole[0].new_zeros(len(whole), whole[0].shape[0], width, whole[0].shape[2])
+        for row, (history, length) in enumerate(zip(whole, lengths.tolist(), strict=True)):
             end = history.shape[1] - left_out
             kv[row, :, width - length :] = history[:, end - length : end]
         if self._apart is not None and not self._slid:

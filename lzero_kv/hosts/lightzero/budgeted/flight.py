@@ -132,10 +132,10 @@ class BudgetedFlight:
         keys, values, own, masks = [], [], [], []
         for layer in self._layers:
             end = layer.kv.shape[2] - TOKENS_PER_STEP + self._column + 1
-            shown = layer.kv[:, :, :end].unflatten(-1, (heads, -1)).transpose(2, 3)
-            keys.append(shown[:, 0])
-            values.append(shown[:, 1])
-            own.append(layer.kv[:, :, end - 1 : end])
+            shown = layer.kv[:, :, :end].unflatten(-1, (heads, -1))
+            keys.append(shown[:, 0].transpose(1, 2))
+            values.append(shown[:, 1].transpose(1, 2))
+            own.append(shown[:, :, end - 1 :])
             visible = layer.lengths.cpu().numpy() + self._grown + 1
             masks.append(additive_mask((np.arange(end) >= end - visible[:, None])[:, None], like))
         return Columns(keys, values, own, masks)
@@ -154,7 +154,7 @@ class BudgetedFlight:
         if self._watched:
             self._observe_preferences()
         self._layers = [self._cut(number, layer) for number, layer in enumerate(self._layers)]
-        if self._stays is not None:
+        if self._stays is not None and len(self._stays[0]):
             rows, tokens = self._stays
             self.restore(rows, tokens, self.lengths[rows], self.next_positions[rows])
         return moved
@@ -184,14 +184,14 @@ class BudgetedFlight:
         )
 
     def begin_trees(self, layers: Sequence[torch.Tensor]) -> np.ndarray:
-        """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, embed]``.
+        """Copy the histories to where trees begin, for each layer ``[B, 2, width_l, heads, head_dim]``.
 
         Returns:
             int64 ``[B, layers]``: tokens of each row in each layer.
         """
         for begin, layer in zip(layers, self._layers, strict=True):
             held = layer.kv.shape[2] - TOKENS_PER_STEP
-            begin.copy_(layer.kv[:, :, held - begin.shape[2] : held])
+            begin.copy_(layer.kv[:, :, held - begin.shape[2] : held].view_as(begin))
         return torch.stack([layer.lengths for layer in self._layers], dim=1).cpu().numpy()
 
     def histories(self, present: np.ndarray) -> Histories:

@@ -108,8 +108,9 @@ class TrueHistories:
         """Keys and values of a history as they stand now, computed from its tokens where not kept."""
         if history.window is not None:
             return history.window
-        history.course = Course(list(self.tokens(history)), [])
-        return self._oracle.causal(history.course.base)[1]
+        tokens = list(self.tokens(history))
+        history.course = Course(tokens, [])
+        return self._oracle.causal(tokens)[1]
 
     def tokens(self, history: TrueHistory) -> Sequence[Token]:
         """The tokens of a history's window, embedded by the weights of now."""

@@ -145,7 +145,8 @@ class OldModel(OldSystem):
         if not self.twin.config.rotary_emb:
             return truth.positions
         if self._reanalysis:
-            return (2 * (depth + timestep + 1) + 1,) * 2
+            first = 2 * (depth + timestep + 1) + 1
+            return first, first
         return 2 * (depth + timestep) + 1, 2 * (depth + timestep) + 2
 
     def _opinion(

@@ -33,7 +33,7 @@ class OldStore(OldSystem):
     ) -> list[HostOpinion | None]:
         """One opinion for each row; afterwards the host's structures hold the new roots."""
         traces = self.root_traces(event, host_last)
-        opinions = [
+        opinions: list[HostOpinion | None] = [
             self._root(event, row, traces[row], asked[row], truths[row], host_last)
             for row in range(len(names))
         ]
@@ -125,6 +125,7 @@ class OldStore(OldSystem):
             found = bool(event.served.present[row])
             opinions.append(self._opinion(trace, asked[row], kv, truth, causes, found=found, root=False))
         latents = event.outputs.latent
+        assert latents is not None  # None at roots alone
         self._latents.append(latents)
         if not self._reanalysis:
             self.twin.naming = names

@@ -110,7 +110,7 @@ class OldSystem:
         entry = twin.transformer.generate_empty_keys_values(n=1, max_tokens=twin.context_length)
         twin.forward(
             {'obs_embeddings': latent.reshape(1, 1, -1)},
-            past_keys_values=entry,
+            past_keys_values=entry,  # pyright: ignore[reportArgumentType]  # the host says Tensor
             is_init_infer=True,
             start_pos=timestep,
         )

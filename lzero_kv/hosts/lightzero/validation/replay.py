@@ -71,7 +71,7 @@ def _model(data: Mapping[str, Any]) -> Any:
     from easydict import EasyDict
     from lzero.model.unizero_world_models.world_model import WorldModel
 
-    config = EasyDict(data['config'])
+    config: Any = EasyDict(data['config'])
     config.device, config.use_new_cache_manager = 'cpu', False
     with redirect_stdout(StringIO()):
         model = WorldModel(config, None)

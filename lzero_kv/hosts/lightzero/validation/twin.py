@@ -165,7 +165,7 @@ class HostTwin(WorldModel):
             return  # the host stores nothing then
         entry = self.transformer.generate_empty_keys_values(n=1, max_tokens=self.context_length)
         blocks = kv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [2 * layers, heads, T, head_dim]
-        for layer, caches in enumerate(entry):
+        for layer, caches in enumerate(entry._keys_values):
             for block, cache in enumerate((caches._k_cache, caches._v_cache)):
                 cache._cache[0, :, : kv.shape[1]] = blocks[2 * layer + block]
                 cache._size = kv.shape[1]
