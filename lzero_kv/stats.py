@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 _COUNTERS = (
@@ -27,10 +29,23 @@ class Log2Histogram:
         """
         if value < 0:
             raise ValueError(f'a histogram counts integers from 0, got {value}')
-        bucket = value.bit_length()
+        self._count(value.bit_length(), 1)
+
+    def add_all(self, values: Sequence[int]) -> None:
+        """Count many values.
+
+        Raises:
+            ValueError: one is negative. Nothing is counted.
+        """
+        if values and min(values) < 0:
+            raise ValueError(f'a histogram counts integers from 0, got {min(values)}')
+        for bucket, count in Counter(map(int.bit_length, values)).items():
+            self._count(bucket, count)
+
+    def _count(self, bucket: int, values: int) -> None:
         if bucket >= len(self.counts):
             self.counts.extend([0] * (bucket + 1 - len(self.counts)))
-        self.counts[bucket] += 1
+        self.counts[bucket] += values
 
     @property
     def limits(self) -> list[int]:

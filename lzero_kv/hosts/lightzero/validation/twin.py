@@ -167,6 +167,7 @@ class HostTwin(WorldModel):
         blocks = kv.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [2 * layers, heads, T, head_dim]
         for layer, caches in enumerate(entry._keys_values):
             for block, cache in enumerate((caches._k_cache, caches._v_cache)):
+                assert cache._cache is not None
                 cache._cache[0, :, : kv.shape[1]] = blocks[2 * layer + block]
                 cache._size = kv.shape[1]
         self._keys, self._row = {row: key_of(latent)}, row
