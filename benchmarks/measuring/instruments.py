@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -92,10 +93,14 @@ class HostReads(TorchFunctionMode):
 class Memory:
     """Every allocation and release of tensor memory inside a ``with`` block, from torch's profiler.
 
-    Counts repeat exactly; times do not, so none are given. ``device_counts`` is empty without a GPU.
+    Counts repeat exactly; times do not, so none are given. ``device_counts`` is empty without a GPU. Python's
+    garbage collector rests meanwhile: when it frees a cycle depends on everything else in the process.
     """
 
     def __enter__(self) -> Memory:
+        gc.collect()
+        self._collects = gc.isenabled()
+        gc.disable()
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_initialized():
             activities.append(ProfilerActivity.CUDA)
@@ -105,6 +110,8 @@ class Memory:
 
     def __exit__(self, *error: Any) -> None:
         self._profile.__exit__(*error)
+        if self._collects:
+            gc.enable()
         # The public list adds an operator's allocations and releases up; only these events tell them apart.
         events: list[Any] = list(self._profile.profiler.kineto_results.events())
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')

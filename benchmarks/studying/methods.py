@@ -16,6 +16,10 @@ STEP = 2
 ALONE: dict[str, Any] = dict(sinks=0, per_head=True)
 """Each head keeps tokens of its own, and nothing is kept for being first: as in most publications."""
 
+FINE: dict[str, Any] = dict(ALONE, window=2, step=1, kernel=1, gamma=0.0)
+"""Token by token: an observation stays without its action, and no token for its neighbour's sake; of the
+newest step alone it is certain that it stays."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -32,14 +36,18 @@ class Method:
 
 
 def published() -> list[Method]:
-    """As their authors define them, in whole steps: each head keeps tokens of its own, no sinks but for
-    StreamingLLM, all of the weights from the attention for CAKE."""
+    """As their authors define them, in whole steps and in single tokens: each head keeps tokens of its own,
+    no sinks but for StreamingLLM, all of the weights from the attention for CAKE."""
     return [
-        _method('published', 'uniform', 'streaming', 'StreamingLLM'),
-        _method('published', 'uniform', 'h2o', 'H2O', **ALONE),
-        _method('published', 'uniform', 'snapkv', 'SnapKV', **ALONE),
-        _method('published', 'pyramid', 'snapkv', 'PyramidKV', **ALONE),
-        _method('published', 'attention_based', 'cake', 'CAKE', **ALONE, alpha=1.0),
+        _method('published', allocation, selection, name + more, step=step, **options)
+        for step, more in ((2, ''), (1, ', step 1'))
+        for allocation, selection, name, options in (
+            ('uniform', 'streaming', 'StreamingLLM', {}),
+            ('uniform', 'h2o', 'H2O', ALONE),
+            ('uniform', 'snapkv', 'SnapKV', ALONE),
+            ('pyramid', 'snapkv', 'PyramidKV', ALONE),
+            ('attention_based', 'cake', 'CAKE', dict(ALONE, alpha=1.0)),
+        )
     ]
 
 
@@ -81,12 +89,18 @@ def hybrids() -> list[Method]:
         _method('hybrid', 'uniform', 'cake', 'cake + uniform, alone, gamma 5', gamma=5.0, **ALONE),
         _method('hybrid', 'uniform', 'cake', 'cake + uniform, alone, gamma 20', gamma=20.0, **ALONE),
         _hybrid('uniform', 'alone, gamma 20, mix 0.05', gamma=20.0, mix=0.05, **ALONE),
+        *(
+            _hybrid(allocation, f'{allocation}, fine, mix {mix:g}', mix=mix, **FINE)
+            for allocation in ('uniform', 'pyramid')
+            for mix in (0.0, 0.25, 0.5)
+        ),
+        _hybrid('uniform', 'uniform, fine, mix 0, window 1', mix=0.0, **(FINE | dict(window=1))),
     ]
 
 
 def quick() -> list[Method]:
-    """The published ones and one hybrid."""
-    return published() + hybrids()[:1]
+    """The published ones, in whole steps, and one hybrid."""
+    return [method for method in published() if method.options['step'] == STEP] + hybrids()[:1]
 
 
 def _hybrid(allocation: str, name: str, **options: Any) -> Method:
