@@ -46,11 +46,14 @@ def test_host_reads_are_the_calls_that_wait_for_a_gpu() -> None:
 
 @pytest.mark.parametrize('cache', EAGER)
 def test_counts_repeat_exactly(cache: str) -> None:
-    counted = []
+    """Bytes at the peak and at the end excepted: on a busy machine they differ by a few KiB now and then."""
+    counted, steps = [], ('step_peak_mib', 'step_kept_mib')
     for _ in range(2):
         player = Player(contestant(SMALL, cache), SMALL.simulations)
         player.warm_up(SMALL.context // 2 + 1)
         counted.append(player.counts())
+    for name in steps:
+        assert counted[0].pop(name) == pytest.approx(counted[1].pop(name), abs=16 / 1024)
     assert counted[0] == counted[1]
     assert counted[0]['allocations_per_simulation'] > 10
     assert counted[0]['operators_per_simulation'] > 10
