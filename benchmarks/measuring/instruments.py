@@ -93,9 +93,9 @@ class HostReads(TorchFunctionMode):
 class Memory:
     """Every allocation and release of tensor memory inside a ``with`` block, from torch's profiler.
 
-    Counts repeat exactly, peaks to a few KiB; times do not, so none are given. ``device_counts`` is empty without a GPU. Python's
-    garbage collector rests until the end of the block: when it frees a cycle depends on everything else in
-    the process.
+    Counts repeat exactly, peaks to a few KiB; times do not, so none are given. ``device_counts`` is empty
+    without a GPU. Python's garbage collector rests until the end of the block: when it frees a cycle depends
+    on everything else in the process.
     """
 
     def __enter__(self) -> Memory:
