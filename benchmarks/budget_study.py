@@ -39,8 +39,9 @@ from studying.measures import averages, compare, mean_and_spread
 from studying.methods import Method
 from studying.picture import draw
 from studying.plays import CUES, answers, asked_frames, play
-from studying.subject import forget_all, load_checkpoint, make_subject, reported_bytes, train
+from studying.subject import forget_all, load_checkpoint, make_subject, reported_bytes
 from studying.tables import Row, detailed, overview, rich_table
+from studying.training import train
 
 FULL = Method('full cache', 'full', {})
 RATIOS = (1.0, 0.5, 0.25, 0.125)

@@ -7,59 +7,16 @@ import os
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from easydict import EasyDict
-from memory_recall_unizero_kv_config import DISTRACTOR_FRAMES, FULL, make_config
+from memory_recall_unizero_kv_config import make_config
 
 from lzero_kv.hosts.lightzero.budgeted import BudgetedFlights
 from tests.host.models import load_weights, random_weights, world_model_of
 
 Weights = dict[str, torch.Tensor]
-
-
-class Lesson(NamedTuple):
-    """A part of the training, which goes on with the weights of the one before."""
-
-    name: str
-    memory_length: int
-    """Frames between cue and doors, at most."""
-    learning_rate: float
-    max_env_step: int
-
-
-LESSONS = (
-    Lesson('short', 4, 1e-3, 2_500),
-    Lesson('long', DISTRACTOR_FRAMES, 1e-3, 17_000),
-    Lesson('fine', DISTRACTOR_FRAMES, 3e-4, 6_200),
-)
-"""Over few frames the model finds out within minutes what the cue is for, and then keeps it over more frames;
-over many frames from the beginning it did not."""
-
-
-def train(seed: int, folder: Path) -> Path:
-    """Train the model by LightZero's own entry, lesson by lesson; its last checkpoint."""
-    from lzero.entry import train_unizero
-
-    checkpoint = None
-    for lesson in LESSONS:
-        size = EasyDict(FULL, memory_length=lesson.memory_length)
-        main_config, create_config = make_config('memory_recall', seed, size=size)
-        main_config.policy.learning_rate = lesson.learning_rate
-        main_config.exp_name = str(folder / lesson.name)
-        train_unizero(
-            [main_config, create_config],
-            seed=seed,
-            model_path=checkpoint,
-            max_env_step=lesson.max_env_step,
-        )
-        checkpoint = max((folder / lesson.name).glob('ckpt/iteration_*.pth.tar'), key=_iteration)
-    return checkpoint
-
-
-def _iteration(path: Path) -> int:
-    return int(path.name.removeprefix('iteration_').removesuffix('.pth.tar'))
 
 
 def load_checkpoint(path: Path) -> Weights:
