@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def _learn(lesson: Lesson, seed: int, folder: Path, checkpoint: Path | None) -> 
     size = EasyDict(FULL, memory_length=lesson.memory_length)
     main_config, create_config = make_config('memory_recall', seed, size=size)
     main_config.policy.learning_rate = lesson.learning_rate
-    main_config.exp_name = str(folder)
+    main_config.exp_name = os.path.relpath(folder)  # the host puts ./ in front of it
     train_unizero(
         [main_config, create_config], seed=seed, model_path=checkpoint, max_env_step=lesson.max_env_step
     )
