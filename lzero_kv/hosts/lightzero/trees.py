@@ -201,19 +201,25 @@ class Branch:
 
     def append(self, x: torch.Tensor) -> torch.Tensor:
         """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output."""
-        flights = self._trees.flights
+        if self._apart is None:
+            hidden = self._append(x)
+        elif len(self._apart[0]) == len(x):
+            hidden = self._apart[1].append(x)
+        else:
+            rows = torch.from_numpy(self._apart[0]).to(x.device)
+            hidden = self._append(x).index_copy(0, rows, self._apart[1].append(x[rows]))
+        self._token += 1
+        self.lengths, self.next_positions = self.lengths + 1, self.next_positions + 1
+        return hidden
+
+    def _append(self, x: torch.Tensor) -> torch.Tensor:
+        trees, flights = self._trees, self._trees.flights
         placed, rotation = flights.positions.place(
             x[:, None], self.lengths[:, None], self.next_positions[:, None]
         )
-        columns = self._trees.columns(self._token, x)
-        hidden = append_tokens(flights.prepared, columns, placed, rotation)
-        if self._apart is not None:
-            rows, flight = torch.from_numpy(self._apart[0]).to(x.device), self._apart[1]
-            hidden = hidden.index_copy(0, rows, flight.append(x[rows]))
-        self._token += 1
-        if self._token == TOKENS_PER_STEP:
-            self._trees.keep(self._simulation)
-        self.lengths, self.next_positions = self.lengths + 1, self.next_positions + 1
+        hidden = append_tokens(flights.prepared, trees.columns(self._token, x), placed, rotation)
+        if self._token + 1 == TOKENS_PER_STEP:
+            trees.keep(self._simulation)
         return hidden
 
     def histories(self, present: np.ndarray) -> Histories:
