@@ -37,7 +37,7 @@ MORE = (
 """For a model that does not remember yet: no training repeats, because LightZero's tree breaks ties by the
 clock, and some need longer."""
 MOST_REPEATS = 3
-ENOUGH = 0.75
+ENOUGH = 0.7
 """Right doors with either cue, of :data:`EXAMINED` episodes each."""
 EXAMINED = 48
 EXAMINATION = 900_000
