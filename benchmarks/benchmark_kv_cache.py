@@ -37,8 +37,8 @@ Task = Literal['cartpole', 'pong']
 
 def main(
     shapes: tuple[Shape, ...] = ('atari', 'memory', 'lunarlander', 'cartpole'),
-    steps: int = 12,
-    history: int = 60,
+    steps: int = 7,
+    history: int = 54,
     threads: tuple[int, ...] = (1,),
     upstream: Path | None = None,
     segments: int = 64,
@@ -53,7 +53,8 @@ def main(
     Args:
         shapes: shapes of LightZero's configs.
         steps: environment steps that are timed, for each contestant and number of threads.
-        history: steps of the episodes before the memory shape is timed.
+        history: steps of the episodes before the memory shape is timed; with as many as by default its window
+            is not full at the end.
         threads: numbers of threads that torch computes with; counts and shares are those of the first.
         upstream: a built checkout of LightZero's development branch, which then joins, its own cache manager
             off and on.
