@@ -155,7 +155,7 @@ class Split:
         from lzero.model.unizero_world_models.transformer import Transformer
         from lzero.model.unizero_world_models.world_model import WorldModel
 
-        from lzero_kv.hosts.lightzero import flight, nodes, roots, trees
+        from lzero_kv.hosts.lightzero import flight, flights, nodes, roots, trees
         from lzero_kv.hosts.lightzero.world_model import KVWorldModel
 
         tree = host_trees()[0]
@@ -166,7 +166,7 @@ class Split:
                 (Tokenizer, 'encode_to_obs_embeddings'),
                 (flight, 'append_tokens'),
                 (trees, 'append_tokens'),
-                (flight, 'causal_pass'),
+                (flights, 'causal_pass'),
                 *((module, 'predict_policy_value') for module in (nodes, roots)),
                 *((module, 'action_embeddings') for module in (nodes, roots)),
                 (nodes, 'predict_reward_latent'),

@@ -101,7 +101,7 @@ def _engine_checks(call: TrainingCall, world_model: Any) -> list[Check]:
     """Return how the steps of a search would run on the device that the host would take here."""
     import torch
 
-    from lzero_kv.hosts.lightzero.flight import shares_histories
+    from lzero_kv.hosts.lightzero.flights import shares_histories
 
     try:
         config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzero_kv.hosts.lightzero import flight
+from lzero_kv.hosts.lightzero import flights
 from lzero_kv.hosts.lightzero.nodes import SearchNodes
 from lzero_kv.hosts.lightzero.prepared import Prepared
 from lzero_kv.hosts.lightzero.static import StaticEngine, StaticNodes, runners
@@ -253,7 +253,7 @@ def test_validation_accounts_for_every_row(as_is: Counted, mode: str, window: st
 def test_long_contexts_share_histories_where_slots_do_not_fit(
     as_is: Counted, rows: int, shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flight, 'SHARED_FROM', 1)
+    monkeypatch.setattr(flights, 'SHARED_FROM', 1)
     options: dict[str, Any] = dict(num_simulations=40, infer_context_length=14)
     row_bytes = model_of('eager', **options).world_model.kv_cache_manager.layout.row_bytes
     plays = []

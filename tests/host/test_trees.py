@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero import engine, flight
+from lzero_kv.hosts.lightzero import engine, flights
 from lzero_kv.hosts.lightzero.observer import NodesExpanded, Observer
 from lzero_kv.hosts.lightzero.trees import SearchTrees
 from lzero_kv.hosts.lightzero.validation.recompute import Recompute
@@ -26,7 +26,7 @@ ROWS = 3
 @pytest.fixture
 def always_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of the small families are shorter than those that are shared by default."""
-    monkeypatch.setattr(flight, 'SHARED_FROM', 1)
+    monkeypatch.setattr(flights, 'SHARED_FROM', 1)
 
 
 def shared_policy(family: str = 'tiny', **options: Any) -> Any:
@@ -172,7 +172,7 @@ def test_nan_leaves_no_trace_in_the_trees(always_shared: None) -> None:
 def test_shared_and_separate_histories_play_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     plays = []
     for shared_from in (1, 1000):
-        monkeypatch.setattr(flight, 'SHARED_FROM', shared_from)
+        monkeypatch.setattr(flights, 'SHARED_FROM', shared_from)
         policy = shared_policy(num_simulations=50)
         plays.append(
             Episodes(policy, range(ROWS), lengths={0: [2, 5]}).run([{0, 1, 2}, {1}, {0, 2}, {0, 1, 2}])

@@ -15,7 +15,7 @@ from lzero_kv.window import TOKENS_PER_STEP, Window
 
 from .budgeted import BudgetedFlights, limiting_budget
 from .by_latent import NodesByLatent
-from .flight import Flights, shares_histories
+from .flights import Flights, shares_histories
 from .inputs import check_finite_latents, same_latents, timesteps_of
 from .nodes import SearchNodes
 from .observer import SearchBegun

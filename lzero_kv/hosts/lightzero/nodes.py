@@ -12,7 +12,8 @@ from lzero_kv.eviction import EvictionStrategy
 from lzero_kv.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.manager import KVCacheManager
 
-from .flight import Flight, Flights
+from .flight import Flight
+from .flights import Flights
 from .observer import NO_HISTORIES, NodesExpanded
 from .outputs import StepOutputs, action_embeddings, predict_policy_value, predict_reward_latent
 from .roots import RootBatch

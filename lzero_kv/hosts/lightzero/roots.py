@@ -14,7 +14,8 @@ from lzero_kv.keys import NO_SLOT, NodeKey, RootKey, digest_rows
 from lzero_kv.manager import KVCacheManager
 
 from .contexts import RootContext, RootContexts
-from .flight import Flight, Flights
+from .flight import Flight
+from .flights import Flights
 from .observer import NO_HISTORIES, RootsInferred
 from .outputs import StepOutputs, action_embeddings, predict_policy_value
 

@@ -21,7 +21,8 @@ import torch
 
 from lzero_kv.window import TOKENS_PER_STEP
 
-from .flight import Flight, Flights
+from .flight import Flight
+from .flights import Flights
 from .observer import Histories
 from .transformer import Columns, additive_mask, append_tokens
 

@@ -19,7 +19,7 @@ from lzero_kv.window import Window
 from .budgeted import BudgetedFlights, limiting_budget
 from .by_latent import NodesByLatent
 from .engine import Engine, make_manager
-from .flight import shares_histories
+from .flights import shares_histories
 from .inputs import check_world_model_config, timesteps_of
 from .legacy import Clearable
 from .nodes import SearchNodes

@@ -21,7 +21,7 @@ from lzero_kv.keys import NO_SLOT
 from lzero_kv.manager import KVCacheManager
 from lzero_kv.window import TOKENS_PER_STEP, Window
 
-from ..flight import Flights
+from ..flights import Flights
 from ..transformer import attention_probabilities, layers_of_pass
 from .flight import BudgetedFlight
 from .held import HeldLayer, HeldTable, Terms

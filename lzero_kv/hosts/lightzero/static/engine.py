@@ -11,7 +11,7 @@ import torch
 
 from lzero_kv.manager import KVCacheManager
 
-from ..flight import Flights
+from ..flights import Flights
 from ..outputs import StepOutputs
 from ..positions import RotaryPositions
 from ..prepared import Prepared
