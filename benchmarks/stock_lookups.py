@@ -10,15 +10,14 @@ Beside it: how many nodes of the same episodes the manager answers differently f
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from measuring.contestants import quiet, silence_host
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +63,7 @@ def main() -> None:
     table = Table('model', 'simulations', 'stock: wrong lookups', '', 'manager: wrong nodes')
     for family in FAMILIES:
         for simulations in SIMULATIONS:
-            with Path(os.devnull).open('w') as quiet, redirect_stdout(quiet):
+            with quiet():
                 wrong, total = stock(family, simulations)
                 off, nodes = managed(family, simulations)
             table.add_row(
@@ -74,7 +73,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    import lzero.model.unizero_model  # noqa: F401  (the import sets the root logger to DEBUG)
-
-    logging.getLogger().setLevel(logging.WARNING)
+    silence_host()
     main()

@@ -260,7 +260,7 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
         'BudgetedFlights', 'load', lambda load, self, slots, watched=False: load(self, slots, watched=True)
     ),
     'what moved keeps its old tokens': (
-        'BudgetedFlight', 'moving', lambda moving, self, first: moving(self, first)[:0]
+        'BudgetedFlights', 'moving', lambda moving, self, lengths, first: moving(self, lengths, first)[:0]
     ),
 }  # fmt: skip
 

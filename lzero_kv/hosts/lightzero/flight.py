@@ -85,7 +85,7 @@ class Flight:
 
     def append(self, x: torch.Tensor) -> torch.Tensor:
         """Append one token to every row: raw embeddings ``[B, embed]`` to the transformer's output."""
-        return self._append(x, np.zeros(len(x), dtype=bool), None)
+        return self._append(x, np.zeros(len(x), dtype=bool))
 
     def append_step(
         self,
@@ -93,6 +93,7 @@ class Flight:
         observations: torch.Tensor,
         first: np.ndarray,
         positions: np.ndarray,
+        moving: np.ndarray,
         stays: torch.Tensor,
     ) -> torch.Tensor:
         """Append an action and the observation behind it to every row, in one pass.
@@ -102,35 +103,28 @@ class Flight:
             observations: ``[B, embed]`` raw embeddings.
             first: bool ``[B]``: rows that begin with their observation and have no action.
             positions: int64 ``[B]``, logical positions of the observations in those rows.
-            stays: ``[N, kept, embed]`` raw embeddings of what stays of windows that move in this step, for
-                each of :meth:`moving`; computed in the same pass, put into place by :meth:`slide`.
+            moving: int64 ``[N]``, rows whose exact window moves in this step: :meth:`Flights.moving`.
+            stays: ``[N, kept, embed]`` raw embeddings of what stays of these windows; computed in the same
+                pass, put into place by :meth:`slide`.
 
         Returns:
             ``[B, embed]``, the transformer's output of the observations.
         """
-        if len(stays):
-            next_positions = self.next_positions[self.moving(first)] + TOKENS_PER_STEP
+        if len(moving):
+            next_positions = self.next_positions[moving] + TOKENS_PER_STEP
             out = stays.new_empty(len(stays), *self.kept.shape[1:])
             self._stays = self._flights.windows_beside(stays, next_positions, out, None)
         if actions is not None and not self._flights.host_padding:
             return self._append_both(actions, observations, first, positions)
-        if actions is None:
+        if actions is None:  # beginnings alone, and none of them moves
             self._begins = first
             self._column += 1
-        else:  # the host's own order of operations
-            self._append(actions, first, None)
+        else:  # the host's own order of operations; its windows shift
+            self._append(actions, first)
         self.next_positions = np.where(first, positions, self.next_positions)
-        return self._append(observations, np.zeros_like(first), self._stays)
+        return self.append(observations)
 
-    def moving(self, first: np.ndarray) -> np.ndarray:
-        """The rows (int64 ``[N]``) whose exact window moves in a step that brings an observation, and an
-        action unless it is the row's first (bool ``[B]``)."""
-        if not self._flights.exact_window:
-            return np.empty(0, dtype=np.int64)
-        _, moved = self._flights.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))
-        return np.flatnonzero(moved)
-
-    def _append(self, x: torch.Tensor, absent: np.ndarray, windows: WindowsBeside | None) -> torch.Tensor:
+    def _append(self, x: torch.Tensor, absent: np.ndarray) -> torch.Tensor:
         """Append one token ``[B, embed]`` to every row; what is computed for ``absent`` rows (bool ``[B]``),
         which have none, is to be thrown away."""
         self._begins = self._begins | absent
@@ -143,8 +137,7 @@ class Flight:
             inside = np.arange(widest)[None, :] >= widest - visible[:, None]
             mask = additive_mask(inside[:, None], x)
         awaited, self._awaited = self._awaited, None
-        if awaited is not None:
-            windows = awaited[0]
+        windows = None if awaited is None else awaited[0]
         places, logical = self.lengths[:, None], self.next_positions[:, None]
         hidden = self._run(x[:, None], places, logical, widest, mask, windows)
         if awaited is not None:
@@ -184,7 +177,7 @@ class Flight:
         self._column += new
         placed, rotation = flights.positions.place(x, places, logical)
         seen = self._column - widest, self._column
-        columns = Columns.of_buffer(self.buffer, seen, new, flights.prepared.heads, mask)
+        columns = Columns.of_buffer(self.buffer, seen, new, flights.heads, mask)
         return append_tokens(flights.prepared, columns, placed, rotation, windows=windows)
 
     def slide(self, shift: torch.Tensor | None) -> np.ndarray:

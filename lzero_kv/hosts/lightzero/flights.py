@@ -10,7 +10,7 @@ import torch
 from lzero_kv.config import KVCacheConfig
 from lzero_kv.keys import NO_SLOT
 from lzero_kv.manager import KVCacheManager
-from lzero_kv.window import Window
+from lzero_kv.window import TOKENS_PER_STEP, Window
 
 from .flight import Flight
 from .positions import positions_of
@@ -134,6 +134,14 @@ class Flights:
             tokens, lengths[:, None] + columns, next_positions[:, None] + columns
         )
         return x, lengths, rotation
+
+    def moving(self, lengths: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """The rows (int64 ``[N]``) of histories of ``lengths`` tokens whose exact window moves in a step that
+        brings an observation, and an action unless it is the row's first (bool ``[B]``)."""
+        if not self.exact_window:
+            return np.empty(0, dtype=np.int64)
+        _, moved = self.window.advance(lengths + np.where(first, 1, TOKENS_PER_STEP))
+        return np.flatnonzero(moved)
 
     def windows_beside(
         self,

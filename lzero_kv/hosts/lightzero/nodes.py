@@ -173,7 +173,10 @@ class SearchNodes:
         exact = self._flights.exact_window
         keys = [self._key(row, node) for row, node in zip(rows.tolist(), nodes.tolist(), strict=True)]
         pending = np.flatnonzero(self._pending[nodes, rows]) if exact else np.empty(0, dtype=np.int64)
-        own = self._reserve_windows([keys[row] for row in pending], rows[pending], nodes[pending])
+        if len(pending):
+            windows = rows[pending], nodes[pending]
+            next_positions = self._next_positions(*windows)
+            own = self._reserve_windows([keys[row] for row in pending], *windows, next_positions)
         slots = self._manager.lookup(keys)
         found = slots != NO_SLOT
         slots[pending] = NO_SLOT
@@ -190,16 +193,15 @@ class SearchNodes:
         elif len(missing):
             self._restore(flight, missing, rows[missing], nodes[missing])
         if len(pending):
-            tokens = self._window_tokens(rows[pending], nodes[pending])
-            flight.await_windows(pending, tokens, self._next_positions(rows[pending], nodes[pending]), own)
+            flight.await_windows(pending, self._window_tokens(*windows), next_positions, own)
         return flight, found
 
-    def _reserve_windows(self, keys: Sequence[Any], rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    def _reserve_windows(
+        self, keys: Sequence[Any], rows: np.ndarray, nodes: np.ndarray, next_positions: np.ndarray
+    ) -> np.ndarray:
         """Slots (int64 ``[N]``) for windows that moved and are going to be computed."""
-        if not len(rows):
-            return np.empty(0, dtype=np.int64)
         lengths = self._lengths[nodes, rows]
-        slots = self._manager.reserve(keys, lengths, self._next_positions(rows, nodes))
+        slots = self._manager.reserve(keys, lengths, next_positions)
         self._manager.count_window(int(lengths.sum()))
         self._pending[nodes, rows] = False
         return slots

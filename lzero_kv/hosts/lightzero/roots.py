@@ -90,10 +90,10 @@ class RootInference:
         if self._flights.host_padding and not first.all():
             flight.pad_as_host(~first)
         tokens = self._grown_windows(env_ids, last_digests, first, actions, latents)
-        moving = flight.moving(first)
+        moving = self._flights.moving(flight.lengths, first)
         positions = 2 * np.maximum(timesteps, 0)
         stays = tokens[torch.from_numpy(moving)]
-        hidden = flight.append_step(actions, latents[:, 0], first, positions, stays)
+        hidden = flight.append_step(actions, latents[:, 0], first, positions, moving, stays)
         self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._flights.prepared, hidden)
         self._remember(env_ids, first, last_actions, observations, digests, flight, actions, latents)

@@ -71,7 +71,7 @@ class SearchTrees:
         # the two tokens of each node: [B, simulations, 2 tokens, layers, 2, heads, head_dim]
         self._nodes = parts[-1].view(rows, simulations, TOKENS_PER_STEP, len(widths), 2, *size)
         self._parents = np.zeros((simulations + 1, rows), dtype=np.int64)
-        self._visible = np.zeros((rows, 1, 0), dtype=bool)
+        self._mask: torch.Tensor | None = None  # of the path that is laid
         self.roots = [
             layer[:, :, :, :width].transpose(2, 3) for layer, width in zip(self._layers, widths, strict=True)
         ]
@@ -87,6 +87,7 @@ class SearchTrees:
         """The roots are in place: ``held`` int64 ``[B, D]``, their tokens, the same in all layers (``D`` 1)
         or in each."""
         self._held = held
+        self._inside = np.arange(self._widest) >= self._widest - held[..., None]
 
     def history(self, row: int, node: int) -> list[torch.Tensor]:
         """A copy of a node's keys and values, for each layer ``[2, tokens_l, embed]``; not of a node whose
@@ -117,11 +118,11 @@ class SearchTrees:
             parents[apart[0]] = ROOT
         path = self._path_to(parents)
         self._lay(path)
-        inside = np.arange(self._widest) >= self._widest - self._held[..., None]
         between = np.repeat(path != ROOT, TOKENS_PER_STEP, axis=1)[:, None]
-        own = np.ones((*inside.shape[:2], TOKENS_PER_STEP), dtype=bool)
-        shape = (*inside.shape[:2], between.shape[2])
-        self._visible = np.concatenate([inside, np.broadcast_to(between, shape), own], axis=2)
+        behind = np.pad(between, ((0, 0), (0, 0), (0, TOKENS_PER_STEP)), constant_values=True)  # the child
+        behind = np.broadcast_to(behind, (*self._inside.shape[:2], behind.shape[2]))
+        visible = np.concatenate([self._inside, behind], axis=2)
+        self._mask = None if visible.all() else additive_mask(visible, self._nodes)
         return Branch(self, simulation, lengths, next_positions, apart)
 
     def _path_to(self, nodes: np.ndarray) -> np.ndarray:
@@ -154,11 +155,10 @@ class SearchTrees:
             first = width + self._path
             node[layers].copy_(block[..., first : first + TOKENS_PER_STEP, :])
 
-    def columns(self, token: int, like: torch.Tensor) -> Columns:
+    def columns(self, token: int) -> Columns:
         """What the first or second token (0 or 1) of the children attends to."""
         more = self._path + token + 1
-        shown = self._visible[..., : self._widest + more]
-        mask = None if shown.all() else additive_mask(shown, like)
+        mask = self._mask
         keys, values, own, masks = [], [], [], []
         for number, (layer, width) in enumerate(zip(self._layers, self._widths, strict=True)):
             end = width + more
@@ -169,7 +169,7 @@ class SearchTrees:
                 masks.append(None)
                 continue
             held = min(number, mask.shape[1] - 1)
-            masks.append(mask[:, held : held + 1, self._widest - width :])
+            masks.append(mask[:, held : held + 1, self._widest - width : self._widest + more])
         return Columns(keys, values, own, masks)
 
 
@@ -218,7 +218,7 @@ class Branch:
         placed, rotation = flights.positions.place(
             x[:, None], self.lengths[:, None], self.next_positions[:, None]
         )
-        hidden = append_tokens(flights.prepared, trees.columns(self._token, x), placed, rotation)
+        hidden = append_tokens(flights.prepared, trees.columns(self._token), placed, rotation)
         if self._token + 1 == TOKENS_PER_STEP:
             trees.keep(self._simulation)
         return hidden

@@ -81,11 +81,13 @@ class BudgetedFlight:
         observations: torch.Tensor,
         first: np.ndarray,
         positions: np.ndarray,
+        moving: np.ndarray,
         stays: torch.Tensor,
     ) -> torch.Tensor:
         """Append an action and the observation behind it to every row; arguments as of
         :meth:`Flight.append_step`. One after the other: each token's attention is seen by itself."""
-        self._stays = self.moving(first), stays
+        if len(moving):
+            self._stays = moving, stays
         if actions is None:
             self._column += 1
         else:
@@ -93,18 +95,13 @@ class BudgetedFlight:
         self.next_positions = np.where(first, positions, self.next_positions)
         return self.append(observations)
 
-    def moving(self, first: np.ndarray) -> np.ndarray:
-        """As :meth:`Flight.moving`."""
-        _, moved = self._flights.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))
-        return np.flatnonzero(moved)
-
     def _append(self, x: torch.Tensor, absent: np.ndarray) -> torch.Tensor:
         flights, prepared = self._flights, self._flights.prepared
         placed, rotation = flights.positions.place(
             x[:, None], self.lengths[:, None], self.next_positions[:, None]
         )
         grown = self._grown + ~absent
-        columns = self._columns(x, prepared.heads)
+        columns = self._columns(x, flights.heads)
         for layer in self._layers:
             own = layer.positions.shape[2] - TOKENS_PER_STEP + self._column
             layer.positions[:, :, own] = torch.from_numpy(self.next_positions).to(x.device)[:, None]
@@ -154,7 +151,7 @@ class BudgetedFlight:
         if self._watched:
             self._observe_preferences()
         self._layers = [self._cut(number, layer) for number, layer in enumerate(self._layers)]
-        if self._stays is not None and len(self._stays[0]):
+        if self._stays is not None:
             rows, tokens = self._stays
             self.restore(rows, tokens, self.lengths[rows], self.next_positions[rows])
         return moved

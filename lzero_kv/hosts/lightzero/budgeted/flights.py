@@ -51,7 +51,6 @@ class BudgetedFlights(Flights):
         self, world_model: Any, manager: KVCacheManager, config: KVCacheConfig, budget: NodeBudget
     ) -> None:
         super().__init__(world_model, manager, config)
-        heads = int(world_model.num_heads)
         self.selector = budget.selector()
         self.tracker = BudgetTracker(budget, self.layers, self.window.kept)
         self.tally = BudgetTally(self.layers)
@@ -59,8 +58,8 @@ class BudgetedFlights(Flights):
         sizes, layout = self.tracker.sizes, manager.layout
         reads = self.selector.reads | ({'recent'} if self.tracker.needs_preference else set())
         terms = Terms(
-            heads if budget.per_head else 1,
-            heads,
+            self.heads if budget.per_head else 1,
+            self.heads,
             sizes.window,
             sizes.sinks,
             sizes.step,
