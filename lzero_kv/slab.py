@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lzero_kv.layout import KVLayout
+from lzero_kv.transfer import to_device
 
 Ints = Sequence[int] | np.ndarray
 Slots = Ints
@@ -95,8 +96,8 @@ class KVSlab:
         with torch.no_grad():
             columns = self._columns(newest)
             if out is None:
-                return torch.index_select(columns, 0, self._on_device(index))
-            return torch.index_select(columns, 0, self._on_device(index), out=out)
+                return torch.index_select(columns, 0, to_device(index, self.layout.device))
+            return torch.index_select(columns, 0, to_device(index, self.layout.device), out=out)
 
     def store(self, slots: Slots, rows: torch.Tensor, *, newest: int | None = None) -> None:
         """Copy rows in, with one ``index_copy_``; no gradient flows into the slab.
@@ -125,7 +126,7 @@ class KVSlab:
 
     def _scatter(self, index: np.ndarray, rows: torch.Tensor, width: int | None) -> None:
         with torch.no_grad():
-            self._columns(width).index_copy_(0, self._on_device(index), rows)
+            self._columns(width).index_copy_(0, to_device(index, self.layout.device), rows)
 
     def resize(self, slots: int, *, keep: int | None = None) -> None:
         """Change the number of slots. The old tensor is freed before the new one is allocated; the kept rows
@@ -232,10 +233,6 @@ class KVSlab:
         if newest is None or newest == self._tokens:
             return data
         return data[:, :, self._tokens - newest :]
-
-    def _on_device(self, index: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(index)
-        return tensor if self.layout.device.type == 'cpu' else tensor.to(self.layout.device)
 
     def _new(self, slots: int) -> torch.Tensor:
         try:

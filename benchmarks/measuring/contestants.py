@@ -38,6 +38,12 @@ CACHES: dict[str, dict[str, Any] | None] = {
 }
 """Options of ``kv_cache``; None for LightZero's own."""
 
+GRAPHS: dict[str, dict[str, Any] | None] = {
+    'rebuild graph': dict(window='rebuild', engine='cudagraph'),
+    'shift graph': dict(window='shift', engine='cudagraph'),
+}
+"""Those that need a CUDA device."""
+
 EAGER = [name for name, options in CACHES.items() if options is None or options['engine'] == 'eager']
 """Those that compile nothing, which would take minutes at every shape."""
 
@@ -72,6 +78,11 @@ class Contestant:
         return sum(_bytes_of(entry) for pool in pools for entry in pool if entry is not None)
 
 
+def caches_on(device: str) -> list[str]:
+    """Who is compared there."""
+    return [*CACHES, *GRAPHS] if device == 'cuda' else [*CACHES]
+
+
 def options_of_device(device: str) -> dict[str, Any]:
     """What the host wants to be told, for ``make_policy``."""
     return dict(policy=dict(device=device, cuda=device == 'cuda'), world_model=dict(device=device))
@@ -80,9 +91,9 @@ def options_of_device(device: str) -> dict[str, Any]:
 def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) -> Contestant:
     """Build a policy of LightZero's own kind with the same random weights for every cache.
 
-    ``further`` are options of ``kv_cache`` beside those of :data:`CACHES`.
+    ``further`` are options of ``kv_cache`` beside those of :data:`CACHES` and :data:`GRAPHS`.
     """
-    options = CACHES[cache]
+    options = (CACHES | GRAPHS)[cache]
     with quiet():
         policy = make_policy(
             family,

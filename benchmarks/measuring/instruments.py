@@ -60,6 +60,11 @@ class Operators(TorchDispatchMode):
         self.count = 0
         self.bytes_moved = 0
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Torch compiles nothing under modes that are not its own; this one changes no answer."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:

@@ -13,7 +13,7 @@ from tests.host.families import Family
 from tests.host.models import collect_model
 
 from .collection import Collection
-from .contestants import CACHES, EAGER, Floor, contestant
+from .contestants import CACHES, EAGER, Floor, caches_on, contestant
 from .players import FloorPlayer, Numbers, Player
 from .reanalysis import BatchReanalysis
 from .upstream import FLAGS, UpstreamPlayer
@@ -34,7 +34,9 @@ def measure_shape(
 
     Raises RuntimeError when two contestants predict different values for the first observations.
     """
-    players: list[Any] = [Player(contestant(family, cache, device), family.simulations) for cache in CACHES]
+    players: list[Any] = [
+        Player(contestant(family, cache, device), family.simulations) for cache in caches_on(device)
+    ]
     weights = collect_model(players[0].contestant.policy).state_dict()
     others = [UpstreamPlayer(upstream, name, family, weights, device) for name in FLAGS] if upstream else []
     try:

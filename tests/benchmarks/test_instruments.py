@@ -10,7 +10,7 @@ import pytest
 import torch
 from cache_growth import BASE
 from measuring.contestants import EAGER, Floor, contestant
-from measuring.instruments import HostReads, Memory
+from measuring.instruments import HostReads, Memory, Operators
 from measuring.players import FloorPlayer, Player
 from measuring.tables import PARTS
 from step_profile import write_trace
@@ -42,6 +42,13 @@ def test_host_reads_are_the_calls_that_wait_for_a_gpu() -> None:
         tensor + 1
         tensor.numpy()
     assert (reads.count, computing.count) == (5, 0)
+
+
+def test_operators_are_counted_while_something_is_compiled() -> None:
+    compiled = torch.compile(lambda x: x + 1, backend='eager', fullgraph=True)
+    with Operators() as operators:
+        assert compiled(torch.zeros(3)).tolist() == [1, 1, 1]
+    assert operators.count > 0
 
 
 @pytest.mark.parametrize('cache', EAGER)

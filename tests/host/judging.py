@@ -48,12 +48,12 @@ class Verdict:
 
 def judge_roots(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Verdict:
     """Policy logits and predicted value of every root against its whole episode."""
-    oracle, dtype = _oracle(policy, window)
+    oracle, dtype, device = _oracle(policy, window)
     scalar = policy.inverse_scalar_transform_handle
     with precision(dtype):
         differences = []
         for root in roots:
-            answer = oracle.root(root.observations, root.actions)
+            answer = oracle.root(_on(device, root.observations), root.actions)
             value = float(scalar(answer.value[None].clone()))
             # The scalar is stretched against its logits in proportion to its size.
             stretched = abs(value - root.predicted_value) / (1 + abs(value))
@@ -63,9 +63,9 @@ def judge_roots(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Ve
 
 def judge_nodes(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Verdict:
     """All answers of every node below the roots, each against its whole episode and path."""
-    oracle, dtype = _oracle(policy, window)
+    oracle, dtype, device = _oracle(policy, window)
     with precision(dtype):
-        trees = [(root.nodes, oracle.root(root.observations, root.actions)) for root in roots]
+        trees = [(root.nodes, oracle.root(_on(device, root.observations), root.actions)) for root in roots]
         return Verdict(tree_differences(oracle, trees), TOLERANCE[dtype])
 
 
@@ -73,9 +73,9 @@ def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift')
     """All answers of every node of a reanalysis, whose searches start from the root's own latent state
     alone.
     """
-    oracle, dtype = _oracle(policy, window)
+    oracle, dtype, device = _oracle(policy, window)
     with precision(dtype):
-        tops = [oracle.root([observation], []) for observation in reanalysis.observations]
+        tops = [oracle.root([observation.to(device)], []) for observation in reanalysis.observations]
         return Verdict(tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True)), TOLERANCE[dtype])
 
 
@@ -84,7 +84,8 @@ def tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], An
     for nodes, top in trees:
         answers = {ROOT: top}
         for node in nodes:
-            answer = oracle.child(answers[node.parent], node.action, torch.from_numpy(node.latent))
+            latent = torch.from_numpy(node.latent).to(top.policy.device)
+            answer = oracle.child(answers[node.parent], node.action, latent)
             answers[node.number] = answer
             pairs = (
                 (answer.reward, node.reward),
@@ -96,9 +97,14 @@ def tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], An
     return np.array(differences)
 
 
-def _oracle(policy: Any, window: str) -> tuple[Recompute, torch.dtype]:
+def _oracle(policy: Any, window: str) -> tuple[Recompute, torch.dtype, torch.device]:
     world_model = world_model_of(policy)
-    return Recompute(world_model, window), next(world_model.parameters()).dtype
+    weight = next(world_model.parameters())
+    return Recompute(world_model, window), weight.dtype, weight.device
+
+
+def _on(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.to(device) for tensor in tensors]
 
 
 def _difference(expected: torch.Tensor | None, got: np.ndarray) -> float:
@@ -106,5 +112,5 @@ def _difference(expected: torch.Tensor | None, got: np.ndarray) -> float:
         raise ValueError(
             'expected a node below the root, got a root, which has no reward and no predicted latent state'
         )
-    difference = np.abs(expected.detach().numpy() - got).max()
+    difference = np.abs(expected.detach().cpu().numpy() - got).max()
     return float(difference) if np.isfinite(difference) else float('inf')

@@ -43,7 +43,7 @@ def free_from_float32(model: Any) -> None:
         angles = torch.outer(
             torch.arange(table.shape[0], dtype=torch.float64), world_model.config.rope_theta**-pairs
         )
-        world_model.transformer.freqs_cis = torch.polar(torch.ones_like(angles), angles)
+        world_model.transformer.freqs_cis = torch.polar(torch.ones_like(angles), angles).to(table.device)
     if world_model.config.obs_type == 'image_memory':
         model.tokenizer.encoder.forward = MethodType(_encode, model.tokenizer.encoder)
     if world_model.continuous_action_space:

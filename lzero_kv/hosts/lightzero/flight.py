@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lzero_kv.transfer import to_device
 from lzero_kv.window import TOKENS_PER_STEP
 
 from .observer import Histories
@@ -55,7 +56,7 @@ class Flight:
         """Put histories (``kv`` ``[N, 2 * layers, T, embed]``) into rows that were loaded empty; what is in
         front of them becomes zero."""
         kept = self._flights.window.kept
-        at = torch.from_numpy(rows).to(kv.device)
+        at = to_device(rows, kv.device)
         self.buffer[:, :, kept - kv.shape[2] : kept].index_copy_(0, at, kv)
         if kv.shape[2] < kept:
             self.buffer[:, :, : kept - kv.shape[2]].index_fill_(0, at, 0.0)
@@ -79,7 +80,7 @@ class Flight:
         """
         kept = self._flights.window.kept
         self.lengths[rows], self.next_positions[rows] = kept, next_positions
-        at = None if len(rows) == len(self.lengths) else torch.from_numpy(rows).to(tokens.device)
+        at = None if len(rows) == len(self.lengths) else to_device(rows, tokens.device)
         windows = self._flights.windows_beside(tokens, next_positions, self.buffer[:, :, :kept], at)
         self._awaited = windows, slots
 
@@ -196,13 +197,12 @@ class Flight:
             if moved.all():
                 self.kept.copy_(self._stays.out)
             else:
-                self.kept.index_copy_(
-                    0, torch.from_numpy(np.flatnonzero(moved)).to(self.kept.device), self._stays.out
-                )
+                self.kept.index_copy_(0, to_device(np.flatnonzero(moved), self.kept.device), self._stays.out)
         elif shift is not None and moved.all():
             self.kept += shift
         elif shift is not None and moved.any():
-            self.kept.addcmul_(torch.from_numpy(moved).to(self.kept)[:, None, None, None], shift)
+            ours = to_device(moved, self.kept.device).to(self.kept.dtype)
+            self.kept.addcmul_(ours[:, None, None, None], shift)
         return moved
 
     def histories(self, present: np.ndarray) -> Histories:
@@ -229,6 +229,7 @@ class Flight:
         kept = self._flights.window.kept
         kv, lengths, next_positions = self.kept, self.lengths, self.next_positions
         if rows is not None and len(rows) < len(lengths):
-            kv, lengths, next_positions = kv[torch.from_numpy(rows)], lengths[rows], next_positions[rows]
+            kv = kv[to_device(rows, kv.device)]
+            lengths, next_positions = lengths[rows], next_positions[rows]
         newest = kept if self._flights.host_padding else int(lengths.max())
         self._flights.manager.store(keys, kv[:, :, kept - newest :], lengths, next_positions, newest=newest)

@@ -10,6 +10,7 @@ import torch
 from lzero_kv.config import KVCacheConfig
 from lzero_kv.keys import NO_SLOT
 from lzero_kv.manager import KVCacheManager
+from lzero_kv.transfer import to_device
 from lzero_kv.window import TOKENS_PER_STEP, Window
 
 from .flight import Flight
@@ -88,7 +89,8 @@ class Flights:
             filled = slots if present.all() else np.where(present, slots, known[0])
             self.manager.load(filled, newest=newest, out=buffer[:, :, kept - newest : kept])
         if self.host_padding and not present.all():
-            buffer[torch.from_numpy(~present)] = 0.0  # the host's attention sees the padding, as zeros
+            # the host's attention sees the padding, as zeros
+            buffer.index_fill_(0, to_device(np.flatnonzero(~present), buffer.device), 0.0)
         return Flight(self, buffer, lengths, next_positions)
 
     def window_shift(self) -> torch.Tensor | None:

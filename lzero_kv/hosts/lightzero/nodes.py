@@ -11,6 +11,7 @@ import torch
 from lzero_kv.eviction import EvictionStrategy
 from lzero_kv.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.manager import KVCacheManager
+from lzero_kv.transfer import to_device
 
 from .flight import Flight
 from .flights import Flights
@@ -227,34 +228,34 @@ class SearchNodes:
         lengths, next_positions = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
         stored, gone = np.flatnonzero(slots != NO_SLOT), np.flatnonzero(slots == NO_SLOT)
         if len(stored):
-            kv[torch.from_numpy(stored)] = self._manager.load(slots[stored])
+            kv[to_device(stored, kv.device)] = self._manager.load(slots[stored])
             lengths[stored] = self._manager.lengths(slots[stored])
             next_positions[stored] = self._manager.next_positions(slots[stored])
         if len(gone):
-            tokens = self._roots.tokens[torch.from_numpy(rows[gone])]
+            tokens = self._roots.tokens[to_device(rows[gone], kv.device)]
             lengths[gone], next_positions[gone] = (
                 self._roots.lengths[rows[gone]],
                 self._roots.next_positions[rows[gone]],
             )
             again = self._flights.recompute(tokens, lengths[gone], next_positions[gone])
-            kv[torch.from_numpy(gone), :, kv.shape[2] - again.shape[2] :] = again
+            kv[to_device(gone, kv.device), :, kv.shape[2] - again.shape[2] :] = again
             self._manager.count_rebuilt(int(lengths[gone].sum()), roots=False)
         for level in range(1, max(len(path) for path in paths)):
             active = np.array([i for i, path in enumerate(paths) if len(path) > level])
             flight = self._flights.load(np.full(len(active), NO_SLOT, dtype=np.int64))
-            flight.fill(
-                np.arange(len(active)), kv[torch.from_numpy(active)], lengths[active], next_positions[active]
-            )
+            at = to_device(active, kv.device)
+            flight.fill(np.arange(len(active)), kv[at], lengths[active], next_positions[active])
             self._retake(flight, rows[active], np.array([paths[i][level] for i in active]))
-            kv[torch.from_numpy(active)] = flight.kept
+            kv[at] = flight.kept
             lengths[active], next_positions[active] = flight.lengths, flight.next_positions
         return kv, lengths, next_positions
 
     def _retake(self, flight: Flight, rows: np.ndarray, nodes: np.ndarray) -> None:
         """Append the two tokens of ``nodes`` again."""
-        at, first = torch.from_numpy(rows), torch.from_numpy(self._root_width + 2 * (nodes - 1))
-        flight.append(self._tokens[at, first])
-        flight.append(self._tokens[at, first + 1])
+        columns = self._root_width + 2 * (nodes - 1)
+        at = to_device(np.stack([rows, columns, columns + 1]), self._tokens.device)
+        flight.append(self._tokens[at[0], at[1]])
+        flight.append(self._tokens[at[0], at[2]])
         flight.slide(self._shift)
         self._manager.count_rebuilt(2 * len(rows), roots=False)
 
@@ -297,8 +298,9 @@ class SearchNodes:
 
     def _window_tokens(self, rows: np.ndarray, nodes: np.ndarray) -> torch.Tensor:
         """Raw embeddings ``[N, kept, embed]`` of the windows of ``nodes``."""
-        columns = torch.from_numpy(self._windows[nodes, rows].astype(np.int64))
-        return self._tokens[torch.from_numpy(rows)[:, None], columns]
+        columns = self._windows[nodes, rows]
+        at = to_device(np.stack([rows[:, None] + np.zeros_like(columns), columns]), self._tokens.device)
+        return self._tokens[at[0], at[1]]
 
     def _visit(self, simulation: int) -> None:
         """Tell the pool how often each node was passed, from the new children's parents up to below the

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lzero_kv.transfer import to_device
+
 from .prepared import Prepared
 
 
@@ -69,7 +71,7 @@ def action_embeddings(
             broken = [row.tolist() for row in rows if len(row) != size or not np.isfinite(row).all()]
             if broken:
                 raise ValueError(f'expected actions of {size} finite numbers, got {broken}')
-            actions = torch.from_numpy(np.stack(rows))
+            actions = to_device(np.stack(rows), weight.device)
         return world_model.act_embedding_table(actions.reshape(-1, size).to(weight))
     if not isinstance(actions, torch.Tensor):
         integers = np.asarray([int(np.asarray(action).reshape(-1)[0]) for action in actions], dtype=np.int64)
@@ -78,7 +80,7 @@ def action_embeddings(
         outside = integers[(integers < 0) | (integers >= size)]
         if len(outside):
             raise ValueError(f'expected actions in [0, {size}), got {outside.tolist()}')
-        actions = torch.from_numpy(integers)
+        actions = to_device(integers, weight.device)
     return world_model.act_embedding_table(actions.reshape(-1).to(weight.device))
 
 

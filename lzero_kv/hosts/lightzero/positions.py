@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lzero_kv.transfer import to_device
+
 
 class LearnedPositions:
     """Learned absolute positions: a token's position is its place in the window, 0 for the oldest."""
@@ -20,7 +22,7 @@ class LearnedPositions:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Add the learned position to embeddings ``[..., embed]`` that stand at window ``places`` (int64
         ``[...]``)."""
-        return x + self._embedding(torch.from_numpy(np.maximum(places, 0)).to(x.device)), None
+        return x + self._embedding(to_device(np.maximum(places, 0), x.device)), None
 
 
 class RotaryPositions:
@@ -45,7 +47,7 @@ class RotaryPositions:
     def _at(self, logical: np.ndarray) -> torch.Tensor:
         logical = np.maximum(logical, 0)
         self._reach(int(logical.max()))
-        return self._factors[torch.from_numpy(logical).to(self._factors.device)]
+        return self._factors[to_device(logical, self._factors.device)]
 
     def _reach(self, position: int) -> None:
         """Make the table cover ``position``.

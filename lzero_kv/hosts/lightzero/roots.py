@@ -12,6 +12,7 @@ import torch
 
 from lzero_kv.keys import NO_SLOT, NodeKey, RootKey, digest_rows
 from lzero_kv.manager import KVCacheManager
+from lzero_kv.transfer import to_device
 
 from .contexts import RootContext, RootContexts
 from .flight import Flight
@@ -92,7 +93,7 @@ class RootInference:
         tokens = self._grown_windows(env_ids, last_digests, first, actions, latents)
         moving = self._flights.moving(flight.lengths, first)
         positions = 2 * np.maximum(timesteps, 0)
-        stays = tokens[torch.from_numpy(moving)]
+        stays = tokens[to_device(moving, tokens.device)]
         hidden = flight.append_step(actions, latents[:, 0], first, positions, moving, stays)
         self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._flights.prepared, hidden)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lzero_kv.transfer import to_device
+
 from .scalars import expected_scalars
 
 
@@ -38,7 +40,7 @@ def cached_search(
     Raises:
         RuntimeError: the model predicts nan or inf; names rows and simulation.
     """
-    config, rows = mcts._cfg, roots.num
+    config, rows, device = mcts._cfg, roots.num, torch.device(mcts._cfg.device)
     continuous = bool(config.model.get('continuous_action_space', False))
     sampled = hasattr(roots, 'get_sampled_actions')
     as_host = model.world_model.cache_config.padding == 'host'
@@ -63,7 +65,7 @@ def cached_search(
                 parents, _, actions, players = tree.batch_traverse(
                     *arguments, *([continuous] if sampled else [])
                 )
-                actions = torch.from_numpy(np.asarray(actions)).to(config.device)
+                actions = to_device(np.asarray(actions), device)
                 output = nodes.expand(np.asarray(parents), actions if continuous else actions.long())
                 value, reward = expected_scalars(
                     mcts.inverse_scalar_transform_handle, (output.value, output.reward), as_host

@@ -20,9 +20,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lzero_kv.transfer import to_device
+
 from .prepared import Prepared
 
 Rotation = torch.Tensor | None
+
+MASK_ROW = 8
+"""Numbers. Before each fused attention on a GPU torch copies a mask whose rows begin elsewhere; where the
+mask itself begins elsewhere, the kernel fails on a misaligned address (pytorch issue 183484)."""
 
 
 class Columns(NamedTuple):
@@ -231,7 +237,7 @@ def causal_pass(
     torch.stack(blocks, dim=1, out=out)
     if int(lengths.min()) < steps:
         inside = np.arange(steps)[None, :] >= steps - lengths[:, None]
-        out.masked_fill_(torch.from_numpy(~inside).to(x.device)[:, None, :, None], 0.0)
+        out.masked_fill_(to_device(~inside, x.device)[:, None, :, None], 0.0)
 
 
 @cache
@@ -250,8 +256,17 @@ def _visible(lengths: np.ndarray, steps: int) -> np.ndarray:
 
 def additive_mask(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     """0 where attention may look (bool ``visible``), -inf elsewhere, in the dtype and on the device of
-    ``like``."""
-    return torch.from_numpy(np.where(visible, np.float32(0), np.float32('-inf'))).to(like)
+    ``like``; rows begin at multiples of :data:`MASK_ROW` numbers."""
+    width = visible.shape[-1]
+    mask = np.zeros((*visible.shape[:-1], width + -width % MASK_ROW), dtype=np.float32)
+    np.copyto(mask[..., :width], -np.inf, where=~visible)
+    return to_device(mask, like.device).to(like.dtype)[..., :width]
+
+
+def columns_of_mask(mask: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """Columns of a mask, copied where they begin at an address that a GPU's attention cannot read."""
+    columns = mask[..., first:end]
+    return columns if columns.storage_offset() % MASK_ROW == 0 else columns.clone()
 
 
 def position_shift(transformer: Any, positions: nn.Embedding, kept: int) -> torch.Tensor:

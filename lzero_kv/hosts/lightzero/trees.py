@@ -19,12 +19,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from lzero_kv.transfer import to_device
 from lzero_kv.window import TOKENS_PER_STEP
 
 from .flight import Flight
 from .flights import Flights
 from .observer import Histories
-from .transformer import Columns, additive_mask, append_tokens
+from .transformer import Columns, additive_mask, append_tokens, columns_of_mask
 
 ROOT = 0
 """Simulation number of a root; the node that simulation ``i`` adds (counted from 0) has number ``i + 1``."""
@@ -142,7 +143,7 @@ class SearchTrees:
             return
         stored = self._nodes.flatten(0, 1)
         at = self._rows[:, None] * self._nodes.shape[1] + np.maximum(path - 1, 0)
-        tokens = stored.index_select(0, torch.from_numpy(at.reshape(-1)).to(stored.device))
+        tokens = stored.index_select(0, to_device(at.reshape(-1), stored.device))
         tokens = tokens.view(rows, depth, *stored.shape[1:]).permute(3, 0, 4, 5, 1, 2, 6)
         for block, layers, width in self._blocks:
             place = block[..., width : width + self._path, :]
@@ -169,7 +170,8 @@ class SearchTrees:
                 masks.append(None)
                 continue
             held = min(number, mask.shape[1] - 1)
-            masks.append(mask[:, held : held + 1, self._widest - width : self._widest + more])
+            shown = mask[:, held : held + 1]
+            masks.append(columns_of_mask(shown, self._widest - width, self._widest + more))
         return Columns(keys, values, own, masks)
 
 
@@ -207,7 +209,7 @@ class Branch:
         elif len(self._apart[0]) == len(x):
             hidden = self._apart[1].append(x)
         else:
-            rows = torch.from_numpy(self._apart[0]).to(x.device)
+            rows = to_device(self._apart[0], x.device)
             hidden = self._append(x).index_copy(0, rows, self._apart[1].append(x[rows]))
         self._token += 1
         self.lengths, self.next_positions = self.lengths + 1, self.next_positions + 1
@@ -234,9 +236,11 @@ class Branch:
             end = history.shape[1] - left_out
             kv[row, :, width - length :] = history[:, end - length : end]
         if self._apart is not None and not self._slid:
-            rows, apart = torch.from_numpy(self._apart[0]), self._apart[1].histories(present[self._apart[0]])
+            at, flight = self._apart
+            apart = flight.histories(present[at])
             width = min(kv.shape[2], apart.kv.shape[2])
-            kv[rows, :, kv.shape[2] - width :] = apart.kv[:, :, apart.kv.shape[2] - width :]
+            newest = apart.kv[:, :, apart.kv.shape[2] - width :]
+            kv[to_device(at, kv.device), :, kv.shape[2] - width :] = newest
         return Histories(kv, lengths.copy(), present)
 
     def slide(self) -> np.ndarray:

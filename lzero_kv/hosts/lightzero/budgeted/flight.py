@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lzero_kv.budget import layer_preference
+from lzero_kv.transfer import to_device
 from lzero_kv.window import TOKENS_PER_STEP
 
 from ..observer import Histories
@@ -55,7 +56,7 @@ class BudgetedFlight:
     def _put(
         self, rows: np.ndarray, layers: Sequence[HeldLayer], lengths: np.ndarray, next_positions: np.ndarray
     ) -> None:
-        at = torch.from_numpy(rows).to(layers[0].kv.device)
+        at = to_device(rows, layers[0].kv.device)
         for layer, other in zip(self._layers, layers, strict=True):
             layer.put(at, other)
         self.lengths[rows], self.next_positions[rows] = lengths, next_positions
@@ -104,7 +105,7 @@ class BudgetedFlight:
         columns = self._columns(x, flights.heads)
         for layer in self._layers:
             own = layer.positions.shape[2] - TOKENS_PER_STEP + self._column
-            layer.positions[:, :, own] = torch.from_numpy(self.next_positions).to(x.device)[:, None]
+            layer.positions[:, :, own] = to_device(self.next_positions, x.device)[:, None]
         watch = self._watch(grown) if self._watched and flights.reads_attention else None
         hidden = append_tokens(prepared, columns, placed, rotation, watch=watch)
         self.lengths = self.lengths + grown - self._grown
@@ -115,7 +116,7 @@ class BudgetedFlight:
 
     def _watch(self, grown: np.ndarray) -> Watch:
         """Who remembers the attention of a token, with which rows have grown by so many (int64 ``[B]``)."""
-        added = torch.from_numpy(grown).to(self._layers[0].kv.device)[:, None]
+        added = to_device(grown, self._layers[0].kv.device)[:, None]
         self._newest = []
 
         def watch(number: int, probabilities: torch.Tensor) -> None:
@@ -145,7 +146,7 @@ class BudgetedFlight:
             not store them.
         """
         self.lengths, moved = self._flights.window.advance(self.lengths)
-        added = torch.from_numpy(self._grown).to(self._layers[0].kv.device)
+        added = to_device(self._grown, self._layers[0].kv.device)
         for layer in self._layers:
             layer.lengths = layer.lengths + added
         if self._watched:

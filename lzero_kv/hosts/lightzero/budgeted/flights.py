@@ -19,6 +19,7 @@ from lzero_kv.budget import BudgetReading, BudgetTally, BudgetTracker, Kept, sel
 from lzero_kv.config import KVCacheConfig, NodeBudget
 from lzero_kv.keys import NO_SLOT
 from lzero_kv.manager import KVCacheManager
+from lzero_kv.transfer import to_device
 from lzero_kv.window import TOKENS_PER_STEP, Window
 
 from ..flights import Flights
@@ -143,9 +144,9 @@ class BudgetedFlights(Flights):
         :meth:`recompute`. Each layer is cut to its budget before the next one is computed."""
         terms, (rows, width, _) = self.table.terms, tokens.shape
         device = tokens.device
-        first = torch.from_numpy(next_positions).to(device)[:, None] - width
+        first = to_device(next_positions, device)[:, None] - width
         positions = (first + torch.arange(width, device=device)).clamp(min=0)
-        held = torch.from_numpy(lengths).to(device)
+        held = to_device(lengths, device)
         layers = []
         seen_by_layers = layers_of_pass(self.prepared, *self.placed(tokens, lengths, next_positions))
         for number, layer in enumerate(seen_by_layers):

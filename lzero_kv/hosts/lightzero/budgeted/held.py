@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lzero_kv.budget import AttentionRecord, Kept, Tokens
+from lzero_kv.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class HeldTable:
     def positions(self, slots: np.ndarray) -> list[np.ndarray]:
         """For each layer int64 ``[B, columns]``: logical positions that the first group of heads holds in the
         last columns of these slots, which are roots."""
-        of_slots = self._positions[torch.from_numpy(slots).to(self._positions.device), 0].cpu().numpy()
+        of_slots = self._positions[to_device(slots, self._positions.device), 0].cpu().numpy()
         return [of_slots[:, part] for part in self.parts()]
 
     def unpack(
@@ -169,9 +170,9 @@ class HeldTable:
             watched: bring the attention along: of roots alone.
         """
         terms, count, device = self.terms, len(slots), rows.device
-        at = torch.from_numpy(np.where(present, slots, 0)).to(device)
-        known = torch.from_numpy(present).to(device)[:, None, None]
-        held = torch.from_numpy(np.where(present[:, None], self._held[slots], 0)).to(device)
+        at = to_device(np.where(present, slots, 0), device)
+        known = to_device(present, device)[:, None, None]
+        held = to_device(np.where(present[:, None], self._held[slots], 0), device)
         layers = []
         for layer, part in enumerate(self.parts()):
             record = terms.record()
@@ -202,7 +203,7 @@ class HeldTable:
         self._held[slots] = torch.stack([layer.lengths for layer in layers], dim=1).cpu().numpy()
         if slots.max() >= self.roots:
             return
-        at = torch.from_numpy(slots).to(self._positions.device)
+        at = to_device(slots, self._positions.device)
         for layer, part in zip(layers, self.parts(), strict=True):
             record = layer.record
             self._positions[at, :, part] = layer.positions

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lzero_kv.manager import KVCacheManager
+from lzero_kv.transfer import refill
 
 from ..flights import Flights
 from ..outputs import StepOutputs
@@ -183,7 +184,7 @@ class StaticEngine:
     def _fill(self, inputs: StepInputs, actions: torch.Tensor, next_positions: np.ndarray) -> None:
         rows = len(actions)
         if inputs.numbers.device.type != 'cpu':
-            inputs.numbers.copy_(torch.from_numpy(self.numbers))
+            refill(inputs.numbers, self.numbers)
         if inputs.actions.numel():
             inputs.actions[:rows] = actions.to(inputs.actions)
         else:

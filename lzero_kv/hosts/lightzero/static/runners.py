@@ -71,7 +71,8 @@ def captured(function: Function, inputs: StepInputs) -> Run:
                 function(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: threads of the host that have nothing to do with this would else break the capture
+        with torch.cuda.graph(graph, capture_error_mode='thread_local'):
             out = function(inputs)
 
     def replay() -> torch.Tensor:

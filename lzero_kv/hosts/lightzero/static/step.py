@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lzero_kv.window import TOKENS_PER_STEP
 
 from ..prepared import Prepared
+from ..transformer import MASK_ROW
 
 PARENT, CHILD, WINDOW, LENGTH, TOKEN, PENDING, ACTION = range(7)
 """Columns of :attr:`StepInputs.numbers` in front of the tokens of the window."""
@@ -156,12 +157,12 @@ class StaticStep:
 
     def _mask(self, inputs: StepInputs, column: torch.Tensor, end: int, like: torch.Tensor) -> torch.Tensor:
         """``[B, 1, n, end]``: 0 where the tokens of ``column`` may look, -inf elsewhere."""
-        keys = torch.arange(end, device=column.device)
+        keys = torch.arange(end + -end % MASK_ROW, device=column.device)
         inside = keys >= self._kept - inputs.numbers[:, LENGTH, None]
         visible = (keys <= column[:, None]) & inside[:, None, :]
         visible = visible | (keys == column[:, None])  # no softmax runs over nothing
         # not torch.where of two numbers, which copies them to the device: a graph must not
-        return like.new_zeros(visible.shape).masked_fill(~visible, float('-inf'))[:, None]
+        return like.new_zeros(visible.shape).masked_fill(~visible, float('-inf'))[:, None, :, :end]
 
 
 def rotated(x: torch.Tensor, factors: torch.Tensor, heads: int) -> torch.Tensor:

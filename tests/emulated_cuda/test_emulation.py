@@ -1,0 +1,124 @@
+"""The emulated device refuses what CUDA refuses, and captures as CUDA captures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from lzero_kv.transfer import refill, to_device
+
+from . import Device, emulated_cuda
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason='this torch asks a real device')
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    with emulated_cuda() as device:
+        yield device
+
+
+def test_it_goes_as_it_came() -> None:
+    with emulated_cuda():
+        assert torch.cuda.is_available() and torch.zeros(3, device='cuda').device.type == 'cuda'
+    assert not torch.cuda.is_available()
+    with pytest.raises((AssertionError, NotImplementedError)):
+        torch.zeros(3, device='cuda')
+
+
+def test_tensors_of_two_devices_do_not_meet(device: Device) -> None:
+    here, there = torch.ones(3, device='cuda'), torch.ones(3)
+    with pytest.raises(RuntimeError, match='at least two devices'):
+        here + there
+    with pytest.raises(RuntimeError, match='what they index is on the CPU'):
+        there[torch.tensor([0, 2], device='cuda')]
+    with pytest.raises(TypeError, match=r'Tensor\.cpu\(\)'):
+        here.numpy()
+    assert (here + there.sum()).tolist() == [4, 4, 4], 'single numbers may'
+    assert here[torch.tensor([0, 2])].tolist() == [1, 1], 'indices may, and are copied'
+
+
+@pytest.mark.parametrize(
+    ('action', 'moved', 'waits'),
+    [
+        (lambda there, here: there.to('cuda'), (1, 0), 1),
+        (lambda there, here: to_device(there.numpy(), here.device), (1, 0), 0),
+        (lambda there, here: refill(here, there.numpy()), (1, 0), 0),
+        (lambda there, here: there.pin_memory().to('cuda'), (1, 0), 1),
+        (lambda there, here: here.cpu(), (0, 1), 1),
+        (lambda there, here: here[1].item(), (0, 1), 1),
+        (lambda there, here: bool(here[1] > 0), (0, 1), 1),
+        (lambda there, here: here[here > 0], (0, 1), 1),
+        (lambda there, here: here.nonzero(), (0, 1), 1),
+        (lambda there, here: here[torch.tensor([1])], (1, 0), 1),
+        (lambda there, here: here * 2 + here[1:].sum(), (0, 0), 0),
+    ],
+)
+def test_copies_and_waits_are_counted(
+    device: Device, action: Callable[..., Any], moved: tuple[int, int], waits: int
+) -> None:
+    there, here = torch.arange(3), torch.arange(3, device='cuda')
+    before = asdict(device.counts)
+    action(there, here)
+    found = {name: number - before[name] for name, number in asdict(device.counts).items()}
+    assert (found['to_device'], found['to_host']) == moved
+    assert found['waits'] == waits
+
+
+def test_a_capture_computes_nothing_and_a_replay_everything(device: Device) -> None:
+    number, sums = torch.ones(3, device='cuda'), torch.zeros(2, 3, device='cuda')
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        doubled = (number * 2).view(3, 1)
+        sums[1] += doubled[:, 0]
+    assert sums.tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert torch.isnan(doubled).all()
+    number.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    for _ in range(2):
+        graph.replay()
+    assert doubled.tolist() == [[2], [4], [6]]
+    assert sums.tolist() == [[0, 0, 0], [4, 8, 12]]
+    number = torch.zeros(3, device='cuda')  # not the memory that was captured
+    graph.replay()
+    assert sums.tolist() == [[0, 0, 0], [6, 12, 18]]
+
+
+@pytest.mark.parametrize(
+    'action',
+    [
+        lambda here: here[1].item(),
+        lambda here: here.cpu(),
+        lambda here: here[here > 0],
+        lambda here: here + torch.tensor([1, 2, 3], device='cuda'),
+        lambda here: here.copy_(torch.zeros(3, dtype=torch.int64)),
+        lambda here: torch.cuda.graph(torch.cuda.CUDAGraph()).__enter__(),
+    ],
+)
+def test_a_capture_refuses_what_waits(device: Device, action: Callable[..., Any]) -> None:
+    here = torch.arange(3, device='cuda')
+    with pytest.raises(RuntimeError, match='captur'), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        action(here)
+    assert (here + 1).tolist() == [1, 2, 3], 'it is over'
+
+
+def test_attention_reads_whole_groups_of_bytes(device: Device) -> None:
+    keys, mask = torch.ones(1, 2, 5, 8, device='cuda'), torch.zeros(1, 1, 5, 16, device='cuda')
+
+    def attend(mask: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(keys, keys, keys, attn_mask=mask)
+
+    for fits in (mask[..., :5], mask[..., 8:13], mask[..., 3:8].clone()):
+        assert attend(fits).shape == keys.shape
+    with pytest.raises(RuntimeError, match='misaligned address'):
+        attend(mask[..., 3:8])
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    array = torch.arange(3).numpy()
+    sent = to_device(array, torch.device('cpu'))
+    array[1] = 7
+    assert sent.tolist() == [0, 7, 2]
