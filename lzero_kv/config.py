@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from lzero_kv.budget.config import BudgetConfig, Positive
-from lzero_kv.mistakes import all_at_once, describe
+from lzero_kv.mistakes import Mistakes, describe
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 
@@ -135,8 +135,8 @@ class KVCacheConfig(BaseModel):
         if isinstance(values.get('budget'), Mapping):
             try:
                 values['budget'] = NodeBudget.read(values['budget'], 'kv_cache.budget')
-            except ValueError as error:
-                problems = [line.strip() for line in str(error).splitlines()[1:]]
+            except Mistakes as error:
+                problems = error.problems
                 del values['budget']
         try:
             config = cls(**values)
@@ -149,7 +149,7 @@ class KVCacheConfig(BaseModel):
         else:
             if not problems:
                 return config
-        raise all_at_once('world_model_cfg.kv_cache', problems)
+        raise Mistakes('world_model_cfg.kv_cache', problems)
 
 
 def read_field(cfg: Any, name: str, default: Any) -> Any:

@@ -33,7 +33,22 @@ def did_you_mean(name: str, allowed: Sequence[str]) -> str:
     return f'; did you mean {close[0]!r}?' if close else f'; allowed: {", ".join(allowed)}'
 
 
-def all_at_once(place: str, problems: Sequence[str]) -> ValueError:
-    """One error for all mistakes, a line for each."""
-    lines = [f'  {place.rpartition(".")[2]}.{text}' for text in problems]
-    return ValueError('\n'.join([f'{len(lines)} mistake(s) in {place}:', *lines]))
+class Mistakes(ValueError):
+    """All mistakes of one configuration, a line for each.
+
+    Arguments:
+        place: where it stands, such as 'world_model_cfg.kv_cache'.
+        problems: beginning with the name of a field of it.
+
+    Attributes:
+        problems: the same, beginning with the last name of the place.
+    """
+
+    def __init__(self, place: str, problems: Sequence[str]) -> None:
+        super().__init__(place, problems)
+        self.place = place
+        self.problems = [f'{place.rpartition(".")[2]}.{text}' for text in problems]
+
+    def __str__(self) -> str:
+        lines = [f'  {problem}' for problem in self.problems]
+        return '\n'.join([f'{len(lines)} mistake(s) in {self.place}:', *lines])

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 from lzero_kv.budget.allocation import ALLOCATIONS, Allocation
 from lzero_kv.budget.choices import impossible_choices, parameters_of
 from lzero_kv.budget.selection import SELECTIONS, Selection
-from lzero_kv.mistakes import all_at_once, describe
+from lzero_kv.mistakes import Mistakes, describe
 
 Natural = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
@@ -123,7 +123,7 @@ class BudgetConfig(BaseModel):
         wrong = {item['loc'][0] for item in items}
         sound = {field: value for field, value in values.items() if field not in wrong}
         problems = [describe(item, cls, _EXPECTED) for item in items]
-        raise all_at_once(name, problems + impossible_choices(sound, cls._defaults(), unsure=wrong))
+        raise Mistakes(name, problems + impossible_choices(sound, cls._defaults(), unsure=wrong))
 
     @classmethod
     def _defaults(cls) -> dict[str, Any]:
