@@ -110,6 +110,7 @@ class Memory:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_initialized():
             activities.append(ProfilerActivity.CUDA)
+            torch.cuda.reset_peak_memory_stats()
         self._profile = profile(activities=activities, profile_memory=True)
         self._profile.__enter__()
         return self
@@ -133,13 +134,20 @@ class Memory:
 
 
 def _device_counts(events: list[Any]) -> dict[str, float]:
-    """Kernels and copies that a GPU ran, and launches that asked for them."""
-    ran = [event.name() for event in events if event.device_type() == DeviceType.CUDA]
+    """Kernels and copies that a GPU ran, how long it was busy with them, launches that asked for them, and
+    the most memory that was in use, all tensors of the process included."""
+    ran = [
+        event
+        for event in events
+        if event.device_type() == DeviceType.CUDA and not event.name().startswith('[memory]')
+    ]
     launches = ('cudaLaunchKernel', 'cuLaunchKernel', 'cudaGraphLaunch')
     return {
-        'kernels': sum(not name.startswith(('Memcpy', 'Memset', '[memory]')) for name in ran),
-        'device_to_host_copies': sum(name.startswith('Memcpy DtoH') for name in ran),
+        'kernels': sum(not event.name().startswith(('Memcpy', 'Memset')) for event in ran),
+        'device_to_host_copies': sum(event.name().startswith('Memcpy DtoH') for event in ran),
+        'device_busy_ms': sum(event.duration_ns() for event in ran) / 1e6,
         'launches': sum(event.name().startswith(launches) for event in events),
+        'step_device_peak_mib': torch.cuda.max_memory_allocated() / 2**20,
     }
 
 

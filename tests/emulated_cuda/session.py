@@ -103,6 +103,8 @@ def emulated_cuda() -> Iterator[Device]:
         current_device=lambda: 0,
         get_device_name=lambda device=None: 'emulated',
         mem_get_info=lambda device=None: (1 << 34, 1 << 34),
+        reset_peak_memory_stats=lambda device=None: None,
+        max_memory_allocated=lambda device=None: 0,
         synchronize=lambda device=None: None,
         device=lambda device: contextlib.nullcontext(),
         current_stream=lambda device=None: Stream(),
