@@ -72,6 +72,9 @@ class EmulatedTensor(torch.Tensor):
             memo[id(self)] = copied
         return memo[id(self)]  # type: ignore[no-any-return]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return EmulatedTensor, (self.inner,)
+
     @property
     def data(self) -> EmulatedTensor:
         return EmulatedTensor(self.inner.detach())
