@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 
@@ -134,7 +133,7 @@ class Device(TorchDispatchMode):
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run ``func``, on what is inside of the device's tensors."""
-        tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
+        tensors = _tensors(args, kwargs.values())
         outside = {id(each.inner): each for each in tensors if isinstance(each, EmulatedTensor)}
         asked = kwargs.get('device')
         if asked is None:
@@ -145,12 +144,13 @@ class Device(TorchDispatchMode):
         if not outside and not lands:
             return func(*args, **kwargs)
         self._meet(func, args, kwargs, tensors, lands)
-        args, kwargs = tree_map(_inside, args), tree_map(_inside, kwargs)
+        args = _mapped(_inside, args)
+        kwargs = {name: _mapped(_inside, value) for name, value in kwargs.items()}
         func = INSTEAD.get(func, func)
         got = func(*args, **kwargs) if self.recording is None else self._record(func, args, kwargs)
         if not lands:
             return got
-        return tree_map(lambda each: _outside(each, outside), got)
+        return _mapped(lambda each: _outside(each, outside), got)
 
     def _meet(
         self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[torch.Tensor], lands: bool
@@ -191,18 +191,14 @@ class Device(TorchDispatchMode):
         """Write down an operator without running it: what it answers is not yet known, and what it writes
         to stays as it is."""
         assert self.recording is not None
-        given = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
+        given = _tensors(args, kwargs.values())
         written = _written(func, args, kwargs)
         if written:
             self.recording.append(Recorded(func, args, kwargs, []))
             return written[0] if len(written) == 1 else tuple(written)
         got = func(*args, **kwargs)
         places = {each.untyped_storage().data_ptr() for each in given}
-        fresh = [
-            each
-            for each in tree_flatten(got)[0]
-            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in places
-        ]
+        fresh = [each for each in _tensors(got) if each.untyped_storage().data_ptr() not in places]
         if fresh:
             self.recording.append(Recorded(func, args, kwargs, fresh))
         for each in fresh:
@@ -254,8 +250,7 @@ def replay(recorded: Sequence[Recorded]) -> None:
     for each in recorded:
         got = each.func(*each.args, **each.kwargs)
         if each.answers:
-            fresh = [one for one in tree_flatten(got)[0] if isinstance(one, torch.Tensor)]
-            for place, answer in zip(each.answers, fresh, strict=True):
+            for place, answer in zip(each.answers, _tensors(got), strict=True):
                 place.copy_(answer)
 
 
@@ -273,6 +268,24 @@ def _in_passing(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     else:
         source, asked = args[0], kwargs.get('non_blocking', False)
     return asked and getattr(source, 'page_locked', False)
+
+
+def _tensors(*values: Any) -> list[torch.Tensor]:
+    """Those among values and in the lists among them."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, Iterable) and not isinstance(value, str):
+            found += _tensors(*value)
+    return found
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """``function`` of a value, or of each in a list of them."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(function, each) for each in value)
+    return function(value)
 
 
 def _inside(value: Any) -> Any:
