@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 
 import torch
 import tyro
-from measuring.contestants import SHAPES, silence_host
+from measuring.contestants import SHAPES, USUAL, Shape, caches_on, silence_host
 from measuring.players import Numbers
 from measuring.reanalysis import SHAPES as REANALYSED
 from measuring.rounds import measure_collection, measure_reanalysis, measure_shape
@@ -31,12 +31,11 @@ from measuring.tables import collection_table, reanalysis_table, shapes_table
 from measuring.upstream import require_checkout
 from rich.console import Console
 
-Shape = Literal['atari', 'memory', 'lunarlander', 'cartpole']
 Task = Literal['cartpole', 'pong']
 
 
 def main(
-    shapes: tuple[Shape, ...] = ('atari', 'memory', 'lunarlander', 'cartpole'),
+    shapes: tuple[Shape, ...] = USUAL,
     steps: int = 7,
     history: int = 54,
     threads: tuple[int, ...] = (1,),
@@ -47,6 +46,7 @@ def main(
     collect: tuple[Task, ...] = ('cartpole',),
     calls: int = 4,
     device: Literal['cpu', 'cuda'] = 'cpu',
+    compiled: bool = True,
 ) -> None:
     """Measure, print tables, and one JSON document as the last line.
 
@@ -65,6 +65,7 @@ def main(
         calls: calls of the collector for each cache, of 160 environment steps.
         device: where planning computes; on a GPU times are between CUDA events, and kernels, launches and
             copies are counted. Collection and reanalysis stay on the CPU.
+        compiled: whether compiled steps play, too; compiling eight layers takes minutes.
     """
     if upstream is not None:
         require_checkout(upstream)
@@ -74,7 +75,10 @@ def main(
     document: Numbers = {'torch': torch.__version__, 'steps': steps, 'threads': threads, 'shapes': {}}
     for shape in shapes:
         print(f'measuring {shape} ...', file=sys.stderr, flush=True)
-        document['shapes'][shape] = measure_shape(SHAPES[shape], steps, history, threads, upstream, device)
+        caches = caches_on(device, compiled)
+        document['shapes'][shape] = measure_shape(
+            SHAPES[shape], caches, steps, history, threads, upstream, device
+        )
     if shapes:
         console.print(shapes_table(document['shapes'], threads))
     torch.set_num_threads(threads[0])

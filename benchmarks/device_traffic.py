@@ -13,12 +13,22 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
-from measuring.contestants import EAGER, GRAPHS, SHAPES, Contestant, contestant, quiet, silence_host
+from measuring.contestants import (
+    EAGER,
+    GRAPHS,
+    SHAPES,
+    USUAL,
+    Contestant,
+    Shape,
+    contestant,
+    quiet,
+    silence_host,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +39,7 @@ Counted = dict[str, float]
 
 
 def main(
-    shapes: tuple[Literal['atari', 'memory', 'lunarlander', 'cartpole'], ...] = tuple(SHAPES),
+    shapes: tuple[Shape, ...] = USUAL,
     history: int = 9,
 ) -> None:
     """Count, print a table, and one JSON document as the last line.

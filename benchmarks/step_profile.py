@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 import numpy as np
 import torch
 import tyro
-from measuring.contestants import EAGER, SHAPES, Floor, contestant, quiet, silence_host
+from measuring.contestants import EAGER, SHAPES, Floor, Shape, contestant, quiet, silence_host
 from measuring.players import FloorPlayer, Player
 from measuring.plots import profile_plot
 from measuring.rounds import FLOOR
@@ -31,8 +31,6 @@ from measuring.tables import PARTS
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-
-Shape = Literal['atari', 'memory', 'lunarlander', 'cartpole']
 
 
 def measure(shape: Shape, steps: int, history: int) -> tuple[dict[str, dict[str, float]], dict[str, Player]]:

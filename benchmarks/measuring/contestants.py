@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +21,20 @@ from tests.host.episodes import Episodes
 from tests.host.families import Family
 from tests.host.models import collect_model, make_policy, world_model_of
 
-SHAPES = {
+Shape = Literal['atari', 'stack4', 'multitask', 'memory', 'lunarlander', 'cartpole']
+
+SHAPES: dict[Shape, Family] = {
     'atari': Family('atari', 2, 8, 768, 8, 8, (3, 64, 64), 6, 50),
+    'stack4': Family('stack4', 4, 8, 768, 8, 8, (4, 64, 64), 6, 50, frames=4),
+    'multitask': Family('multitask', 8, 24, 768, 8, 8, (3, 64, 64), 18, 50),
     'memory': Family('memory', 4, 4, 256, 8, 162, (3, 5, 5), 4, 50, timesteps=False),
     'lunarlander': Family('lunarlander', 4, 4, 256, 8, 8, 8, 4, 50, timesteps=False),
     'cartpole': Family('cartpole', 2, 2, 64, 8, 8, 4, 2, 25, rotary=True),
 }
 """The shapes of LightZero's configs, eight environments each."""
+
+USUAL: tuple[Shape, ...] = ('atari', 'memory', 'lunarlander', 'cartpole')
+"""Those that are measured in minutes."""
 
 CACHES: dict[str, dict[str, Any] | None] = {
     'stock': None,
@@ -78,9 +85,9 @@ class Contestant:
         return sum(_bytes_of(entry) for pool in pools for entry in pool if entry is not None)
 
 
-def caches_on(device: str) -> list[str]:
+def caches_on(device: str, compiled: bool) -> list[str]:
     """Who is compared there."""
-    return [*CACHES, *GRAPHS] if device == 'cuda' else [*CACHES]
+    return [*(CACHES if compiled else EAGER), *(GRAPHS if device == 'cuda' else [])]
 
 
 def options_of_device(device: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.host.families import Family
 from tests.host.models import collect_model
 
 from .collection import Collection
-from .contestants import CACHES, EAGER, Floor, caches_on, contestant
+from .contestants import CACHES, EAGER, Floor, contestant
 from .players import FloorPlayer, Numbers, Player
 from .reanalysis import BatchReanalysis
 from .upstream import FLAGS, UpstreamPlayer
@@ -28,15 +28,20 @@ def summary(values: Sequence[float]) -> Numbers:
 
 
 def measure_shape(
-    family: Family, steps: int, history: int, threads: Sequence[int], upstream: Path | None, device: str
+    family: Family,
+    caches: Sequence[str],
+    steps: int,
+    history: int,
+    threads: Sequence[int],
+    upstream: Path | None,
+    device: str,
 ) -> dict[str, Numbers]:
-    """Every contestant of one shape: numbers by name; those of each number of threads under 'threads'.
+    """Each of ``caches``, stock among them, and the floor at one shape: numbers by name; those of each number
+    of threads under 'threads'.
 
     Raises RuntimeError when two contestants predict different values for the first observations.
     """
-    players: list[Any] = [
-        Player(contestant(family, cache, device), family.simulations) for cache in caches_on(device)
-    ]
+    players: list[Any] = [Player(contestant(family, cache, device), family.simulations) for cache in caches]
     weights = collect_model(players[0].contestant.policy).state_dict()
     others = [UpstreamPlayer(upstream, name, family, weights, device) for name in FLAGS] if upstream else []
     try:

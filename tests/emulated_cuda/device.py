@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ class Device(TorchDispatchMode):
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run ``func``, on what is inside of the device's tensors."""
-        tensors = _tensors(args, kwargs.values())
+        tensors = _tensors(*args, *kwargs.values())
         outside = {id(each.inner): each for each in tensors if isinstance(each, EmulatedTensor)}
         asked = kwargs.get('device')
         if asked is None:
@@ -191,7 +191,7 @@ class Device(TorchDispatchMode):
         """Write down an operator without running it: what it answers is not yet known, and what it writes
         to stays as it is."""
         assert self.recording is not None
-        given = _tensors(args, kwargs.values())
+        given = _tensors(*args, *kwargs.values())
         written = _written(func, args, kwargs)
         if written:
             self.recording.append(Recorded(func, args, kwargs, []))
@@ -276,7 +276,7 @@ def _tensors(*values: Any) -> list[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
-        elif isinstance(value, Iterable) and not isinstance(value, str):
+        elif isinstance(value, (list, tuple)):
             found += _tensors(*value)
     return found
 
