@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 import numpy as np
 import torch
 import tyro
-from measuring.contestants import EAGER, SHAPES, Floor, Shape, contestant, quiet, silence_host
+from measuring.contestants import SHAPES, Floor, Shape, caches_on, contestant, quiet, silence_host
 from measuring.players import FloorPlayer, Player
 from measuring.plots import profile_plot
 from measuring.rounds import FLOOR
@@ -33,14 +33,16 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 
-def measure(shape: Shape, steps: int, history: int) -> tuple[dict[str, dict[str, float]], dict[str, Player]]:
+def measure(
+    shape: Shape, steps: int, history: int, device: str
+) -> tuple[dict[str, dict[str, float]], dict[str, Player]]:
     """Milliseconds of a step by part for every contestant, and the players."""
-    family = SHAPES[shape]
-    players = {cache: Player(contestant(family, cache), family.simulations) for cache in EAGER}
+    family, caches = SHAPES[shape], caches_on(device, compiled=False)
+    players = {cache: Player(contestant(family, cache, device), family.simulations) for cache in caches}
     warm_up = history if family.context > 16 else family.context // 2 + 1
     for player in players.values():
         player.warm_up(warm_up)
-    floor = FloorPlayer(Floor(family, min(2 * warm_up + 1, family.context - 3)))
+    floor = FloorPlayer(Floor(family, min(2 * warm_up + 1, family.context - 3), device))
     rounds: dict[str, list[list[float]]] = {name: [] for name in (*players, FLOOR)}
     for _ in range(steps):
         for name, player in players.items():
@@ -67,7 +69,8 @@ def main(
     history: int = 60,
     plot: Path | None = None,
     trace: Path | None = None,
-    traced: Literal['stock', 'rebuild', 'shift'] = 'rebuild',
+    traced: Literal['stock', 'rebuild', 'shift', 'rebuild graph', 'shift graph'] = 'rebuild',
+    device: Literal['cpu', 'cuda'] = 'cpu',
 ) -> None:
     """Measure, print a table, and one JSON document as the last line.
 
@@ -77,11 +80,14 @@ def main(
         history: steps of the episodes before the memory shape is measured.
         plot: image file with one bar for each contestant.
         trace: file for torch's trace of one step, at the first shape.
-        traced: whose step is traced.
+        traced: whose step is traced; graphs are captured on a GPU alone.
+        device: where planning computes.
     """
+    if traced not in caches_on(device, compiled=False):
+        sys.exit(f'--traced: {traced!r} plays on a GPU alone; write --device cuda, or another cache')
     found: dict[str, dict[str, dict[str, float]]] = {}
     for shape in shapes:
-        found[shape], players = measure(shape, steps, history)
+        found[shape], players = measure(shape, steps, history, device)
         if trace is not None and shape == shapes[0]:
             write_trace(players[traced], trace)
     table = Table('shape', 'cache', *(f'{part} ms' for part in PARTS), 'together')
