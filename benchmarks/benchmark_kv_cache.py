@@ -73,9 +73,9 @@ def main(
         raise ValueError('--device cuda: expected a GPU, torch finds none; write --device cpu')
     console = Console(width=190)
     document: Numbers = {'torch': torch.__version__, 'steps': steps, 'threads': threads, 'shapes': {}}
+    caches = caches_on(device, compiled)
     for shape in shapes:
         print(f'measuring {shape} ...', file=sys.stderr, flush=True)
-        caches = caches_on(device, compiled)
         document['shapes'][shape] = measure_shape(
             SHAPES[shape], caches, steps, history, threads, upstream, device
         )

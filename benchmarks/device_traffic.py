@@ -10,21 +10,23 @@ Counts, no times, and no GPU: everything is computed on the CPU, and what was as
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 
 import tyro
 from measuring.contestants import (
     EAGER,
-    GRAPHS,
     SHAPES,
     USUAL,
     Contestant,
     Shape,
+    caches_on,
     contestant,
     quiet,
     silence_host,
@@ -33,15 +35,23 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.emulated_cuda import Device, emulated_cuda
-from tests.host.recorder import replaced
 
 Counted = dict[str, float]
 
+HEADS = {
+    'launches': 'operators',
+    'replays': 'replays',
+    'to_device': 'copies to the device',
+    'to_host': 'reads',
+    'waits': 'waits',
+}
+"""What the counts of the device are called."""
 
-def main(
-    shapes: tuple[Shape, ...] = USUAL,
-    history: int = 9,
-) -> None:
+SHOWN = {'simulation': tuple(HEADS), 'root inference': ('launches', 'to_host', 'waits')}
+"""What of each part stands in the table."""
+
+
+def main(shapes: tuple[Shape, ...] = USUAL, history: int = 9) -> None:
     """Count, print a table, and one JSON document as the last line.
 
     Args:
@@ -53,7 +63,7 @@ def main(
         print(f'counting {shape} ...', file=sys.stderr, flush=True)
         found[shape] = {}
         # the memory shape needs one slot for each node in a graph, and is eager by default
-        for cache in [*EAGER, *([] if shape == 'memory' else GRAPHS)]:
+        for cache in EAGER if shape == 'memory' else caches_on('cuda', compiled=False):
             with emulated_cuda() as device:
                 found[shape][cache] = counted(contestant(SHAPES[shape], cache, 'cuda'), device, history)
     Console(width=150).print(table(found))
@@ -73,43 +83,33 @@ def counted(player: Contestant, device: Device, history: int) -> dict[str, Count
         whole, root = _step(player, device)
         wholes.append(whole)
     difference = {name: (wholes[2][name] - wholes[1][name]) / (more - fewer) for name in root}
-    return {'root_inference': root, 'simulation': difference}
+    return {'root inference': root, 'simulation': difference}
 
 
 def _step(player: Contestant, device: Device) -> tuple[Counted, Counted]:
     """What one environment step asked for, and the root inference in it."""
-    infer, roots, before = player.model.initial_inference, [], asdict(device.counts)
 
-    def initial_inference(*args: Any, **kwargs: Any) -> Any:
-        begun = asdict(device.counts)
-        answer = infer(*args, **kwargs)
-        roots.append(_since(begun, device))
-        return answer
+    def read() -> Counted:
+        return asdict(device.counts)
 
-    with quiet(), replaced(player.model, 'initial_inference', initial_inference):
+    before = read()
+    with quiet(), player.root_inferences(read) as roots:
         player.episodes.step()
-    return _since(before, device), roots[0]
+    return _difference(before, read()), _difference(*roots[0])
 
 
-def _since(before: Counted, device: Device) -> Counted:
-    return {name: number - before[name] for name, number in asdict(device.counts).items()}
+def _difference(before: Counted, after: Counted) -> Counted:
+    return {name: number - before[name] for name, number in after.items()}
 
 
 def table(found: dict[str, dict[str, dict[str, Counted]]]) -> Table:
     """One row for each shape and cache."""
-    heads = ('operators', 'replays', 'copies to the device', 'reads', 'waits')
-    columns = [*(f'simulation: {head}' for head in heads), *('root: operators', 'root: reads', 'root: waits')]
+    columns = [f'{part}: {HEADS[name]}' for part, names in SHOWN.items() for name in names]
     made = Table('shape', 'cache', *columns, title='eight environments, an emulated CUDA device')
     for shape, caches in found.items():
         for cache, parts in caches.items():
-            each, root = parts['simulation'], parts['root_inference']
-            names = ('launches', 'replays', 'to_device', 'to_host', 'waits')
-            made.add_row(
-                shape,
-                cache,
-                *(f'{each[name]:.3g}' for name in names),
-                *(f'{root[name]:.0f}' for name in ('launches', 'to_host', 'waits')),
-            )
+            numbers = [f'{parts[part][name]:.3g}' for part, names in SHOWN.items() for name in names]
+            made.add_row(shape, cache, *numbers)
         made.add_section()
     return made
 

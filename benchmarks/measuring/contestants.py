@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,10 @@ from lzero_kv.hosts.lightzero.prepared import Prepared
 from lzero_kv.hosts.lightzero.transformer import Columns, append_tokens
 from tests.host.episodes import Episodes
 from tests.host.families import Family
-from tests.host.models import collect_model, make_policy, world_model_of
+from tests.host.models import collect_model, make_policy, options_of_device, world_model_of
+from tests.host.recorder import replaced
+
+Read = TypeVar('Read')
 
 Shape = Literal['atari', 'stack4', 'multitask', 'memory', 'lunarlander', 'cartpole']
 
@@ -71,6 +74,20 @@ class Contestant:
         """How many simulations the next searches have."""
         self.policy._mcts_collect._cfg.num_simulations = number
 
+    @contextmanager
+    def root_inferences(self, read: Callable[[], Read]) -> Iterator[list[tuple[Read, Read]]]:
+        """Meanwhile ``read`` is asked before and after each root inference; both answers."""
+        infer, found = self.model.initial_inference, list[tuple[Read, Read]]()
+
+        def initial_inference(*args: Any, **kwargs: Any) -> Any:
+            before = read()
+            answer = infer(*args, **kwargs)
+            found.append((before, read()))
+            return answer
+
+        with replaced(self.model, 'initial_inference', initial_inference):
+            yield found
+
     def cache_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values between calls, besides the host's training."""
         world_model = world_model_of(self.policy)
@@ -88,11 +105,6 @@ class Contestant:
 def caches_on(device: str, compiled: bool) -> list[str]:
     """Who is compared there."""
     return [*(CACHES if compiled else EAGER), *(GRAPHS if device == 'cuda' else [])]
-
-
-def options_of_device(device: str) -> dict[str, Any]:
-    """What the host wants to be told, for ``make_policy``."""
-    return dict(policy=dict(device=device, cuda=device == 'cuda'), world_model=dict(device=device))
 
 
 def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) -> Contestant:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from tests.host.models import world_model_of
-from tests.host.recorder import replaced
 
 from .contestants import Contestant, Floor, quiet
 from .instruments import HostReads, Memory, Operators, Split, clock, timed
@@ -50,17 +49,10 @@ class Player:
 
     def step(self) -> tuple[float, float]:
         """Milliseconds of one environment step, and of the root inference in it."""
-        infer, roots = self.contestant.model.initial_inference, []
-
-        def initial_inference(*args: Any, **kwargs: Any) -> Any:
-            begun = clock()
-            answer = infer(*args, **kwargs)
-            roots.append((clock() - begun) * 1000)
-            return answer
-
-        with quiet(), replaced(self.contestant.model, 'initial_inference', initial_inference):
+        with quiet(), self.contestant.root_inferences(clock) as roots:
             whole = timed(self.contestant.episodes.step)
-        return whole, roots[0]
+        begun, ended = roots[0]
+        return whole, (ended - begun) * 1000
 
     def split(self, steps: int = 3) -> dict[str, float]:
         """Seconds of ``steps`` steps by part; watching makes them a little slower than timed ones."""

@@ -87,11 +87,11 @@ def answer_unvisited(search: Any) -> None:
 
 def player(name: str, flag: bool, family: Any, weights: str, folder: str, device: str) -> Any:
     """The contestant of this process."""
-    from measuring.contestants import Contestant, options_of_device, quiet
+    from measuring.contestants import Contestant, quiet
     from measuring.players import Player
     from tests.host.episodes import Episodes
     from tests.host.families import SUPPORT_SCALE
-    from tests.host.models import make_policy
+    from tests.host.models import make_policy, options_of_device
 
     if not Path(lzero.__file__).is_relative_to(folder):
         raise RuntimeError(f'expected lzero of {folder}, got {lzero.__file__}')

@@ -300,9 +300,9 @@ def _outside(value: Any, known: dict[int, EmulatedTensor]) -> Any:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The arguments that ``func`` writes to, by its schema."""
-    written = []
     if func in INSTEAD.values():
         return []
+    written = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             written.append(args[number] if number < len(args) else kwargs[argument.name])

@@ -40,9 +40,6 @@ class Stream:
     def wait_stream(self, other: Any) -> None:
         pass
 
-    def synchronize(self) -> None:
-        pass
-
 
 class Event:
     """A moment on the host's clock."""

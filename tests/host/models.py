@@ -72,6 +72,11 @@ def make_policy(
     return built
 
 
+def options_of_device(device: str) -> dict[str, Any]:
+    """What the host wants to be told, for :func:`make_policy`."""
+    return dict(policy=dict(device=device, cuda=device == 'cuda'), world_model=dict(device=device))
+
+
 def collect_model(policy: Any) -> Any:
     """The model that collection and evaluation share, without torch.compile's wrapper."""
     return _unwrap(policy._collect_model)

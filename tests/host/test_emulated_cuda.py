@@ -31,11 +31,11 @@ from ..emulated_cuda import Device, emulated_cuda
 from .direct import Drive, Step, largest_difference
 from .episodes import Episodes
 from .families import FAMILIES
-from .models import make_policy, world_model_of
+from .models import make_policy, options_of_device, world_model_of
 from .plays import assert_same_play
 from .reanalysis import reanalyze
 from .test_engine import uneven_episodes
-from .test_engines import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, random_steps, scale
+from .test_engines import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, random_steps, replace_tensors, scale
 from .validated import MODES, assert_accounted, tally_of, validated_policy
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason='this torch asks a real device')
@@ -43,7 +43,13 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason='this tor
 CHANGING = [*UNEVEN[:5], Step((0, 1, 2), before=lambda model: scale(model, 0.9)), *UNEVEN[4:6]]
 """Uneven rows, full windows, environments that come and go, weights that change."""
 
-ON_CUDA: dict[str, Any] = dict(policy=dict(device='cuda', cuda=True), world_model=dict(device='cuda'))
+ON_CUDA = options_of_device('cuda')
+
+
+def policy_of(family: str, simulations: int, **options: Any) -> Any:
+    return make_policy(
+        family, kv=True, num_simulations=simulations, collector_env_num=3, evaluator_env_num=1, **options
+    )
 
 
 @pytest.fixture
@@ -70,9 +76,8 @@ def test_answers_are_those_of_a_cpu(
         model = model_of(kind, family, dtype=dtype, kv_cache=dict(window=window)).to(where)
         plays.append(Drive(model, ROWS, SIMULATIONS, observation=seen).play(CHANGING))
     assert largest_difference(plays[1], plays[0]) < TOLERANCE[dtype]
-    graphs = SIMULATIONS * len(CHANGING) if engine == 'cudagraph' else 0
-    replayed = device.counts.replays
-    assert replayed == graphs, 'every simulation is one replay'
+    simulations = SIMULATIONS * len(CHANGING)
+    assert device.counts.replays == simulations * (engine == 'cudagraph'), 'every simulation is one replay'
 
 
 @settings(max_examples=6, deadline=None)
@@ -109,15 +114,8 @@ def test_a_policy_searches_as_on_a_cpu(
     """The host's own policy and tree on the device, with the engine that 'auto' chooses there."""
     plays = []
     for where in ({}, ON_CUDA):
-        policy = make_policy(
-            family,
-            kv=True,
-            kv_cache=copy.deepcopy(kv_cache),
-            num_simulations=4,
-            collector_env_num=3,
-            evaluator_env_num=1,
-            dtype=torch.float64,
-            **options | where,
+        policy = policy_of(
+            family, 4, kv_cache=copy.deepcopy(kv_cache), dtype=torch.float64, **options | where
         )
         episodes = Episodes(policy, range(3), record=False)
         plays.append(episodes.run([range(3), (0, 2), range(3), (1,), range(3)]))
@@ -169,14 +167,7 @@ def test_a_search_reads_twice_for_each_simulation(device: Device) -> None:
     """Scalars and priors, which the host's tree adds up in Python lists."""
     reads = []
     for simulations in (5, 12):
-        policy = make_policy(
-            'tiny',
-            kv=True,
-            num_simulations=simulations,
-            collector_env_num=3,
-            evaluator_env_num=1,
-            **ON_CUDA,
-        )
+        policy = policy_of('tiny', simulations, **ON_CUDA)
         episodes = Episodes(policy, range(3), record=False)
         episodes.step(None)
         before = device.counts.to_host
@@ -192,15 +183,8 @@ def test_masks_begin_where_attention_can_read_them(
     """Layers that hold different numbers of tokens read different columns of one mask."""
     if planted:
         monkeypatch.setattr(trees, 'columns_of_mask', lambda mask, first, end: mask[..., first:end])
-    policy = make_policy(
-        'memory',
-        kv=True,
-        kv_cache=dict(budget=dict(ratio=0.5, allocation='pyramid', window=4)),
-        num_simulations=7,
-        collector_env_num=3,
-        evaluator_env_num=1,
-        **ON_CUDA,
-    )
+    budget = dict(ratio=0.5, allocation='pyramid', window=4)
+    policy = policy_of('memory', 7, kv_cache=dict(budget=budget), **ON_CUDA)
     episodes = Episodes(policy, range(3), record=False, lengths={1: [3]})
     with pytest.raises(RuntimeError, match='misaligned') if planted else contextlib.nullcontext():
         episodes.run([range(3) if step % 3 else (2, 0) for step in range(8)])
@@ -253,15 +237,9 @@ FAULTS: dict[str, tuple[type, str, Callable[..., Any]]] = {
 }
 
 
-def replace_weights(model: Any) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data * 0.9
-    model.world_model.clear_caches()
-
-
 @pytest.mark.parametrize('fault', [None, *FAULTS])
 def test_a_planted_fault_is_seen(device: Device, fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [*CHANGING, Step((0, 1, 2), before=replace_weights)]
+    steps = [*CHANGING, Step((0, 1, 2), before=lambda model: replace_tensors(model, 0.9))]
     expected = Drive(model_of('eager'), ROWS, SIMULATIONS).play(steps)
     if fault is not None:
         monkeypatch.setattr(*FAULTS[fault])

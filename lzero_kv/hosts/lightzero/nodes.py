@@ -299,7 +299,7 @@ class SearchNodes:
     def _window_tokens(self, rows: np.ndarray, nodes: np.ndarray) -> torch.Tensor:
         """Raw embeddings ``[N, kept, embed]`` of the windows of ``nodes``."""
         columns = self._windows[nodes, rows]
-        at = to_device(np.stack([rows[:, None] + np.zeros_like(columns), columns]), self._tokens.device)
+        at = to_device(np.stack(np.broadcast_arrays(rows[:, None], columns)), self._tokens.device)
         return self._tokens[at[0], at[1]]
 
     def _visit(self, simulation: int) -> None:

@@ -103,9 +103,10 @@ class BudgetedFlight:
         )
         grown = self._grown + ~absent
         columns = self._columns(x, flights.heads)
+        next_positions = to_device(self.next_positions, x.device)[:, None]
         for layer in self._layers:
             own = layer.positions.shape[2] - TOKENS_PER_STEP + self._column
-            layer.positions[:, :, own] = to_device(self.next_positions, x.device)[:, None]
+            layer.positions[:, :, own] = next_positions
         watch = self._watch(grown) if self._watched and flights.reads_attention else None
         hidden = append_tokens(prepared, columns, placed, rotation, watch=watch)
         self.lengths = self.lengths + grown - self._grown
