@@ -36,7 +36,7 @@ setup(
     ],
     packages=find_packages(include=['lzero_kv', 'lzero_kv.*']),
     package_data={'lzero_kv': ['py.typed']},
-    python_requires='>=3.10',
+    python_requires='>=3.11',
     install_requires=REQUIREMENTS,
     extras_require={
         'lightzero': ['LightZero==0.2.0'],

@@ -5,12 +5,12 @@ The core (pools, manager, layout) knows no host program; :func:`install` loads i
 
 from __future__ import annotations
 
+from lzero_kv.cache.eviction import EvictionStrategy
+from lzero_kv.cache.layout import KVLayout
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.pool import KVCachePool
+from lzero_kv.cache.stats import CacheStats
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.eviction import EvictionStrategy
-from lzero_kv.layout import KVLayout
-from lzero_kv.manager import KVCacheManager
-from lzero_kv.pool import KVCachePool
-from lzero_kv.stats import CacheStats
 
 __all__ = [
     'CacheStats',
@@ -26,13 +26,13 @@ __all__ = [
 
 def install() -> None:
     """Put the cache manager behind LightZero's ``use_new_cache_manager`` flag."""
-    from lzero_kv.hosts.lightzero import install as install_host
+    from lzero_kv.lightzero import install as install_host
 
     install_host()
 
 
 def uninstall() -> None:
     """Leave LightZero as it was before :func:`install`."""
-    from lzero_kv.hosts.lightzero import uninstall as uninstall_host
+    from lzero_kv.lightzero import uninstall as uninstall_host
 
     uninstall_host()

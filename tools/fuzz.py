@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 from core.comparing import BROKEN, RAGGED, UNIFORM, Difference  # noqa: E402  # pyright: ignore[reportMissingImports]
 from core.twins import ManagerTwins, PoolTwins  # noqa: E402  # pyright: ignore[reportMissingImports]
 
-from lzero_kv.eviction import EvictionStrategy  # noqa: E402
-from lzero_kv.keys import LatentKey, NodeKey, RootKey  # noqa: E402
+from lzero_kv.cache.eviction import EvictionStrategy  # noqa: E402
+from lzero_kv.cache.keys import LatentKey, NodeKey, RootKey  # noqa: E402
 
 EPISODE = 400
 """Operations after which a run begins again with an empty pool, of the other layout."""

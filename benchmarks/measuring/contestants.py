@@ -13,10 +13,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from lzero_kv.hosts.lightzero.outputs import action_embeddings
-from lzero_kv.hosts.lightzero.positions import positions_of
-from lzero_kv.hosts.lightzero.prepared import Prepared
-from lzero_kv.hosts.lightzero.transformer import Columns, append_tokens
+from lzero_kv.lightzero.inference.attention import Columns, append_tokens
+from lzero_kv.lightzero.inference.heads import action_embeddings
+from lzero_kv.lightzero.inference.positions import positions_of
+from lzero_kv.lightzero.inference.weights import Prepared
 from tests.host.episodes import Episodes
 from tests.host.families import Family
 from tests.host.models import collect_model, make_policy, options_of_device, world_model_of

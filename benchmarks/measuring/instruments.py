@@ -168,8 +168,8 @@ class Split:
         from lzero.model.unizero_world_models.transformer import Transformer
         from lzero.model.unizero_world_models.world_model import WorldModel
 
-        from lzero_kv.hosts.lightzero import flight, flights, nodes, roots, trees
-        from lzero_kv.hosts.lightzero.world_model import KVWorldModel
+        from lzero_kv.lightzero.inference import flight, flights, nodes, roots, trees
+        from lzero_kv.lightzero.world_model import KVWorldModel
 
         tree = host_trees()[0]
         places = {

@@ -14,7 +14,7 @@ from measuring.instruments import clock
 from memory_recall_env import MemoryRecallEnv, shows_door
 from memory_recall_unizero_kv_config import DISTRACTOR_FRAMES
 
-from lzero_kv.hosts.lightzero.scalars import expected_scalars
+from lzero_kv.lightzero.inference.scalars import expected_scalars
 from tests.host.models import world_model_of
 from tests.host.recorder import replaced
 from tests.host.repeatable_tree import host_trees, repeatable

@@ -57,7 +57,7 @@ def bounded(progress: Progress) -> Iterator[None]:
     from ding.worker import BaseLearner
     from lzero.worker import MuZeroEvaluator
 
-    from lzero_kv.hosts.lightzero.policy import KVPolicy
+    from lzero_kv.lightzero.policy import KVPolicy
 
     def collect(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         _stop_at_limit(progress)

@@ -10,7 +10,7 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 
-from lzero_kv.hosts.lightzero import versions
+from lzero_kv.lightzero import host as versions
 
 TRAINED_PYTHON = '3.11'
 ROM_RELEASE = 'ale-py==0.12.1'

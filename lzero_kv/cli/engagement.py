@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lzero_kv.cache.window import Window
 from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig, validation_mode_of
-from lzero_kv.hosts.lightzero.install import FLAG
-from lzero_kv.window import Window
+from lzero_kv.lightzero.install import FLAG
 
 PLUGIN = 'lzero_kv.plugin'
 HOST_CONTEXT = 8  # tokens, where a config leaves context_length to LightZero
@@ -101,7 +101,7 @@ def _engine_checks(call: TrainingCall, world_model: Any) -> list[Check]:
     """Return how the steps of a search would run on the device that the host would take here."""
     import torch
 
-    from lzero_kv.hosts.lightzero.flights import shares_histories
+    from lzero_kv.lightzero.inference.flights import shares_histories
 
     try:
         config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
@@ -131,7 +131,7 @@ def _world_model_check(call: TrainingCall) -> Check:
     from ding.utils import POLICY_REGISTRY, deep_merge_dicts
     from easydict import EasyDict
 
-    from lzero_kv.hosts.lightzero.inputs import check_world_model_config
+    from lzero_kv.lightzero.inputs import check_world_model_config
 
     policy = call.create_config['policy']['type']
     importlib.import_module(f'lzero.policy.{policy}')

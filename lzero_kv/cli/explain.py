@@ -58,7 +58,7 @@ def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='F
 def _replayed(finding: Finding) -> dict[str, torch.Tensor]:
     # Imported here: LightZero takes seconds to load and says much meanwhile; a wrong file needs none of it.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        from lzero_kv.hosts.lightzero.validation.replay import replay
+        from lzero_kv.lightzero.validation.replay import replay
 
         return replay(finding)
 

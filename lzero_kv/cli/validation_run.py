@@ -179,7 +179,7 @@ def failures_in(folder: Path, since: float) -> tuple[Failure, ...]:
 
 def tally_of(progress: Progress) -> ValidationTally | None:
     """What validation counted so far; None where it did not engage."""
-    from lzero_kv.hosts.lightzero.reporting import run_tally
+    from lzero_kv.lightzero.reporting import run_tally
 
     return None if progress.policy is None else run_tally(progress.policy.kv_world_models)
 

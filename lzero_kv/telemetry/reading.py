@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
-from lzero_kv.manager import KVCacheManager
-from lzero_kv.stats import CacheStats
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.stats import CacheStats
 
 
 @dataclass(frozen=True)

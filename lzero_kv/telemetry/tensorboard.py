@@ -8,8 +8,8 @@ from numbers import Integral
 from typing import Any, Protocol
 
 from lzero_kv.budget import BudgetReading
-from lzero_kv.manager import KVCacheManager
-from lzero_kv.stats import CacheStats, Log2Histogram
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.stats import CacheStats, Log2Histogram
 from lzero_kv.telemetry.budget import layer_histograms, layer_numbers
 from lzero_kv.telemetry.dashboard import dashboard_layout, explanation
 from lzero_kv.telemetry.metrics import (

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lzero_kv.entry import KVEntry
-from lzero_kv.layout import KVBatch, KVLayout
-from lzero_kv.pool import KVCachePool
-from lzero_kv.reference import ReferencePool
+from lzero_kv.cache.entry import KVEntry
+from lzero_kv.cache.layout import KVBatch, KVLayout
+from lzero_kv.cache.pool import KVCachePool
+from testing.reference import ReferencePool
 
 # Every dimension is another number, so that a swapped axis cannot pass.
 UNIFORM = KVLayout(layers=3, heads=2, head_dim=5, tokens=7)

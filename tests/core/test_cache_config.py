@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from easydict import EasyDict
 
+from lzero_kv.cache.eviction import EvictionStrategy
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.eviction import EvictionStrategy
 
 
 def read(**kv_cache: object) -> KVCacheConfig:

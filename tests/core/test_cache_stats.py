@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lzero_kv.pool import KVCachePool
-from lzero_kv.stats import CacheStats, Log2Histogram
+from lzero_kv.cache.pool import KVCachePool
+from lzero_kv.cache.stats import CacheStats, Log2Histogram
 
 from .comparing import UNIFORM
 

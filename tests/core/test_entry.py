@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.entry import KVEntry
-from lzero_kv.keys import NodeKey
-from lzero_kv.layout import KVLayout
-from lzero_kv.pool import KVCachePool
+from lzero_kv.cache.entry import KVEntry
+from lzero_kv.cache.keys import NodeKey
+from lzero_kv.cache.layout import KVLayout
+from lzero_kv.cache.pool import KVCachePool
 
 from .comparing import RAGGED, UNIFORM, Histories, same, tensors_of
 

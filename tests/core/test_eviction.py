@@ -9,8 +9,8 @@ from types import FrameType
 
 import pytest
 
-from lzero_kv.eviction import STRATEGIES, EvictionStrategy, LowestPriority
-from lzero_kv.pool import KVCachePool
+from lzero_kv.cache.eviction import STRATEGIES, EvictionStrategy, LowestPriority
+from lzero_kv.cache.pool import KVCachePool
 
 from .comparing import UNIFORM
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.keys import LatentKey, NodeKey, RootKey, digest_rows
-from lzero_kv.layout import KVLayout
+from lzero_kv.cache.keys import LatentKey, NodeKey, RootKey, digest_rows
+from lzero_kv.cache.layout import KVLayout
 
 from .comparing import RAGGED, UNIFORM
 

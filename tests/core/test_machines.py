@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from lzero_kv.keys import LatentKey, NodeKey, RootKey
+from lzero_kv.cache.keys import LatentKey, NodeKey, RootKey
 
 from .comparing import BROKEN, RAGGED, UNIFORM
 from .twins import ManagerTwins, PoolTwins

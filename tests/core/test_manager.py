@@ -14,8 +14,8 @@ import torch
 from easydict import EasyDict
 
 from lzero_kv import KVCacheConfig, KVCacheManager, KVLayout
-from lzero_kv.keys import NO_SLOT, LatentKey, NodeKey, RootKey
-from lzero_kv.stats import CacheStats
+from lzero_kv.cache.keys import NO_SLOT, LatentKey, NodeKey, RootKey
+from lzero_kv.cache.stats import CacheStats
 
 from .comparing import UNIFORM, Histories
 

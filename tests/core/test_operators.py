@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lzero_kv.cache.keys import NodeKey, RootKey
+from lzero_kv.cache.layout import KVBatch, KVLayout
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.keys import NodeKey, RootKey
-from lzero_kv.layout import KVBatch, KVLayout
-from lzero_kv.manager import KVCacheManager
-from lzero_kv.pool import KVCachePool
 
 from .comparing import Histories
 

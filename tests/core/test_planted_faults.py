@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.bookkeeping import SlotBook
-from lzero_kv.entry import KVEntry
-from lzero_kv.eviction import FirstInFirstOut, LeastFrequentlyUsed, LeastRecentlyUsed, LowestPriority
-from lzero_kv.keys import NO_SLOT
-from lzero_kv.manager import KVCacheManager
-from lzero_kv.named_access import NamedAccess
-from lzero_kv.pool import KVCachePool
-from lzero_kv.slab import KVSlab
-from lzero_kv.stats import CacheStats
+from lzero_kv.cache.bookkeeping import SlotBook
+from lzero_kv.cache.compat import NamedAccess
+from lzero_kv.cache.entry import KVEntry
+from lzero_kv.cache.eviction import FirstInFirstOut, LeastFrequentlyUsed, LeastRecentlyUsed, LowestPriority
+from lzero_kv.cache.keys import NO_SLOT
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.pool import KVCachePool
+from lzero_kv.cache.stats import CacheStats
+from lzero_kv.cache.storage import KVSlab
 
 OPERATIONS = 1200
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.keys import NO_SLOT
-from lzero_kv.layout import KVBatch
-from lzero_kv.pool import KVCachePool
-from lzero_kv.slab import KVSlab
-from lzero_kv.stats import CacheStats
+from lzero_kv.cache.keys import NO_SLOT
+from lzero_kv.cache.layout import KVBatch
+from lzero_kv.cache.pool import KVCachePool
+from lzero_kv.cache.stats import CacheStats
+from lzero_kv.cache.storage import KVSlab
 
 from .comparing import RAGGED, UNIFORM, Histories
 

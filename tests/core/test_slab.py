@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.layout import KVLayout
-from lzero_kv.slab import KVSlab
+from lzero_kv.cache.layout import KVLayout
+from lzero_kv.cache.storage import KVSlab
 
 from .comparing import RAGGED, UNIFORM
 

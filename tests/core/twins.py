@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from lzero_kv.cache.keys import NO_SLOT, RootKey
+from lzero_kv.cache.layout import KVLayout
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.keys import NO_SLOT, RootKey
-from lzero_kv.layout import KVLayout
-from lzero_kv.manager import KVCacheManager
-from lzero_kv.pool import KVCachePool
-from lzero_kv.reference import ReferenceManager, ReferencePool
+from testing.reference import ReferenceManager, ReferencePool
 
 from .comparing import (
     BROKEN,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.transfer import refill, to_device
+from lzero_kv.cache.transfer import refill, to_device
 
 from . import Device, emulated_cuda
 

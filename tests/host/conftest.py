@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def host_left_as_found() -> Iterator[None]:
     """The plugin is taken out of the host after a test that put it in."""
     yield
-    if 'lzero_kv.plugin' in sys.modules or 'lzero_kv.hosts' in sys.modules:
+    if 'lzero_kv.plugin' in sys.modules or 'lzero_kv.lightzero' in sys.modules:
         import lzero_kv
 
         lzero_kv.uninstall()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lzero_kv.hosts.lightzero.validation.recompute import Answer, Recompute
+from lzero_kv.lightzero.validation.recompute import Answer, Recompute
 
 from .episodes import Root
 from .models import world_model_of

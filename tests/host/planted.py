@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.nodes import SearchNodes
-from lzero_kv.hosts.lightzero.positions import LearnedPositions, RotaryPositions
-from lzero_kv.hosts.lightzero.roots import RootInference
-from lzero_kv.keys import NO_SLOT, NodeKey
-from lzero_kv.manager import KVCacheManager
-from lzero_kv.slab import KVSlab
+from lzero_kv.cache.keys import NO_SLOT, NodeKey
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.storage import KVSlab
+from lzero_kv.lightzero.inference.nodes import SearchNodes
+from lzero_kv.lightzero.inference.positions import LearnedPositions, RotaryPositions
+from lzero_kv.lightzero.inference.roots import RootInference
 from lzero_kv.validation.causes import Fault
 
 Change = Callable[[KVCacheManager, Sequence[Any], np.ndarray], np.ndarray]

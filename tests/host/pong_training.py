@@ -88,7 +88,7 @@ def patches() -> dict[str, bool]:
     return dict(
         package='lzero_kv' in sys.modules,
         installed=unizero_model.WorldModel is not WorldModel,
-        engine='lzero_kv.hosts.lightzero.world_model' in sys.modules,
+        engine='lzero_kv.lightzero.world_model' in sys.modules,
     )
 
 

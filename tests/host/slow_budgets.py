@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lzero_kv.config import NodeBudget
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute
+from lzero_kv.lightzero.validation.recompute import Recompute
 
 from ..budget import reference
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute
+from lzero_kv.lightzero.validation.recompute import Recompute
 from lzero_kv.telemetry.metrics import METRICS, Axis, tag
 
 from .models import collect_model, world_model_of

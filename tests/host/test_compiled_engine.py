@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from lzero_kv.hosts.lightzero.static import runners
+from lzero_kv.lightzero.inference.static import runners
 
 from .direct import Drive, Step, largest_difference
 from .test_engines import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, scale

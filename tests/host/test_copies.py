@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lzero_kv
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute
+from lzero_kv.lightzero.validation.recompute import Recompute
 
 from .episodes import Episodes, Root
 from .judging import judge_nodes, judge_roots

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lzero_kv
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute
+from lzero_kv.lightzero.validation.recompute import Recompute
 
 from .episodes import Episodes
 from .models import collect_model, load_weights, make_policy, world_model_of

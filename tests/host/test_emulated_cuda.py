@@ -20,12 +20,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzero_kv.hosts.lightzero import trees
-from lzero_kv.hosts.lightzero.nodes import SearchNodes
-from lzero_kv.hosts.lightzero.prepared import Prepared
-from lzero_kv.hosts.lightzero.static import StaticEngine, StaticNodes, runners
-from lzero_kv.hosts.lightzero.static.step import StaticStep, StepInputs
-from lzero_kv.transfer import refill, to_device
+from lzero_kv.cache.transfer import refill, to_device
+from lzero_kv.lightzero.inference import trees
+from lzero_kv.lightzero.inference.nodes import SearchNodes
+from lzero_kv.lightzero.inference.static import StaticEngine, StaticNodes, runners
+from lzero_kv.lightzero.inference.static.step import StaticStep, StepInputs
+from lzero_kv.lightzero.inference.weights import Prepared
 
 from ..emulated_cuda import Device, emulated_cuda
 from .direct import Drive, Step, largest_difference

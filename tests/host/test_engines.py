@@ -17,11 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lzero_kv.hosts.lightzero import flights
-from lzero_kv.hosts.lightzero.nodes import SearchNodes
-from lzero_kv.hosts.lightzero.prepared import Prepared
-from lzero_kv.hosts.lightzero.static import StaticEngine, StaticNodes, runners
-from lzero_kv.hosts.lightzero.static.step import StaticStep, StepInputs
+from lzero_kv.lightzero.inference import flights
+from lzero_kv.lightzero.inference.nodes import SearchNodes
+from lzero_kv.lightzero.inference.static import StaticEngine, StaticNodes, runners
+from lzero_kv.lightzero.inference.static.step import StaticStep, StepInputs
+from lzero_kv.lightzero.inference.weights import Prepared
 
 from .direct import Drive, Step, largest_difference
 from .families import FAMILIES

@@ -188,8 +188,8 @@ def test_bytes_go_down_by_the_ratio() -> None:
 
 
 def test_what_does_not_read_the_attention_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lzero_kv.hosts.lightzero import transformer
-    from lzero_kv.hosts.lightzero.budgeted import flights
+    from lzero_kv.lightzero.inference import attention as transformer
+    from lzero_kv.lightzero.inference.budgeted import flights
 
     def look(*args: Any) -> None:
         raise AssertionError('somebody looked')
@@ -267,7 +267,7 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lzero_kv.hosts.lightzero.budgeted import flight, flights, held
+    from lzero_kv.lightzero.inference.budgeted import flight, flights, held
 
     owner, name, planted = FAULTS[fault]
     holder = next(getattr(home, owner) for home in (flight, flights, held) if owner in vars(home))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.observer import NodesExpanded, Observer
+from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 
 from .episodes import Episodes, Root
 from .judging import judge_nodes, judge_roots

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lzero_kv.hosts.lightzero import prepared
-from lzero_kv.hosts.lightzero.prepared import Prepared, affine, sequence
+from lzero_kv.lightzero.inference import weights as prepared
+from lzero_kv.lightzero.inference.weights import Prepared, affine, sequence
 
 from .episodes import Episodes
 from .judging import judge_nodes, judge_roots

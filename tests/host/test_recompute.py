@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute, Token
+from lzero_kv.lightzero.validation.recompute import Recompute, Token
 
 from .episodes import Episodes, Root
 from .families import FAMILIES

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lzero.policy import InverseScalarTransform
 
-from lzero_kv.hosts.lightzero.scalars import expected_scalars
+from lzero_kv.lightzero.inference.scalars import expected_scalars
 
 RTOL = {torch.float32: 2e-4, torch.float64: 1e-11}
 """The inverse subtracts 1 from a square root near 1 and divides by 0.002: it enlarges rounding."""

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute
+from lzero_kv.lightzero.validation.recompute import Recompute
 
 from .episodes import Episodes, Root
 from .judging import judge_nodes, judge_reanalysis, judge_roots

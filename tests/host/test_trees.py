@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero import engine, flights
-from lzero_kv.hosts.lightzero.observer import NodesExpanded, Observer
-from lzero_kv.hosts.lightzero.trees import SearchTrees
-from lzero_kv.hosts.lightzero.validation.recompute import Recompute
+from lzero_kv.lightzero.inference import flights
+from lzero_kv.lightzero.inference import session as engine
+from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
+from lzero_kv.lightzero.inference.trees import SearchTrees
+from lzero_kv.lightzero.validation.recompute import Recompute
 
 from .episodes import Episodes
 from .judging import judge_nodes, judge_reanalysis, judge_roots

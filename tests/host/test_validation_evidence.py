@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation import evidence
+from lzero_kv.lightzero.validation import evidence
 from lzero_kv.validation.causes import Cause
 from lzero_kv.validation.finding import Finding, ValidationError
 

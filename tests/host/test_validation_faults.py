@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.nodes import SearchNodes
-from lzero_kv.hosts.lightzero.roots import RootInference
-from lzero_kv.hosts.lightzero.validation import failures, judge
+from lzero_kv.lightzero.inference.nodes import SearchNodes
+from lzero_kv.lightzero.inference.roots import RootInference
+from lzero_kv.lightzero.validation import failures, judge
 from lzero_kv.validation.causes import Fault
 from lzero_kv.validation.deviation import Deviation, Tolerance
 from lzero_kv.validation.finding import Finding, ValidationError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.observer import NodesExpanded, Observer
+from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 from lzero_kv.validation.causes import Cause
 
 from .episodes import Episodes

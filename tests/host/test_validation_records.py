@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.hosts.lightzero.validation import failures, histories
-from lzero_kv.hosts.lightzero.validation.replay import replay
+from lzero_kv.lightzero.validation import failures, histories
+from lzero_kv.lightzero.validation.replay import replay
 from lzero_kv.validation.deviation import Tolerance
 from lzero_kv.validation.finding import Finding
 from lzero_kv.validation.record import load_finding, save_finding

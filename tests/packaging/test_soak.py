@@ -140,7 +140,7 @@ def test_a_run_that_cannot_be_judged_says_why(tmp_path: Path) -> None:
 
 
 def test_time_ends_the_training_and_the_host_is_whole_again() -> None:
-    from lzero_kv.hosts.lightzero.policy import KVPolicy
+    from lzero_kv.lightzero.policy import KVPolicy
 
     before = vars(KVPolicy)['_forward_collect']
     recorder = Recorder(minutes=0.002, every_seconds=1.0, show=print)

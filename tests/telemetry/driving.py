@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from lzero_kv.cache.keys import NO_SLOT, NodeKey, RootKey
+from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.keys import NO_SLOT, NodeKey, RootKey
-from lzero_kv.manager import KVCacheManager
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
 
 LAYERS, HEADS, EMBED, TOKENS, ENVIRONMENTS, SIMULATIONS = 2, 3, 12, 8, 4, 5

@@ -12,9 +12,9 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from lzero_kv.budget import BudgetReading, LayerLoss, Preference
+from lzero_kv.cache.layout import KVLayout
+from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cli.report import report
-from lzero_kv.layout import KVLayout
-from lzero_kv.manager import KVCacheManager
 from lzero_kv.telemetry.budget import budget_table, places_histogram
 from lzero_kv.telemetry.metrics import Axis, TagName, layer_of, parse_tag
 from lzero_kv.telemetry.read import read_run

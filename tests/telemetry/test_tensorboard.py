@@ -18,7 +18,7 @@ from tensorboard.compat.proto import summary_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
-from lzero_kv.stats import CacheStats, Log2Histogram
+from lzero_kv.cache.stats import CacheStats, Log2Histogram
 from lzero_kv.telemetry.metrics import CHARTS, HISTOGRAMS, METRICS, Axis, Kind, tag
 from lzero_kv.telemetry.read import read_run
 from lzero_kv.telemetry.reading import read_managers

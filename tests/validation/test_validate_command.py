@@ -228,7 +228,7 @@ def test_the_host_is_whole_again_after_a_bounded_training() -> None:
     from ding.worker import BaseLearner
     from lzero.worker import MuZeroEvaluator
 
-    from lzero_kv.hosts.lightzero.policy import KVPolicy
+    from lzero_kv.lightzero.policy import KVPolicy
 
     places = [(KVPolicy, '_forward_collect'), (KVPolicy, '_forward_eval'), (MuZeroEvaluator, 'eval')]
     places.append((BaseLearner, 'train'))

@@ -85,7 +85,7 @@ class Recorder:
         """Within the block: take samples, and end the training by :class:`TimeIsUp`."""
         from lzero.mcts.buffer.game_buffer import GameBuffer
 
-        from lzero_kv.hosts.lightzero.policy import KVPolicy
+        from lzero_kv.lightzero.policy import KVPolicy
 
         self.progress.listener = self._took_step
         with ExitStack() as stack:
@@ -115,7 +115,7 @@ class Recorder:
             raise TimeIsUp
 
     def _take(self, now: float) -> None:
-        from lzero_kv.hosts.lightzero.reporting import run_tally
+        from lzero_kv.lightzero.reporting import run_tally
         from lzero_kv.validation.tally import ValidationTally
 
         models = self.policy.kv_world_models

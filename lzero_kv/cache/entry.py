@@ -1,0 +1,212 @@
+"""One history as the host's ``KeysValues`` object looks, and the way between that and a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lzero_kv.cache.layout import KVLayout
+
+
+class TokenCache:
+    """Keys or values of one layer of one history."""
+
+    def __init__(self, cache: torch.Tensor, size: int) -> None:
+        self._cache = cache
+        """``[1, heads, capacity, head_dim]``, left-aligned, zeros behind the last token."""
+        self._size = size
+        """Tokens in it."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(1, heads, size, head_dim)``, as the host counts it."""
+        rows, heads, _, head_dim = self._cache.shape
+        return rows, heads, self._size, head_dim
+
+    def get(self) -> torch.Tensor:
+        """The tokens in it: ``[1, heads, size, head_dim]``."""
+        return self._cache[:, :, : self._size]
+
+
+class LayerKV:
+    """Keys and values of one layer of one history."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, size: int) -> None:
+        self._k_cache = TokenCache(keys, size)
+        self._v_cache = TokenCache(values, size)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(1, heads, size, head_dim)`` of the keys."""
+        return self._k_cache.shape
+
+    def get(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each ``[1, heads, size, head_dim]``."""
+        return self._k_cache.get(), self._v_cache.get()
+
+
+class KVEntry:
+    """A private copy of one history that can stand where the host expects a ``KeysValues`` of one sample.
+
+    ``entry[layer]._k_cache._cache`` and ``._v_cache._cache`` are ``[1, heads, capacity, head_dim]``,
+    left-aligned and zero-padded; ``len(entry)`` is the number of layers. Changing it changes no pool.
+    """
+
+    def __init__(self, layers: Sequence[LayerKV], next_position: int) -> None:
+        self._keys_values = tuple(layers)
+        self.next_position = next_position
+        """Logical position that the next token gets."""
+
+    @property
+    def size(self) -> int:
+        """Tokens of the history: those of the layer that holds most."""
+        return max(layer._k_cache._size for layer in self._keys_values)
+
+    def __len__(self) -> int:
+        return len(self._keys_values)
+
+    def __getitem__(self, layer: int) -> LayerKV:
+        return self._keys_values[layer]
+
+    def clone(self) -> KVEntry:
+        """A copy with tensors of its own."""
+        pairs = [(layer._k_cache, layer._v_cache) for layer in self._keys_values]
+        layers = [LayerKV(keys._cache.clone(), values._cache.clone(), keys._size) for keys, values in pairs]
+        return KVEntry(layers, self.next_position)
+
+    @classmethod
+    def from_row(cls, layout: KVLayout, row: torch.Tensor, size: int, next_position: int) -> KVEntry:
+        """Copy a history out of a row.
+
+        Arguments:
+            row: ``[1, 2 * layers, n, embed_dim]`` with ``n >= size``, or ``[1, row_elements]``.
+            size: tokens of the history; a layer that holds fewer has the newest ones.
+        """
+        shape = (2 * layout.layers, 1, layout.heads, layout.max_tokens, layout.head_dim)
+        padded = torch.zeros(shape, dtype=row.dtype, device=row.device)
+        with torch.no_grad():
+            if layout.uniform:
+                tokens = row[0, :, row.shape[2] - size :].unflatten(-1, (layout.heads, layout.head_dim))
+                padded[:, 0, :, :size] = tokens.transpose(1, 2)
+            else:
+                for layer, capacity in enumerate(layout.layer_tokens):
+                    n = min(size, capacity)
+                    padded[2 * layer, 0, :, :n] = layout.keys(row, layer)[0, capacity - n :].transpose(0, 1)
+                    padded[2 * layer + 1, 0, :, :n] = layout.values(row, layer)[0, capacity - n :].transpose(
+                        0, 1
+                    )
+        layers = [
+            LayerKV(padded[2 * layer, ..., :n, :], padded[2 * layer + 1, ..., :n, :], min(size, n))
+            for layer, n in enumerate(layout.layer_tokens)
+        ]
+        return cls(layers, next_position)
+
+    @classmethod
+    def from_keys_values(cls, keys_values: Any, layout: KVLayout) -> KVEntry:
+        """A private copy of a ``KeysValues``-like object; raises as :func:`row_from_keys_values`."""
+        row, size, next_position = row_from_keys_values(keys_values, layout)
+        return cls.from_row(layout, row, size, next_position)
+
+
+def layout_of(keys_values: Any) -> KVLayout:
+    """The layout whose capacity, dtype and device are those of a ``KeysValues``-like object of one sample.
+
+    Raises:
+        TypeError: the object does not look like one.
+    """
+    caches = _caches(keys_values)
+    first = caches[0]._cache
+    return KVLayout(
+        layers=len(caches) // 2,
+        heads=first.shape[1],
+        head_dim=first.shape[3],
+        tokens=tuple(cache._cache.shape[2] for cache in caches[::2]),
+        dtype=first.dtype,
+        device=first.device,
+    )
+
+
+def row_from_keys_values(keys_values: Any, layout: KVLayout) -> tuple[torch.Tensor, int, int]:
+    """The row of a ``KeysValues``-like object of one sample.
+
+    Returns:
+        The row (``[1, 2 * layers, size, embed_dim]`` or, not uniform, ``[1, row_elements]``), the tokens of
+        the history, and its next logical position (its size where the object does not say).
+
+    Raises:
+        TypeError: the object does not look like a ``KeysValues``, or has another dtype than the layout.
+        ValueError: layers, heads or head_dim differ from the layout, there are more tokens than a slot holds,
+            the layers disagree about the size, or a number is not finite.
+    """
+    caches = _caches(keys_values)
+    if len(caches) != 2 * layout.layers:
+        raise ValueError(f'expected the keys and values of {layout.layers} layers, got {len(caches) // 2}')
+    size = int(keys_values.size) if layout.uniform else max(int(cache._size) for cache in caches)
+    blocks = []
+    for block, cache in enumerate(caches):
+        capacity = layout.layer_tokens[block // 2]
+        _check_cache(cache, block, layout, size if layout.uniform else min(size, capacity))
+        blocks.append(cache._cache[:, :, : cache._size])
+    with torch.no_grad():
+        if layout.uniform:
+            row = torch.cat(blocks).transpose(1, 2).reshape(1, 2 * layout.layers, size, layout.embed_dim)
+        else:
+            row = torch.cat([_right_aligned(block, layout, index) for index, block in enumerate(blocks)])[
+                None
+            ]
+        if not bool(torch.isfinite(row).all()):
+            raise ValueError(
+                "expected finite keys and values, got NaN or infinity; check the model's outputs"
+            )
+    return row, size, int(getattr(keys_values, 'next_position', size))
+
+
+def _right_aligned(block: torch.Tensor, layout: KVLayout, index: int) -> torch.Tensor:
+    flat = block[0].transpose(0, 1).reshape(-1)
+    missing = layout.layer_tokens[index // 2] * layout.embed_dim - flat.numel()
+    return torch.nn.functional.pad(flat, (missing, 0))
+
+
+def _caches(keys_values: Any) -> list[Any]:
+    """Key cache and value cache of each layer, alternating."""
+    try:
+        layers = [keys_values[layer] for layer in range(len(keys_values))]
+        caches = [cache for layer in layers for cache in (layer._k_cache, layer._v_cache)]
+        looks_right = bool(caches) and all(cache._cache.ndim == 4 and cache._size >= 0 for cache in caches)
+        looks_right = looks_right and keys_values.size >= 0
+    except (AttributeError, TypeError, KeyError, IndexError):
+        looks_right, caches = False, []
+    if not looks_right:
+        raise TypeError(
+            f'expected a KeysValues-like object (len, .size, [layer]._k_cache._size, '
+            f'[layer]._k_cache._cache [1, heads, tokens, head_dim], [layer]._v_cache), '
+            f'got {type(keys_values).__name__}'
+        )
+    return caches
+
+
+def _check_cache(cache: Any, block: int, layout: KVLayout, size: int) -> None:
+    tensor, where = cache._cache, f'layer {block // 2} {"values" if block % 2 else "keys"}'
+    rows, heads, capacity, head_dim = tensor.shape
+    if (rows, heads, head_dim) != (1, layout.heads, layout.head_dim):
+        raise ValueError(
+            f'{where}: expected [1, {layout.heads}, tokens, {layout.head_dim}], got {list(tensor.shape)}'
+            + ('; store the samples of a batch one by one' if rows != 1 else '')
+        )
+    if tensor.dtype != layout.dtype:
+        raise TypeError(
+            f'{where}: expected {layout.dtype}, got {tensor.dtype}; convert it with .to({layout.dtype})'
+        )
+    if tensor.device.type != layout.device.type:
+        raise ValueError(f'{where}: expected a tensor on {layout.device}, got {tensor.device}')
+    if cache._size != size or size > capacity:
+        raise ValueError(
+            f'{where}: expected {size} tokens of at most {capacity}, got a size of {cache._size}'
+        )
+    if size > layout.layer_tokens[block // 2]:
+        raise ValueError(
+            f'{where}: {size} tokens do not fit into a slot of {layout.layer_tokens[block // 2]}; '
+            f"drop the oldest steps first, or make the layout's tokens larger"
+        )

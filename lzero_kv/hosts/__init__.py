@@ -1,1 +1,0 @@
-"""Adapters, one folder per host. Only these know the world model they serve."""

@@ -1,0 +1,136 @@
+"""What inference tells those who watch it. Nobody watching costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lzero_kv.lightzero.inference.heads import StepOutputs
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Keys and values of a batch of histories, as one step was handed them or left them.
+
+    Attributes:
+        kv: ``[B, 2 * layers, T, embed]``, right-aligned; a copy.
+        lengths: int64 ``[B]``, tokens of each row; 0 for none.
+        present: bool ``[B]``, rows that came out of a pool (the others were computed again), or that went
+            into one (the others are computed when they are asked for: their part of ``kv`` is not theirs).
+    """
+
+    kv: torch.Tensor
+    lengths: np.ndarray
+    present: np.ndarray
+
+    def row(self, row: int) -> torch.Tensor:
+        """``[2 * layers, length, embed]`` of one row."""
+        return self.kv[row, :, self.kv.shape[2] - int(self.lengths[row]) :]
+
+
+@dataclass(frozen=True)
+class RootsInferred:
+    """A root inference that is done.
+
+    Attributes:
+        env_ids: one per row.
+        first: bool ``[B]``, rows that begin an episode.
+        last_observations, last_actions, observations, timesteps: what inference was given.
+        keys: names of the new roots, one per row.
+        latents: ``[B, 1, embed]``.
+        served: what the rows that continue were handed, where an observer needs it.
+        stored: the new roots, likewise.
+        outputs: the answers.
+    """
+
+    env_ids: Sequence[int]
+    first: np.ndarray
+    last_observations: torch.Tensor
+    last_actions: Sequence[Any]
+    observations: torch.Tensor
+    timesteps: np.ndarray
+    keys: Sequence[Any]
+    latents: torch.Tensor
+    served: Histories
+    stored: Histories
+    outputs: StepOutputs
+
+
+@dataclass(frozen=True)
+class SearchBegun:
+    """A search whose roots stand.
+
+    Attributes:
+        latents: ``[B, 1, embed]`` of the roots.
+        timestep: as the host gave it.
+        from_roots: whether the roots are those of the latest root inference, else each history is its latent
+            state alone.
+        next_positions: int64 ``[B]``, logical position of each root's next token.
+        capacity: nodes that the recurrent pool holds.
+    """
+
+    latents: np.ndarray
+    timestep: Any
+    from_roots: bool
+    next_positions: np.ndarray
+    capacity: int
+
+
+@dataclass(frozen=True)
+class NodesExpanded:
+    """One simulation: a child for every row.
+
+    Attributes:
+        simulation: number of the children, from 1.
+        parents: int64 ``[B]``, number of each row's parent (0: its root).
+        actions: int64 ``[B]``, or ``[B, action_space_size]`` where actions are continuous.
+        served: the parents, where an observer needs them.
+        stored: the children, likewise.
+        outputs: the answers.
+    """
+
+    simulation: int
+    parents: np.ndarray
+    actions: torch.Tensor
+    served: Histories
+    stored: Histories
+    outputs: StepOutputs
+
+
+NO_HISTORIES = Histories(torch.empty(0), np.empty(0, np.int64), np.empty(0, bool))
+"""Where no observer needs them."""
+
+
+class Observer:
+    """Base of those who watch a world model; every method does nothing."""
+
+    needs_histories = False
+    """Whether the events have to carry copies of keys and values."""
+
+    def roots_inferred(self, event: RootsInferred) -> None:
+        """A root inference is done."""
+
+    def search_begun(self, event: SearchBegun) -> None:
+        """A search begins."""
+
+    def nodes_expanded(self, event: NodesExpanded) -> None:
+        """A simulation is done."""
+
+    def episodes_ended(self, env_ids: Sequence[int]) -> None:
+        """These environments' histories are forgotten."""
+
+    def caches_cleared(self) -> None:
+        """All keys and values are dropped: the weights changed, or are about to be read anew."""
+
+    def roots_cleared(self) -> None:
+        """The keys and values of all roots are dropped."""
+
+    def nodes_cleared(self) -> None:
+        """Somebody outside dropped the nodes of the latest search."""
+
+    def contexts_lost(self) -> None:
+        """All environments' histories are forgotten: new pools, for another dtype, device or size."""

@@ -1,0 +1,107 @@
+"""The host's heads and embedding tables, applied to one token of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lzero_kv.cache.transfer import to_device
+from lzero_kv.lightzero.inference.weights import Prepared
+
+
+class StepOutputs(NamedTuple):
+    """What the world model predicts after a step; shapes as the host's ``forward_recurrent_inference``
+    returns them.
+
+    Attributes:
+        hidden: ``[B, 1, embed]``, the transformer's output of the last token.
+        latent: ``[B, 1, embed]``, the predicted next latent state; None at root inference.
+        reward: ``[B, 1, support]`` logits; None at root inference.
+        policy: ``[B, 1, actions]`` logits (continuous actions: mean and deviation side by side).
+        value: ``[B, 1, support]`` logits.
+    """
+
+    hidden: torch.Tensor
+    latent: torch.Tensor | None
+    reward: torch.Tensor | None
+    policy: torch.Tensor
+    value: torch.Tensor
+
+
+def predict_policy_value(prepared: Prepared, hidden: torch.Tensor) -> StepOutputs:
+    """Policy and value at an observation token, ``hidden`` ``[B, embed]``."""
+    policy = prepared.policy(hidden)
+    if isinstance(policy, dict):
+        policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
+    return StepOutputs(hidden[:, None], None, None, policy[:, None], prepared.value(hidden)[:, None])
+
+
+def predict_reward_latent(prepared: Prepared, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reward logits ``[B, support]`` and next latent state ``[B, embed]`` at an action token, ``hidden``
+    ``[B, embed]``."""
+    return prepared.reward(hidden), prepared.latent(hidden)
+
+
+def action_embeddings(
+    world_model: Any, actions: Sequence[Any] | torch.Tensor, absent: np.ndarray | None = None
+) -> torch.Tensor:
+    """Embeddings ``[B, embed]`` of actions: integers, or vectors ``[action_space_size]`` where actions are
+    continuous.
+
+    Args:
+        absent: bool ``[B]``, rows without an action; some action stands in for them.
+
+    Raises:
+        ValueError: an action of a sequence is none of the action space. A tensor is not looked at: see
+            :func:`check_actions`.
+    """
+    weight = world_model.transformer.ln_f.weight
+    size = world_model.action_space_size
+    if world_model.continuous_action_space:
+        if not isinstance(actions, torch.Tensor):
+            blank = np.zeros(size, dtype=np.float32)
+            rows = [
+                blank if absent is not None and absent[i] else np.asarray(a, dtype=np.float32).reshape(-1)
+                for i, a in enumerate(actions)
+            ]
+            broken = [row.tolist() for row in rows if len(row) != size or not np.isfinite(row).all()]
+            if broken:
+                raise ValueError(f'expected actions of {size} finite numbers, got {broken}')
+            actions = to_device(np.stack(rows), weight.device)
+        return world_model.act_embedding_table(actions.reshape(-1, size).to(weight))
+    if not isinstance(actions, torch.Tensor):
+        integers = np.asarray([int(np.asarray(action).reshape(-1)[0]) for action in actions], dtype=np.int64)
+        if absent is not None:
+            integers = np.where(absent, 0, integers)
+        outside = integers[(integers < 0) | (integers >= size)]
+        if len(outside):
+            raise ValueError(f'expected actions in [0, {size}), got {outside.tolist()}')
+        actions = to_device(integers, weight.device)
+    return world_model.act_embedding_table(actions.reshape(-1).to(weight.device))
+
+
+def check_actions(world_model: Any, actions: torch.Tensor, rows: int) -> None:
+    """Refuse actions that are not one of the action space for each of ``rows`` rows; reads them back from
+    their device.
+
+    Args:
+        actions: integers ``[B]`` or ``[B, 1]``, or ``[B, action_space_size]`` where actions are continuous.
+
+    Raises:
+        ValueError: says what came.
+    """
+    size = world_model.action_space_size
+    numbers = size if world_model.continuous_action_space else 1
+    if actions.numel() != rows * numbers:
+        each = f' of {numbers} numbers' if world_model.continuous_action_space else ''
+        raise ValueError(f'expected {rows} actions{each}, got {actions.numel()} numbers')
+    if world_model.continuous_action_space:
+        if not torch.isfinite(actions).all():
+            raise ValueError(f'expected actions of {size} finite numbers, got {actions.tolist()}')
+        return
+    outside = actions[(actions < 0) | (actions >= size)].tolist()
+    if outside:
+        raise ValueError(f'expected actions in [0, {size}), got {outside}')

@@ -1,0 +1,194 @@
+"""What the policy knows and the world model does not: which environments are ready, what each saw last, when
+one ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lzero.entry.utils import initialize_zeros_batch
+from lzero.policy.unizero import UniZeroPolicy
+
+from lzero_kv.lightzero.inference.roots import NO_ACTION
+from lzero_kv.lightzero.world_model import KVWorldModel
+
+
+class LastSteps:
+    """Each environment's last observation and action, of one phase (collection or evaluation).
+
+    Args:
+        first_id: the manager's number of the phase's environment 0, so that the phases do not share
+            histories.
+        environments: how many environments the phase has.
+    """
+
+    def __init__(self, first_id: int, environments: int) -> None:
+        self.first_id = first_id
+        self.environments = environments
+        self._steps: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._timesteps: dict[int, int] = {}
+
+    def manager_id(self, env_id: int) -> int:
+        """The manager's number of an environment of this phase.
+
+        Raises:
+            ValueError: there is no such environment.
+        """
+        if not 0 <= env_id < self.environments:
+            raise ValueError(
+                f'expected environment ids in [0, {self.environments}), got {env_id}; '
+                f'write the real collector_env_num and evaluator_env_num in the policy config'
+            )
+        return self.first_id + int(env_id)
+
+    def of(self, env_ids: Sequence[int], observations: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        """Last observations ``[B, ...]`` and actions of ``env_ids``; zeros and -1 where an episode begins."""
+        steps = [self._steps.get(int(env_id)) for env_id in env_ids]
+        last = [
+            torch.zeros_like(new) if step is None else step[0]
+            for step, new in zip(steps, observations, strict=True)
+        ]
+        return torch.stack(last), [NO_ACTION if step is None else step[1] for step in steps]
+
+    def restarted(self, env_ids: Sequence[int], timesteps: Sequence[int]) -> list[int]:
+        """Environments whose timestep is 0 again: another episode began and nobody said that the last one
+        ended.
+
+        A 0 after a 0 says nothing: the host's segment collector repeats the timesteps with which its call
+            began.
+        """
+        return [
+            env_id
+            for env_id, timestep in zip(env_ids, timesteps, strict=True)
+            if timestep == 0 < self._timesteps.get(int(env_id), 0)
+        ]
+
+    def remember(self, env_id: int, observation: torch.Tensor, action: Any, timestep: int) -> None:
+        """Note what an environment was shown, at which timestep (negative: unknown), and what was chosen."""
+        self._steps[int(env_id)] = observation, action
+        self._timesteps[int(env_id)] = timestep
+
+    def forget(self, env_ids: Sequence[int] | None = None) -> list[int]:
+        """Forget environments (None: all) whose episode ended; gives back their numbers at the manager."""
+        ended = range(self.environments) if env_ids is None else env_ids
+        for env_id in ended:
+            self._steps.pop(int(env_id), None)
+            self._timesteps.pop(int(env_id), None)
+        return [self.manager_id(env_id) for env_id in ended]
+
+
+class KVPolicy(UniZeroPolicy):
+    """Placed in front of the class of a UniZero policy (which may be a subclass); gives the world model each
+    ready environment's own last step.
+
+    The host keeps one batch of last observations and actions, forgets it for all environments when one ends
+    or is missing, and shares it between collection and evaluation.
+    """
+
+    _cfg: Any
+    _model: Any
+    _target_model: Any
+
+    def engage(self) -> None:
+        """Size the cache for this policy's environments and searches."""
+        collectors, evaluators = int(self._cfg.collector_env_num), int(self._cfg.evaluator_env_num)
+        self._last_steps = {
+            'collect': LastSteps(0, collectors),
+            'eval': LastSteps(collectors, evaluators),
+        }
+        self._serving = False
+        for model in (self._model, self._target_model):
+            model.world_model.expect(
+                collectors + evaluators, int(self._cfg.num_simulations), max(collectors, evaluators)
+            )
+
+    @property
+    def kv_world_models(self) -> dict[str, KVWorldModel]:
+        """The world models that keep a cache: ``acting`` in the environments, ``reanalysis`` of replayed
+        ones."""
+        return {'acting': self._model.world_model, 'reanalysis': self._target_model.world_model}
+
+    def _get_kv_world_models(self) -> dict[str, KVWorldModel]:
+        # The host's mode functions (collect_mode.get_attribute) ask for an attribute by this name.
+        return self.kv_world_models
+
+    def _forward_collect(
+        self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any
+    ) -> dict:
+        with self._own_last_steps('collect', data, ready_env_id, kwargs.get('timestep')) as remember:
+            return remember(super()._forward_collect(data, *args, ready_env_id=ready_env_id, **kwargs))
+
+    def _forward_eval(self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any) -> dict:
+        with self._own_last_steps('eval', data, ready_env_id, kwargs.get('timestep')) as remember:
+            return remember(super()._forward_eval(data, *args, ready_env_id=ready_env_id, **kwargs))
+
+    @contextmanager
+    def _own_last_steps(
+        self, phase: str, data: torch.Tensor, ready_env_id: Any, timestep: Any
+    ) -> Iterator[Any]:
+        steps = self._last_steps[phase]
+        env_ids = [int(env_id) for env_id in (range(len(data)) if ready_env_id is None else ready_env_id)]
+        manager_ids = [steps.manager_id(env_id) for env_id in env_ids]
+        timesteps = reported_timesteps(timestep, len(data))
+        self._end(phase, steps.restarted(env_ids, timesteps))
+        host_last = self.last_batch_obs, self.last_batch_action
+        self.last_batch_obs, self.last_batch_action = steps.of(env_ids, data)
+
+        def remember(output: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+            for env_id, observation, timestep in zip(env_ids, data, timesteps, strict=True):
+                steps.remember(env_id, observation, output[env_id]['action'], timestep)
+            return output
+
+        self._serving = True  # the host resets its shared batch while it runs, which ends no episode
+        try:
+            with self._model.world_model.serving(manager_ids, host_last):
+                yield remember
+        finally:
+            self._serving = False
+
+    def _reset_collect(
+        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
+    ) -> None:
+        self._reset_phase('collect', env_id, current_steps, reset_init_data)
+
+    def _reset_eval(
+        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
+    ) -> None:
+        self._reset_phase('eval', env_id, current_steps, reset_init_data)
+
+    def _reset_phase(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
+        """Forget the environments that ended: those of a list, or all.
+
+        With a single number the host reports one more step of a running episode, and clears every cache now
+        and then to bound its memory. The pools are bounded, so nothing is to be done.
+        """
+        if self._model.world_model.validator is not None:
+            self._reset_host(phase, env_id, current_steps, reset_init_data)
+        if self._serving or isinstance(env_id, (int, np.integer)):
+            return
+        self._end(phase, env_id)
+
+    def _reset_host(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
+        """What the host alone would do: wipe its one batch of last inputs, and now and then its caches."""
+        if reset_init_data:
+            environments = self._last_steps[phase].environments
+            self.last_batch_obs = initialize_zeros_batch(
+                self._cfg.model.observation_shape, environments, self._cfg.device
+            )
+            self.last_batch_action = [NO_ACTION] * environments
+        interval = 2000 if self._cfg.get('sample_type', '') == 'episode' else 200
+        if isinstance(env_id, (int, np.integer)) and current_steps % interval == 0:
+            self._model.world_model.validator.host_clears()
+
+    def _end(self, phase: str, env_ids: Sequence[int] | None) -> None:
+        self._model.world_model.end_episodes(self._last_steps[phase].forget(env_ids))
+
+
+def reported_timesteps(timestep: Any, rows: int) -> list[int]:
+    """The step of its episode that each row is at, -1 where the environments do not tell."""
+    if timestep is None or np.ndim(timestep) == 0 or len(timestep) != rows:
+        return [-1] * rows
+    return [int(np.asarray(step).reshape(-1)[0]) for step in timestep]

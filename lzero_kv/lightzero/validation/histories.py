@@ -1,0 +1,165 @@
+"""The true histories of all environments: raw observations and actions, kept apart from the manager's own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lzero_kv.cache.keys import digest_rows
+from lzero_kv.cache.window import Window
+from lzero_kv.lightzero.validation.recompute import Answer, Recompute, Token, TokenWindow
+from lzero_kv.lightzero.validation.twin import HistoryName
+
+REPLAYED = 32
+"""Steps of a shifted window that a replay takes again at most; episodes may have thousands."""
+REMEMBERED = 4
+"""Earlier roots of an environment that a stale entry is looked for among."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a window came about: where it began, then steps of an action and an observation token.
+
+    Attributes:
+        base: tokens, computed in one causal pass; or a window as it stood, where the way there is too long to
+            keep.
+        steps: what came after.
+    """
+
+    base: list[Token] | TokenWindow
+    steps: list[tuple[Token, Token]]
+
+    def then(self, step: tuple[Token, Token]) -> Course:
+        """One step more."""
+        return Course(self.base, [*self.steps, step])
+
+
+@dataclass
+class TrueHistory:
+    """One environment's episode.
+
+    Attributes:
+        observations: raw observations of the window, newest last.
+        actions: the actions between them, one fewer.
+        digest: digest of the newest observation.
+        next_position: logical position of the next token.
+        tokens: the same window, embedded; empty when the weights changed since.
+        window: keys and values as they stand, where what they are depends on the steps that led to them;
+            None when they follow from ``tokens`` alone.
+        course: how ``window`` came about.
+        name: the root as it was last stored; None before.
+        stored: whether its keys and values are in the pools, as far as anybody said.
+        earlier: keys and values of earlier roots, newest last.
+    """
+
+    observations: deque[torch.Tensor]
+    actions: deque[Any]
+    digest: int
+    next_position: int
+    tokens: deque[Token]
+    window: TokenWindow | None = None
+    course: Course = field(default_factory=lambda: Course([], []))
+    name: HistoryName | None = None
+    stored: bool = False
+    earlier: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+
+class TrueHistories:
+    """The :class:`TrueHistory` of every environment in the middle of an episode.
+
+    Args:
+        oracle: computes keys and values from tokens.
+        window: how many tokens are kept.
+    """
+
+    def __init__(self, oracle: Recompute, window: Window) -> None:
+        self._oracle = oracle
+        self._kept = window.kept
+        self._observations = window.observations
+        self._histories: dict[int, TrueHistory] = {}
+
+    def __iter__(self) -> Any:
+        return iter(self._histories.items())
+
+    def begin(self, env_id: int, observation: torch.Tensor, position: int) -> TrueHistory:
+        """An episode begins with ``observation`` at a logical position; gives its history."""
+        history = self._histories[env_id] = TrueHistory(
+            deque([observation], maxlen=self._observations),
+            deque(maxlen=self._observations - 1),
+            digest_rows(observation[None])[0],
+            position + 1,
+            deque(maxlen=2 * self._observations - 1),
+        )
+        return history
+
+    def continued(self, env_id: int, last_observation: torch.Tensor, timestep: int) -> TrueHistory:
+        """The history that ends with ``last_observation``: the environment's, or that observation alone."""
+        history = self._histories.get(env_id)
+        if history is None or history.digest != digest_rows(last_observation[None])[0]:
+            history = self.begin(env_id, last_observation, 2 * max(timestep - 1, 0))
+        return history
+
+    def window(self, history: TrueHistory) -> TokenWindow:
+        """Keys and values of a history as they stand now, computed from its tokens where not kept."""
+        if history.window is not None:
+            return history.window
+        tokens = list(self.tokens(history))
+        history.course = Course(tokens, [])
+        return self._oracle.causal(tokens)[1]
+
+    def tokens(self, history: TrueHistory) -> Sequence[Token]:
+        """The tokens of a history's window, embedded by the weights of now."""
+        if not history.tokens:
+            first = history.next_position - 2 * len(history.observations) + 1
+            for step, observation in enumerate(history.observations):
+                if step:
+                    action = self._oracle.embed_action(history.actions[step - 1])
+                    history.tokens.append(Token(action, first + 2 * step - 1))
+                history.tokens.append(Token(self._oracle.encode(observation), first + 2 * step))
+        return history.tokens
+
+    def extend(self, env_id: int, action: Any, observation: torch.Tensor) -> tuple[Token, Token]:
+        """Append one step; gives its two tokens."""
+        history = self._histories[env_id]
+        self.tokens(history)
+        first = history.next_position
+        own = (
+            Token(self._oracle.embed_action(action), first),
+            Token(self._oracle.encode(observation), first + 1),
+        )
+        history.actions.append(action)
+        history.observations.append(observation)
+        history.tokens.extend(own)
+        history.digest = digest_rows(observation[None])[0]
+        history.next_position += 2
+        return own
+
+    def settle(self, env_id: int, answer: Answer, name: HistoryName, course: Course) -> None:
+        """Note what the root has become, and how."""
+        history = self._histories[env_id]
+        history.course = course
+        if self._oracle.rule == 'shift':
+            history.window = answer.window
+            if len(course.steps) >= REPLAYED:
+                history.course = Course(answer.window, [])
+        history.name, history.stored = name, True
+        history.earlier.append(answer.window.kv())
+
+    def forget_keys_and_values(self) -> None:
+        """The pools were emptied; the weights may be others."""
+        for history in self._histories.values():
+            history.window, history.stored = None, False
+            history.tokens.clear()
+
+    def discard(self, env_ids: Sequence[int]) -> None:
+        """These episodes ended."""
+        for env_id in env_ids:
+            self._histories.pop(env_id, None)
+
+    def clear(self) -> None:
+        """Forget all environments."""
+        self._histories.clear()

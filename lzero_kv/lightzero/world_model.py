@@ -1,0 +1,293 @@
+"""LightZero's world model with the cache manager in place of its dictionaries and rings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lzero.model.unizero_world_models.world_model import WorldModel
+
+from lzero_kv.budget import BudgetReading
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.window import Window
+from lzero_kv.config import KVCacheConfig, validation_mode_of
+from lzero_kv.lightzero.inference.budgeted import BudgetedFlights, limiting_budget
+from lzero_kv.lightzero.inference.by_latent import NodesByLatent
+from lzero_kv.lightzero.inference.events import Observer
+from lzero_kv.lightzero.inference.flights import shares_histories
+from lzero_kv.lightzero.inference.nodes import SearchNodes
+from lzero_kv.lightzero.inference.session import Engine, make_manager
+from lzero_kv.lightzero.inputs import check_world_model_config, timesteps_of
+from lzero_kv.lightzero.legacy import Clearable
+from lzero_kv.lightzero.validation.validator import Validator
+from lzero_kv.validation.tally import ValidationTally
+
+HostLast = tuple[torch.Tensor, Sequence[Any]]
+"""A batch of last observations and last actions, as the host's policy keeps one for all environments."""
+
+
+class KVWorldModel(WorldModel):
+    """The host's ``WorldModel``; root and recurrent inference are served by a :class:`KVCacheManager`.
+
+    Training, its losses and the state dict are the host's own: the cache holds no parameter and no buffer.
+
+    Args:
+        config: the host's ``world_model_cfg``; ``kv_cache`` in it configures the cache.
+        tokenizer: the host's tokenizer.
+
+    Raises:
+        ValueError: the cache's configuration is impossible, or does not fit the world model.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        self.cache_config = KVCacheConfig.from_world_model_cfg(config)
+        check_world_model_config(config)
+        self._validation_mode = validation_mode_of(config)
+        self._engine: Engine | None = None
+        self._validator: Validator | None = None
+        self._tally = ValidationTally()
+        super().__init__(config, tokenizer)
+        self._check_budget()
+        self._env_num = self._search_rows = int(config.env_num)
+        self._num_simulations = int(config.get('num_simulations', 50))
+        self._env_ids: Sequence[int] | None = None
+        self._host_last: HostLast | None = None
+        self.observers: list[Observer] = []
+        # The host's own structures, which other code clears and nothing fills any more.
+        self.past_kv_cache_init_infer_envs = [Clearable(self, 'clear_init_caches')]
+        self.past_kv_cache_recurrent_infer = Clearable(self, 'clear_recur_cache')
+        self.keys_values_wm = self.keys_values_wm_single_env = self.keys_values_wm_single_env_tmp = None
+
+    @property
+    def kv_cache_manager(self) -> KVCacheManager:
+        """The manager of this world model's caches."""
+        return self.engine.manager
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made for the dtype and device that the weights have now."""
+        if self._engine is None:
+            self._engine = Engine(self, self._env_num, self._num_simulations, self._search_rows)
+            manager = self._engine.manager
+            self.keys_values_wm_list = manager.keys_values_wm_list
+            self.keys_values_wm_size_list = manager.keys_values_wm_size_list
+            if self._validation_mode is not None:
+                self._validator = Validator(self, self._validation_mode, self.cache_config, self._tally)
+                self.observers.append(self._validator)
+        return self._engine
+
+    def _check_budget(self) -> None:
+        limiting = limiting_budget(self.cache_config, self.num_layers, Window(self.context_length))
+        if limiting is not None and self._validation_mode is not None:
+            raise ValueError(
+                f'cache_validation_mode={self._validation_mode!r} compares whole histories, and '
+                f'kv_cache.budget keeps a part of them: the differences would be its own; leave one of the '
+                f'two out'
+            )
+
+    @property
+    def engine_kind(self) -> Literal['eager', 'compile', 'cudagraph']:
+        """How the steps of a search run on the device where the weights are: ``kv_cache.engine``."""
+        sharing = shares_histories(self.cache_config, Window(self.context_length))
+        return self.cache_config.engine_on(self.transformer.ln_f.weight.device.type, sharing=sharing)
+
+    def _drop_engine(self) -> None:
+        """New pools will be made; what watched the old ones forgets them."""
+        self._engine = None
+        if self._validator is not None:
+            self.observers.remove(self._validator)
+            self._validator = None
+        for observer in self.observers:
+            observer.contexts_lost()
+
+    @property
+    def validation(self) -> ValidationTally | None:
+        """What validation found since the model was made; None where it is off."""
+        return None if self._validation_mode is None else self._tally
+
+    @property
+    def budgets(self) -> BudgetReading | None:
+        """The layer budgets of this moment; None where all tokens are kept, or before the first inference."""
+        flights = None if self._engine is None else self._engine.flights
+        return flights.reading() if isinstance(flights, BudgetedFlights) else None
+
+    @property
+    def validator(self) -> Validator | None:
+        """Who compares this model with the old system; None before the first inference, or where validation
+        is off."""
+        return self._validator
+
+    def expect(self, environments: int, num_simulations: int, rows: int | None = None) -> None:
+        """Size the pools for a policy: all its collection and evaluation environments, its simulations per
+        search, and the most environments that are searched at once (None: all of them).
+
+        Raises:
+            ValueError: the cache's configuration has no room for them.
+        """
+        self._env_num, self._num_simulations = environments, num_simulations
+        self._search_rows = environments if rows is None else rows
+        self._drop_engine()
+        # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
+        make_manager(self, environments, num_simulations)
+
+    @contextmanager
+    def serving(self, env_ids: Sequence[int], host_last: HostLast | None = None) -> Iterator[None]:
+        """Name the environments that the rows of the next root inference belong to.
+
+        ``host_last``: last observations and actions that the host alone would have passed, for validation.
+        """
+        self._env_ids, self._host_last = list(env_ids), host_last
+        try:
+            yield
+        finally:
+            self._env_ids = self._host_last = None
+
+    def end_episodes(self, env_ids: Sequence[int]) -> None:
+        """Forget the histories of environments whose episode ended."""
+        if self._engine is None:
+            return
+        for env_id in env_ids:
+            self._engine.roots.contexts.discard(env_id)
+            self._engine.manager.init_pools[env_id].clear()
+        for observer in self.observers:
+            observer.episodes_ended(env_ids)
+
+    @torch.no_grad()
+    def forward_initial_inference(self, obs_act_dict: dict[str, Any], start_pos: Any = 0) -> tuple[Any, ...]:
+        """Root inference; as the host's, for any number of rows, beginning and continued episodes mixed.
+
+        Without ``current_obs`` (targets for training and reanalysis) the host's own cache-free pass answers.
+        """
+        observations = obs_act_dict['current_obs']
+        if observations is None:
+            if np.ndim(start_pos) == 0:  # the host's replay buffer for sampled actions passes no timesteps
+                start_pos = np.full(len(obs_act_dict['action']), start_pos)
+            return super().forward_initial_inference(obs_act_dict, start_pos)
+        env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
+        engine = self.engine
+        if self._validator is not None:
+            self._validator.host_last, self._validator.start_pos = self._host_last, start_pos
+        with self.clean_on_failure():
+            roots, outputs = engine.roots.infer(
+                env_ids,
+                obs_act_dict['obs'],
+                obs_act_dict['action'],
+                observations,
+                timesteps_of(start_pos, len(observations)),
+            )
+        engine.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
+        engine.by_latent, engine.latest = None, roots
+        self.latent_state = roots.latents
+        return outputs.hidden, self.latent_state, outputs.reward, outputs.policy, outputs.value
+
+    @torch.no_grad()
+    def forward_recurrent_inference(
+        self,
+        state_action_history: list[tuple[np.ndarray, torch.Tensor]],
+        simulation_index: int = 0,
+        search_depth: Sequence[int] = (),
+        start_pos: Any = 0,
+    ) -> tuple[Any, ...]:
+        """Recurrent inference for callers that name a parent by its latent state alone; as the host's.
+
+        Searches go through :meth:`begin_search`, where the parent is known.
+        """
+        latents, actions = state_action_history[-1]
+        engine = self.engine
+        with self.clean_on_failure():
+            if engine.by_latent is None or simulation_index == 0:
+                nodes = self.begin_search(latents, start_pos, self._num_simulations)
+                engine.by_latent = NodesByLatent(self, nodes, latents)
+            outputs = engine.by_latent.expand(latents, actions)
+        self.latent_state = outputs.latent
+        return outputs.hidden, outputs.latent, outputs.reward, outputs.policy, outputs.value
+
+    def begin_search(self, root_latents: np.ndarray, timestep: Any, num_simulations: int) -> SearchNodes:
+        """Begin a search from the roots of the latest root inference.
+
+        Roots of anything else (reanalysis) begin with their latent state as their only history, all in one
+        batch.
+
+        Args:
+            root_latents: ``[B, 1, embed]``.
+            timestep: step of the episode of each root.
+            num_simulations: children each root will get at most.
+
+        Raises:
+            ValueError: a latent state is nan or infinite. Nothing is changed.
+            RuntimeError: the nodes of two simulations do not fit into ``max_bytes``.
+        """
+        return self.engine.begin_search(root_latents, timestep, num_simulations)
+
+    @contextmanager
+    def clean_on_failure(self) -> Iterator[None]:
+        """Within the block a failure leaves no number behind that a later mask could not hide: 0 * nan is
+        nan.
+
+        What is refused (ValueError) was refused before anything was stored, and pools stay as they are. What
+        fails on the way (RuntimeError, such as nan from broken weights) empties them; environments stay in
+        their episodes.
+        """
+        engine = self.engine
+        try:
+            yield
+        except Exception as error:
+            engine.forget_working_memory()
+            if isinstance(error, RuntimeError):
+                engine.forget_search()
+                self.clear_caches()
+                engine.blank()
+            raise
+
+    def clear_caches(self) -> None:
+        """Drop all keys and values, as after an update of the weights; environments stay in their
+        episodes."""
+        if self._engine is not None:
+            self._engine.forget_weights()
+        for observer in self.observers:
+            observer.caches_cleared()
+
+    def clear_init_caches(self) -> None:
+        """Drop the roots' keys and values; each is computed again from its window when it is asked for."""
+        if self._engine is not None:
+            self._engine.manager.clear_init_caches()
+        for observer in self.observers:
+            observer.roots_cleared()
+
+    def clear_recur_cache(self) -> None:
+        """Drop the nodes of the latest search."""
+        if self._engine is not None:
+            self._engine.manager.clear_recur_cache()
+        for observer in self.observers:
+            observer.nodes_cleared()
+
+    def precompute_pos_emb_diff_kv(self) -> None:
+        """Nothing to do: the correction is taken from the weights of the moment when a search begins.
+
+        Under validation the host's own is kept beside it, as old as the host would have it.
+        """
+        if self._validation_mode is not None:
+            super().precompute_pos_emb_diff_kv()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.clear_caches()
+        if self._engine is not None:
+            self._engine.forget_search()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> KVWorldModel:
+        super()._apply(*args, **kwargs)
+        if self._engine is not None:
+            layout, weight = self._engine.manager.layout, self.transformer.ln_f.weight
+            if (layout.dtype, layout.device) != (weight.dtype, weight.device):
+                self._drop_engine()  # pools follow the weights to their new dtype and device
+            else:
+                self.clear_caches()  # the host moves its target model to where it is before every sample
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = {'_engine': None, '_validator': None, '_tally': ValidationTally(), 'observers': []}
+        return {**self.__dict__, **fresh}
