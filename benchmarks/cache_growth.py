@@ -30,7 +30,7 @@ from measuring.rounds import FLOOR, require_equal_values, take_turns
 from rich.console import Console
 from rich.table import Table
 
-from tests.host.families import Family
+from testing.families import Family
 
 Size = Literal['layers', 'environments', 'simulations', 'context', 'pool']
 

@@ -34,7 +34,7 @@ from measuring.contestants import (
 from rich.console import Console
 from rich.table import Table
 
-from tests.emulated_cuda import Device, emulated_cuda
+from testing.emulated_cuda import Device, emulated_cuda
 
 Counted = dict[str, float]
 

@@ -21,10 +21,10 @@ from measuring.contestants import quiet, silence_host
 from rich.console import Console
 from rich.table import Table
 
-from tests.host.episodes import Episodes
-from tests.host.judging import judge_nodes
-from tests.host.lookups import StockLookups
-from tests.host.models import make_policy, world_model_of
+from testing.episodes import Episodes
+from testing.judging import judge_nodes
+from testing.lookups import StockLookups
+from testing.models import make_policy, world_model_of
 
 ENVIRONMENTS = 8
 STEPS = 2

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from tests.host.episodes import Episodes
-from tests.host.models import make_policy
+from testing.episodes import Episodes
+from testing.models import make_policy
 
 ENVIRONMENTS = 4
 SIMULATIONS = 25

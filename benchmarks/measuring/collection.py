@@ -13,7 +13,7 @@ import atari_unizero_segment_kv_config
 import cartpole_unizero_kv_config
 from easydict import EasyDict
 
-from tests.host.models import collect_model, load_weights, random_weights
+from testing.models import collect_model, load_weights, random_weights
 
 from .contestants import CACHES, quiet
 from .instruments import clock

@@ -17,10 +17,10 @@ from lzero_kv.lightzero.inference.attention import Columns, append_tokens
 from lzero_kv.lightzero.inference.heads import action_embeddings
 from lzero_kv.lightzero.inference.positions import positions_of
 from lzero_kv.lightzero.inference.weights import Prepared
-from tests.host.episodes import Episodes
-from tests.host.families import Family
-from tests.host.models import collect_model, make_policy, options_of_device, world_model_of
-from tests.host.recorder import replaced
+from testing.episodes import Episodes
+from testing.families import Family
+from testing.models import collect_model, make_policy, options_of_device, world_model_of
+from testing.recorder import replaced
 
 Read = TypeVar('Read')
 

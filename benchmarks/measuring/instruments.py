@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.host.recorder import replaced
-from tests.host.repeatable_tree import host_trees
+from testing.recorder import replaced
+from testing.repeatable_tree import host_trees
 
 
 def clock() -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.host.models import world_model_of
+from testing.models import world_model_of
 
 from .contestants import Contestant, Floor, quiet
 from .instruments import HostReads, Memory, Operators, Split, clock, timed

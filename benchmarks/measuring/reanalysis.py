@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.host.families import Family
-from tests.host.models import make_policy
-from tests.host.precision import precision
-from tests.host.reanalysis import segment
+from testing.families import Family
+from testing.models import make_policy
+from testing.precision import precision
+from testing.reanalysis import segment
 
 from .contestants import CACHES, quiet
 from .instruments import clock

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.host.families import Family
-from tests.host.models import collect_model
+from testing.families import Family
+from testing.models import collect_model
 
 from .collection import Collection
 from .contestants import CACHES, EAGER, Floor, contestant

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tests.host.families import Family
+from testing.families import Family
 
 WORKER = Path(__file__).with_name('upstream_worker.py')
 FLAGS = {'upstream': False, 'upstream flag': True}

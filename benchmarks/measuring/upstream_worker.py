@@ -51,7 +51,7 @@ def make_as_released() -> None:
 
 def load_released(policy: Any, file: str) -> None:
     """Give the policy the release's weights; RuntimeError when a name has no counterpart."""
-    from tests.host.models import collect_model, load_weights
+    from testing.models import collect_model, load_weights
 
     def renamed(name: str) -> str:
         for before, after in RENAMED:
@@ -89,9 +89,9 @@ def player(name: str, flag: bool, family: Any, weights: str, folder: str, device
     """The contestant of this process."""
     from measuring.contestants import Contestant, quiet
     from measuring.players import Player
-    from tests.host.episodes import Episodes
-    from tests.host.families import SUPPORT_SCALE
-    from tests.host.models import make_policy, options_of_device
+    from testing.episodes import Episodes
+    from testing.families import SUPPORT_SCALE
+    from testing.models import make_policy, options_of_device
 
     if not Path(lzero.__file__).is_relative_to(folder):
         raise RuntimeError(f'expected lzero of {folder}, got {lzero.__file__}')

@@ -15,9 +15,9 @@ from memory_recall_env import MemoryRecallEnv, shows_door
 from memory_recall_unizero_kv_config import DISTRACTOR_FRAMES
 
 from lzero_kv.lightzero.inference.scalars import expected_scalars
-from tests.host.models import world_model_of
-from tests.host.recorder import replaced
-from tests.host.repeatable_tree import host_trees, repeatable
+from testing.models import world_model_of
+from testing.recorder import replaced
+from testing.repeatable_tree import host_trees, repeatable
 
 UNROLLED = 5
 """Recurrent steps that are compared after each root."""

@@ -14,7 +14,7 @@ from easydict import EasyDict
 from memory_recall_unizero_kv_config import make_config
 
 from lzero_kv.lightzero.inference.budgeted import BudgetedFlights
-from tests.host.models import load_weights, random_weights, world_model_of
+from testing.models import load_weights, random_weights, world_model_of
 
 Weights = dict[str, torch.Tensor]
 

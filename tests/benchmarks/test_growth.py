@@ -12,7 +12,7 @@ from measuring.contestants import contestant
 from measuring.plots import growth_plot, profile_plot
 from measuring.tables import PARTS
 
-from tests.host.models import world_model_of
+from testing.models import world_model_of
 
 IN_THE_MODEL = {
     'layers': lambda policy: len(world_model_of(policy).transformer.blocks),

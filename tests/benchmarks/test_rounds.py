@@ -19,7 +19,7 @@ from measuring.players import Player
 from measuring.rounds import compared, require_equal_values, take_turns
 from measuring.upstream import FLAGS, UpstreamPlayer, require_checkout
 
-from tests.host.models import world_model_of
+from testing.models import world_model_of
 
 SMALL = replace(BASE, collectors=3, simulations=7)
 BENCHMARK = Path(__file__).resolve().parents[2] / 'benchmarks' / 'benchmark_kv_cache.py'

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from lzero_kv.cache.transfer import refill, to_device
-
-from . import Device, emulated_cuda
+from testing.emulated_cuda import Device, emulated_cuda
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason='this torch asks a real device')
 

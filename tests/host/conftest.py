@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .repeatable_tree import unsupported_reason
+from testing.repeatable_tree import unsupported_reason
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

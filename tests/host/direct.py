@@ -11,8 +11,7 @@ import torch
 
 from lzero_kv.lightzero.inference.heads import StepOutputs
 from lzero_kv.lightzero.inference.nodes import SearchNodes
-
-from .precision import precision
+from testing.precision import precision
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from .episodes import Episodes, Root
-from .models import world_model_of
+from testing.episodes import Episodes, Root
+from testing.models import world_model_of
 
 FLOAT64_TOLERANCE = 1e-9
 """Largest difference of a logit in float64 that another batch or another order of sums explains."""

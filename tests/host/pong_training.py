@@ -62,7 +62,7 @@ def train(mode: str) -> dict[str, Any]:
     from lzero.entry import train_unizero
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from .repeatable_tree import host_trees, repeatable
+    from testing.repeatable_tree import host_trees, repeatable
 
     with repeatable(*host_trees()):
         policy = train_unizero(list(configs(mode)), seed=0, max_env_step=ENV_STEPS)

@@ -11,11 +11,11 @@ import torch
 
 from lzero_kv.lightzero.validation.recompute import Recompute
 from lzero_kv.telemetry.metrics import METRICS, Axis, tag
+from testing.models import collect_model, world_model_of
+from testing.precision import precision
+from testing.recorder import replaced
+from testing.repeatable_tree import host_trees, repeatable
 
-from .models import collect_model, world_model_of
-from .precision import precision
-from .recorder import replaced
-from .repeatable_tree import host_trees, repeatable
 from .workers import TASKS, Workers, task_policy
 
 TWO_ENVIRONMENTS = dict(collector_env_num=2, evaluator_env_num=1, policy=dict(n_episode=2, num_segments=2))

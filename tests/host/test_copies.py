@@ -13,10 +13,10 @@ import torch
 
 import lzero_kv
 from lzero_kv.lightzero.validation.recompute import Recompute
+from testing.episodes import Episodes, Root
+from testing.judging import judge_nodes, judge_roots
+from testing.models import collect_model, load_weights, make_policy, random_weights, world_model_of
 
-from .episodes import Episodes, Root
-from .judging import judge_nodes, judge_roots
-from .models import collect_model, load_weights, make_policy, random_weights, world_model_of
 from .plays import assert_same_play
 
 ENVIRONMENTS = 2

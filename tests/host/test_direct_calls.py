@@ -15,11 +15,11 @@ import torch
 
 import lzero_kv
 from lzero_kv.lightzero.validation.recompute import Recompute
+from testing.episodes import Episodes
+from testing.models import collect_model, load_weights, make_policy, world_model_of
+from testing.precision import precision
 
-from .episodes import Episodes
-from .models import collect_model, load_weights, make_policy, world_model_of
 from .plays import assert_same_play
-from .precision import precision
 
 ROWS = 2
 SIZES = dict(collector_env_num=ROWS, evaluator_env_num=1, infer_context_length=3, dtype=torch.float64)

@@ -26,14 +26,14 @@ from lzero_kv.lightzero.inference.nodes import SearchNodes
 from lzero_kv.lightzero.inference.static import StaticEngine, StaticNodes, runners
 from lzero_kv.lightzero.inference.static.step import StaticStep, StepInputs
 from lzero_kv.lightzero.inference.weights import Prepared
+from testing.emulated_cuda import Device, emulated_cuda
+from testing.episodes import Episodes
+from testing.families import FAMILIES
+from testing.models import make_policy, options_of_device, world_model_of
+from testing.reanalysis import reanalyze
 
-from ..emulated_cuda import Device, emulated_cuda
 from .direct import Drive, Step, largest_difference
-from .episodes import Episodes
-from .families import FAMILIES
-from .models import make_policy, options_of_device, world_model_of
 from .plays import assert_same_play
-from .reanalysis import reanalyze
 from .test_engine import uneven_episodes
 from .test_engines import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, random_steps, replace_tensors, scale
 from .validated import MODES, assert_accounted, tally_of, validated_policy

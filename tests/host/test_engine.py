@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from .episodes import Episodes, Root
-from .families import FAMILIES
-from .judging import TOLERANCE, judge_nodes, judge_roots
-from .models import make_policy, world_model_of
+from testing.episodes import Episodes, Root
+from testing.families import FAMILIES
+from testing.judging import TOLERANCE, judge_nodes, judge_roots
+from testing.models import make_policy, world_model_of
 
 ENVIRONMENTS = 3
 UNEVEN = {1: [3], 2: [4, 2]}

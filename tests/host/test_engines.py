@@ -22,12 +22,12 @@ from lzero_kv.lightzero.inference.nodes import SearchNodes
 from lzero_kv.lightzero.inference.static import StaticEngine, StaticNodes, runners
 from lzero_kv.lightzero.inference.static.step import StaticStep, StepInputs
 from lzero_kv.lightzero.inference.weights import Prepared
+from testing.families import FAMILIES
+from testing.judging import judge_nodes, judge_reanalysis, judge_roots
+from testing.models import collect_model, make_policy, random_weights, world_model_of
+from testing.reanalysis import reanalyze
 
 from .direct import Drive, Step, largest_difference
-from .families import FAMILIES
-from .judging import judge_nodes, judge_reanalysis, judge_roots
-from .models import collect_model, make_policy, random_weights, world_model_of
-from .reanalysis import reanalyze
 from .test_engine import BOTH_WINDOWS, managed, uneven_episodes
 from .test_operators import Operators
 from .validated import MODES, assert_accounted, tally_of, validated_policy

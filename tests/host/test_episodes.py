@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from .episodes import Episodes
-from .families import FAMILIES
-from .models import make_policy, world_model_of
-from .recorder import replaced
+from testing.episodes import Episodes
+from testing.families import FAMILIES
+from testing.models import make_policy, world_model_of
+from testing.recorder import replaced
 
 
 def policy_of(environments: int, **options: object) -> object:
@@ -85,7 +85,7 @@ def test_every_expanded_node_is_recorded(family: str) -> None:
 def test_the_host_is_left_as_found() -> None:
     import lzero.policy.unizero as module
 
-    from .repeatable_tree import host_trees
+    from testing.repeatable_tree import host_trees
 
     policy = policy_of(1)
     before = (np.random.dirichlet, module.select_action, host_trees()[0].batch_traverse)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from .episodes import Episodes
-from .families import FAMILIES
-from .models import make_policy, world_model_of
+from testing.episodes import Episodes
+from testing.families import FAMILIES
+from testing.models import make_policy, world_model_of
+
 from .plays import assert_same_play
 
 ENVIRONMENTS = 3

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS
+from testing.episodes import Episodes, Root
+from testing.judging import TOLERANCE, tree_differences
+from testing.models import make_policy, world_model_of
+from testing.precision import precision
 
-from .episodes import Episodes, Root
-from .judging import TOLERANCE, tree_differences
-from .models import make_policy, world_model_of
 from .plays import assert_same_play, fail_with_nan
-from .precision import precision
 from .slow_budgets import Answer, SlowBudgets
 
 ROWS = 3

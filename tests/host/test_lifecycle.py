@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import lzero_kv
+from testing.episodes import Episodes
+from testing.models import collect_model, make_policy, world_model_of
 
-from .episodes import Episodes
 from .host_state import changed, host_attributes
-from .models import collect_model, make_policy, world_model_of
 
 CONSTRUCTORS = {
     'lzero.model.unizero_model.WorldModel',

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from .episodes import Episodes
-from .families import FAMILIES
-from .models import collect_model, copy_weights, make_policy, world_model_of
-from .precision import precision
+from testing.episodes import Episodes
+from testing.families import FAMILIES
+from testing.models import collect_model, copy_weights, make_policy, world_model_of
+from testing.precision import precision
 
 SMALL: dict[str, Any] = dict(num_simulations=3, collector_env_num=2, evaluator_env_num=1)
 

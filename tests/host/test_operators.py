@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .episodes import Episodes
-from .families import FAMILIES
-from .models import make_policy, world_model_of
+from testing.episodes import Episodes
+from testing.families import FAMILIES
+from testing.models import make_policy, world_model_of
 
 VIEWS = {
     *('alias', 'as_strided', 'detach', 'expand', 'permute', 'select', 'slice', 'split', 'squeeze', 't'),

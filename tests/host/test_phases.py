@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
+from testing.episodes import Episodes, Root
+from testing.judging import judge_nodes, judge_roots
+from testing.models import make_policy, world_model_of
 
-from .episodes import Episodes, Root
-from .judging import judge_nodes, judge_roots
-from .models import make_policy, world_model_of
 from .plays import assert_same_play, of_environment
 
 WINDOW_STEPS = 3  # observations with the actions between them: five tokens of which three are kept

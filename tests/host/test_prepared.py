@@ -10,10 +10,9 @@ from torch import nn
 
 from lzero_kv.lightzero.inference import weights as prepared
 from lzero_kv.lightzero.inference.weights import Prepared, affine, sequence
-
-from .episodes import Episodes
-from .judging import judge_nodes, judge_roots
-from .models import make_policy, world_model_of
+from testing.episodes import Episodes
+from testing.judging import judge_nodes, judge_roots
+from testing.models import make_policy, world_model_of
 
 ROUNDING = dict(rtol=1e-5, atol=1e-5)
 

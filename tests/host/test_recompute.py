@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from lzero_kv.lightzero.validation.recompute import Recompute, Token
-
-from .episodes import Episodes, Root
-from .families import FAMILIES
-from .judging import judge_nodes, judge_roots
-from .models import make_policy, world_model_of
-from .precision import precision
+from testing.episodes import Episodes, Root
+from testing.families import FAMILIES
+from testing.judging import judge_nodes, judge_roots
+from testing.models import make_policy, world_model_of
+from testing.precision import precision
 
 EXACT: dict[str, Any] = dict(rtol=0.0, atol=1e-10)
 BOTH_POSITIONS = pytest.mark.parametrize('family', ['lunarlander', 'cartpole'], ids=['learned', 'rope'])

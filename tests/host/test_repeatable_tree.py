@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from .repeatable_tree import RAND, host_trees, pointer_slots, repeatable, unsupported_reason
+from testing.repeatable_tree import RAND, host_trees, pointer_slots, repeatable, unsupported_reason
 
 pytestmark = pytest.mark.skipif(unsupported_reason() is not None, reason=str(unsupported_reason()))
 

@@ -17,12 +17,11 @@ import pytest
 import torch
 
 from lzero_kv.lightzero.validation.recompute import Recompute
-
-from .episodes import Episodes, Root
-from .judging import judge_nodes, judge_reanalysis, judge_roots
-from .lookups import StockLookups
-from .models import collect_model, load_weights, make_policy, random_weights, world_model_of
-from .reanalysis import reanalyze
+from testing.episodes import Episodes, Root
+from testing.judging import judge_nodes, judge_reanalysis, judge_roots
+from testing.lookups import StockLookups
+from testing.models import collect_model, load_weights, make_policy, random_weights, world_model_of
+from testing.reanalysis import reanalyze
 
 ONE_STEP, TWO_STEPS, FOUR_STEPS = 1, 2, 4  # infer_context_length: windows of 2, 4 and 8 tokens
 

@@ -13,13 +13,13 @@ from lzero_kv.lightzero.inference import session as engine
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 from lzero_kv.lightzero.inference.trees import SearchTrees
 from lzero_kv.lightzero.validation.recompute import Recompute
+from testing.episodes import Episodes
+from testing.judging import judge_nodes, judge_reanalysis, judge_roots
+from testing.models import make_policy, world_model_of
+from testing.precision import precision
+from testing.reanalysis import reanalyze
 
-from .episodes import Episodes
-from .judging import judge_nodes, judge_reanalysis, judge_roots
-from .models import make_policy, world_model_of
 from .plays import assert_same_play, fail_with_nan
-from .precision import precision
-from .reanalysis import reanalyze
 
 ROWS = 3
 

@@ -12,8 +12,8 @@ import torch
 from lzero_kv.lightzero.validation import evidence
 from lzero_kv.validation.causes import Cause
 from lzero_kv.validation.finding import Finding, ValidationError
+from testing.episodes import Episodes
 
-from .episodes import Episodes
 from .validated import assert_accounted, tally_of, twin_of, validated_policy
 
 Tamper = Callable[[Any, pytest.MonkeyPatch], None]

@@ -17,10 +17,10 @@ from lzero_kv.validation.causes import Fault
 from lzero_kv.validation.deviation import Deviation, Tolerance
 from lzero_kv.validation.finding import Finding, ValidationError
 from lzero_kv.validation.record import load_finding
+from testing.episodes import Episodes
+from testing.reanalysis import reanalyze
 
-from .episodes import Episodes
 from .planted import PLANTS, Plant, perturbed
-from .reanalysis import reanalyze
 from .validated import MODES, tally_of, validated_policy
 
 STEPS = 4

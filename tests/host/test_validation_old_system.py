@@ -11,11 +11,11 @@ import torch
 
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 from lzero_kv.validation.causes import Cause
+from testing.episodes import Episodes
+from testing.lookups import StockLookups
+from testing.models import collect_model, load_weights, make_policy, random_weights, world_model_of
+from testing.reanalysis import reanalyze
 
-from .episodes import Episodes
-from .lookups import StockLookups
-from .models import collect_model, load_weights, make_policy, random_weights, world_model_of
-from .reanalysis import reanalyze
 from .validated import (
     MODES,
     assert_accounted,

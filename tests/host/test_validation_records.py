@@ -15,10 +15,10 @@ from lzero_kv.lightzero.validation.replay import replay
 from lzero_kv.validation.deviation import Tolerance
 from lzero_kv.validation.finding import Finding
 from lzero_kv.validation.record import load_finding, save_finding
+from testing.episodes import Episodes
+from testing.reanalysis import reanalyze
 
-from .episodes import Episodes
 from .planted import PLANTS
-from .reanalysis import reanalyze
 from .validated import WINDOWS, tally_of, twin_of, validated_policy
 
 NO_FINDING = 'is no finding of a validation; give a file that cache_validation_mode saved'

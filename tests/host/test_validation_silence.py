@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from .episodes import Episodes
-from .families import FAMILIES
-from .models import collect_model, load_weights, make_policy, random_weights, world_model_of
+from testing.episodes import Episodes
+from testing.families import FAMILIES
+from testing.models import collect_model, load_weights, make_policy, random_weights, world_model_of
+from testing.reanalysis import reanalyze
+
 from .plays import assert_same_play
-from .reanalysis import reanalyze
 from .test_operators import Operators
 from .validated import MODES, WINDOWS, assert_accounted, tally_of, validated_policy
 

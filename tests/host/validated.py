@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from lzero_kv.validation.tally import Tally, ValidationTally
-
-from .models import collect_model, load_weights, make_policy, world_model_of
+from testing.models import collect_model, load_weights, make_policy, world_model_of
 
 MODES = ('store', 'model')
 WINDOWS = ('rebuild', 'shift')

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .families import Family
-from .models import make_policy, world_model_of
-from .recorder import replaced
+from testing.families import Family
+from testing.models import make_policy, world_model_of
+from testing.recorder import replaced
 
 TASKS = {
     'cartpole': Family('cartpole', 2, 3, 30, 5, 8, 4, 2, 5, evaluators=2, collectors=3, rotary=True),

@@ -12,10 +12,10 @@ import torch
 from lzero_kv.cli import main
 from lzero_kv.cli.explain import verdict
 from lzero_kv.validation.record import load_finding, save_finding
+from testing.episodes import Episodes
+from testing.models import make_policy, world_model_of
 
 from ..host.conftest import host_left_as_found  # noqa: F401
-from ..host.episodes import Episodes
-from ..host.models import make_policy, world_model_of
 from .drawn import LAYERS, a_finding
 
 
