@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lzero_kv.lightzero.inference.static.step import StepInputs
+if TYPE_CHECKING:
+    from .compiled import StepInputs
 
-Function = Callable[[StepInputs], torch.Tensor]
+Function = Callable[['StepInputs'], torch.Tensor]
 """A bound method that reads and writes tensors of its inputs, and returns a new one."""
 
 Run = Callable[[], torch.Tensor]
@@ -38,7 +39,7 @@ def compiled(function: Function, inputs: StepInputs) -> Run:
         code, method.__func__.__globals__, code.co_name, method.__defaults__, method.__func__.__closure__
     )
     options: dict[str, Any] = {'guard_filter_fn': lambda guards: [False] * len(guards)}
-    if inputs.slab.device.type == 'cpu':
+    if inputs.storage.device.type == 'cpu':
         options['cpp_wrapper'] = True  # Python between the kernels takes a third of a small model's step
     run = torch.compile(MethodType(own, method.__self__), fullgraph=True, dynamic=False, options=options)
     # A warning, not an info: half a minute of silence looks like a hang.
@@ -60,9 +61,9 @@ def captured(function: Function, inputs: StepInputs) -> Run:
     Raises:
         RuntimeError: the inputs are not on a CUDA device, or something in the function cannot be captured.
     """
-    device = inputs.slab.device
+    device = inputs.storage.device
     if device.type != 'cuda':
-        raise RuntimeError(f"expected the model on a CUDA device, got {device}; write engine='compile'")
+        raise RuntimeError(f"expected the model on a CUDA device, got {device}; write backend='compile'")
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -82,5 +83,5 @@ def captured(function: Function, inputs: StepInputs) -> Run:
     return replay
 
 
-RUNNERS: dict[str, Callable[[Function, StepInputs], Run]] = {'compile': compiled, 'cudagraph': captured}
-"""By the name of the engine."""
+RUNNERS: dict[str, Callable[[Function, 'StepInputs'], Run]] = {'compile': compiled, 'cudagraph': captured}
+"""By the name of the backend."""
