@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lzero_kv.budget.record import AttentionRecord
+from lzero_kv.budget.attention import AttentionRecord
 from lzero_kv.budget.tokens import Tokens
 
 

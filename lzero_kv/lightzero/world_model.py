@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lzero.model.unizero_world_models.world_model import WorldModel
 
-from lzero_kv.budget import BudgetReading
+from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.window import Window
 from lzero_kv.config import KVCacheConfig, validation_mode_of
@@ -108,7 +108,7 @@ class KVWorldModel(WorldModel):
         return None if self._validation_mode is None else self._tally
 
     @property
-    def budgets(self) -> BudgetReading | None:
+    def budgets(self) -> BudgetSnapshot | None:
         """The layer budgets of this moment; None where all tokens are kept, or before the first inference."""
         budget = None if self._session is None else self._session.budget
         return None if budget is None else budget.snapshot()

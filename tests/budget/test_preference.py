@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from lzero_kv.budget import (
     BudgetTracker,
     Preference,
-    PreferenceAverage,
     Tokens,
     attention_dispersion,
     attention_shift,
@@ -104,27 +103,6 @@ def test_columns_in_steps():
     assert tokens.evictable[0, 0].tolist() == [False, False, True, True, False, False, False]
 
 
-# --- averages ---
-
-
-def test_the_average_is_exponential():
-    average = PreferenceAverage(2, smoothing=0.75)
-    assert average.preferences == []
-    average.observe([Preference(4.0, 1.0), Preference(8.0, 0.0)])
-    assert average.preferences == [(4.0, 1.0), (8.0, 0.0)]
-    average.observe([Preference(8.0, 1.0), Preference(0.0, 4.0)])
-    assert average.preferences == [(5.0, 1.0), (6.0, 1.0)]
-    with pytest.raises(ValueError, match='a preference for each of 2 layers, got 3'):
-        average.observe([Preference(1.0, 1.0)] * 3)
-    assert average.preferences == [(5.0, 1.0), (6.0, 1.0)]
-
-
-@pytest.mark.parametrize('smoothing', [-0.1, 1.0])
-def test_smoothing_out_of_range_is_refused(smoothing):
-    with pytest.raises(ValueError, match=r'smoothing must be in \[0, 1\)'):
-        PreferenceAverage(2, smoothing)
-
-
 # --- between searches ---
 
 FAR = [Preference(9.0, 1.0), Preference(2.0, 1.0), Preference(1.0, 1.0)]
@@ -162,14 +140,19 @@ def test_small_moves_leave_budgets_alone_until_they_add_up():
     assert moved == [False] * 4 + [True] + [False] * 3
 
 
-def test_averages_are_what_the_weights_are_taken_from():
-    tracker = tracker_of()
+def test_averages_are_exponential_and_what_the_weights_are_taken_from():
+    tracker = tracker_of(smoothing=0.75)
+    assert tracker.preferences == ()
     tracker.observe([Preference(4.0, 1.0)] * 3)
-    tracker.observe(FAR)
-    assert tracker.preferences == ((6.5, 1.0), (3.0, 1.0), (2.5, 1.0))
+    assert tracker.preferences == ((4.0, 1.0),) * 3
+    tracker.observe([Preference(8.0, 1.0), Preference(0.0, 1.0), Preference(4.0, 5.0)])
+    assert tracker.preferences == ((5.0, 1.0), (3.0, 1.0), (4.0, 2.0))
+    with pytest.raises(ValueError, match='a preference for each of 3 layers, got 2'):
+        tracker.observe([Preference(1.0, 1.0)] * 2)
+    assert tracker.preferences == ((5.0, 1.0), (3.0, 1.0), (4.0, 2.0))
     tracker.advance()
-    # 42 by 6.5 : 3 : 2.5
-    assert tracker.slots == (6 + 23, 6 + 10, 6 + 9)
+    # 42 by 5 : 3 : 8
+    assert tracker.slots == (6 + 13, 6 + 8, 6 + 21)
 
 
 @pytest.mark.parametrize('allocation', ['uniform', 'adaptive', 'pyramid'])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lzero_kv.budget import BudgetReading, BudgetTally, BudgetTracker, Kept, select
+from lzero_kv.budget import BudgetCounters, BudgetSnapshot, BudgetTracker, Kept, select
 from lzero_kv.cache.keys import NO_SLOT
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.transfer import to_device
@@ -53,7 +53,7 @@ class BudgetedFlights(Flights):
         super().__init__(world_model, manager, config)
         self.selector = budget.selector()
         self.tracker = BudgetTracker(budget, self.layers, self.window.kept)
-        self.tally = BudgetTally(self.layers)
+        self.tally = BudgetCounters(self.layers)
         self.shares_histories = True
         sizes, layout = self.tracker.sizes, manager.layout
         reads = self.selector.reads | ({'recent'} if self.tracker.needs_preference else set())
@@ -75,7 +75,7 @@ class BudgetedFlights(Flights):
         """Whether root inference has to look at the attention."""
         return bool(self.table.terms.reads)
 
-    def reading(self) -> BudgetReading:
+    def reading(self) -> BudgetSnapshot:
         """The budgets of this moment, and what the latest roots hold."""
         roots = np.flatnonzero(self.table.lengths(np.arange(self.table.roots)))
         lengths, held = self.table.lengths(roots), self.table.held(roots)
@@ -88,7 +88,7 @@ class BudgetedFlights(Flights):
             for columns, counts in zip(self.table.positions(roots), held.T, strict=True)
         ]
         nothing = np.empty(0, np.int64)
-        return BudgetReading(
+        return BudgetSnapshot(
             self.window.kept,
             self.tracker.slots,
             self.tracker.preferences,

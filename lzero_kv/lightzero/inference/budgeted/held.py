@@ -72,7 +72,7 @@ class HeldLayer:
 
     def keep(self, kept: Kept) -> HeldLayer:
         """This layer with the kept tokens alone."""
-        self.record.keep(*kept)
+        self.record.keep(kept.indices)
         by_group = self.kv.unflatten(-1, (self.terms.groups, -1))
         indices = kept.indices.transpose(1, 2)[:, None, :, :, None]
         kv = by_group.gather(2, indices.expand(-1, 2, -1, -1, by_group.shape[-1])).flatten(3)

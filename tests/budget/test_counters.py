@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lzero_kv.budget import BudgetTally, Tokens, select
+from lzero_kv.budget import BudgetCounters, Tokens, select
 
 
 @given(
@@ -25,9 +25,9 @@ def test_counts_and_mass_are_those_of_the_dropped_tokens(
     tokens = Tokens.of_prompt(held, columns, window=1, sinks=1)
     newest = torch.rand(rows, heads, columns, generator=generator)
     kept = select(torch.rand(rows, groups, columns, generator=generator), tokens, slots)
-    tally = BudgetTally(2)
+    counters = BudgetCounters(2)
     for _ in range(2):
-        tally.dropped(1, tokens, kept, newest)
+        counters.dropped(1, tokens, kept, newest)
     dropped, mass, counted = 0.0, 0.0, 0
     for row, length in enumerate(lengths):
         of_groups = []
@@ -39,7 +39,7 @@ def test_counts_and_mass_are_those_of_the_dropped_tokens(
         dropped += sum(count for count, _ in of_groups) / groups
         mass += sum(lost for _, lost in of_groups) / groups
         counted += any(count for count, _ in of_groups)
-    nothing, loss = tally.losses()
+    nothing, loss = counters.losses()
     assert nothing == (0, 0, 0.0) and nothing.lost_mass is None
     assert loss.dropped_tokens == round(2 * dropped) and loss.rows == 2 * counted
     assert loss.mass == pytest.approx(2 * mass, abs=1e-5)
@@ -49,6 +49,6 @@ def test_counts_and_mass_are_those_of_the_dropped_tokens(
 def test_without_attention_tokens_alone_are_counted() -> None:
     tokens = Tokens.of_prompt(torch.tensor([[7], [2]]), 7, window=1)
     kept = select(torch.arange(7.0).expand(2, 1, 7), tokens, 4)
-    tally = BudgetTally(1)
-    tally.dropped(0, tokens, kept, None)
-    assert tally.losses() == ((3, 0, 0.0),)
+    counters = BudgetCounters(1)
+    counters.dropped(0, tokens, kept, None)
+    assert counters.losses() == ((3, 0, 0.0),)
