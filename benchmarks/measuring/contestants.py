@@ -41,20 +41,20 @@ USUAL: tuple[Shape, ...] = ('atari', 'memory', 'lunarlander', 'cartpole')
 
 CACHES: dict[str, dict[str, Any] | None] = {
     'stock': None,
-    'rebuild': dict(window='rebuild', engine='eager'),
-    'shift': dict(window='shift', engine='eager'),
-    'rebuild compiled': dict(window='rebuild', engine='compile'),
-    'shift compiled': dict(window='shift', engine='compile'),
+    'rebuild': dict(window='rebuild', backend='eager'),
+    'shift': dict(window='shift', backend='eager'),
+    'rebuild compiled': dict(window='rebuild', backend='compile'),
+    'shift compiled': dict(window='shift', backend='compile'),
 }
 """Options of ``kv_cache``; None for LightZero's own."""
 
 GRAPHS: dict[str, dict[str, Any] | None] = {
-    'rebuild graph': dict(window='rebuild', engine='cudagraph'),
-    'shift graph': dict(window='shift', engine='cudagraph'),
+    'rebuild graph': dict(window='rebuild', backend='cudagraph'),
+    'shift graph': dict(window='shift', backend='cudagraph'),
 }
 """Those that need a CUDA device."""
 
-EAGER = [name for name, options in CACHES.items() if options is None or options['engine'] == 'eager']
+EAGER = [name for name, options in CACHES.items() if options is None or options['backend'] == 'eager']
 """Those that compile nothing, which would take minutes at every shape."""
 
 

@@ -61,7 +61,7 @@ def forget_all(subject: Any) -> None:
 def reported_bytes(subject: Any) -> dict[str, int]:
     """Bytes of one history's keys and values; of all tensors that hold any, as the manager says; and of what
     is remembered about the histories' attention and positions."""
-    engine = world_model_of(subject).engine
+    engine = world_model_of(subject).session
     budgeted = isinstance(engine.flights, BudgetedFlights)
     return {
         'node_bytes': engine.manager.layout.row_bytes,

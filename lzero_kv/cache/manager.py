@@ -158,6 +158,12 @@ class KVCacheManager(NamedAccess):
         self._most, self._short_of_room = most, False
 
     @property
+    def window_bound(self) -> int:
+        """Windows that the recurrent pool may come to hold during the running search."""
+        size = self.recur_pool.pool_size
+        return size if self.cache_config.window_slots else max(size, min(self._most, self._window_limit()))
+
+    @property
     def wm_pool(self) -> KVCachePool:
         """Single histories by key, one slot for each environment, in a storage of its own: built at the first
         use, and counted towards the bound from then on.

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lzero_kv.lightzero.inference.nodes import SearchNodes
 
 from lzero_kv.cache.keys import NO_SLOT, NodeKey
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.storage import KVSlab
-from lzero_kv.lightzero.inference.nodes import SearchNodes
 from lzero_kv.lightzero.inference.positions import LearnedPositions, RotaryPositions
 from lzero_kv.lightzero.inference.roots import RootInference
 from lzero_kv.validation.causes import Fault

@@ -36,7 +36,7 @@ class Judge:
 
     def __init__(self, policy: Any, **episodes: Any) -> None:
         self.policy, self.model = policy, world_model_of(policy)
-        flights = self.model.engine.flights
+        flights = self.model.session
         self.tracker = flights.tracker
         self.oracle = SlowBudgets(self.model, self.model.cache_config.budget, self.tracker.slots)
         self.episodes = Episodes(policy, range(ROWS), **episodes)
@@ -174,11 +174,11 @@ def test_bytes_go_down_by_the_ratio() -> None:
         Episodes(policy, range(ROWS), record=False).run(3)
         manager = world_model_of(policy).kv_cache_manager
         rows[ratio] = manager.layout.row_bytes
-        assert manager.slab.bytes == manager.slab.slots * rows[ratio]
-        assert manager.bytes == manager.slab.bytes + manager.tree_bytes + manager.record_bytes
-        assert manager.slab._data.nbytes == manager.slab.bytes
+        assert manager.storage.bytes == manager.storage.slots * rows[ratio]
+        assert manager.bytes == manager.storage.bytes + manager.tree_bytes + manager.record_bytes
+        assert manager.storage._data.nbytes == manager.storage.bytes
         assert manager.tree_bytes == manager._trees.nbytes
-        table = getattr(world_model_of(policy).engine.flights, 'table', None)
+        table = getattr(world_model_of(policy).session.flights, 'table', None)
         held = [] if table is None else [t for t in vars(table).values() if isinstance(t, torch.Tensor)]
         assert manager.record_bytes == sum(tensor.nbytes for tensor in held)
         assert manager.get_stats_summary()['total']['bytes'] == manager.bytes
@@ -188,8 +188,9 @@ def test_bytes_go_down_by_the_ratio() -> None:
 
 
 def test_what_does_not_read_the_attention_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lzero_kv.lightzero.inference import attention as transformer
     from lzero_kv.lightzero.inference.budgeted import flights
+
+    from lzero_kv.lightzero.inference import attention as transformer
 
     def look(*args: Any) -> None:
         raise AssertionError('somebody looked')

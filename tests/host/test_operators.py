@@ -87,7 +87,7 @@ def of_moved_windows(layers: int, asked: list[int]) -> Counter[str]:
     world_model = world_model_of(policy)
     actions = torch.zeros(len(asked), dtype=torch.int64)
     with torch.no_grad():
-        latents = world_model.engine.latest.latents.numpy()
+        latents = world_model.session.latest.latents.numpy()
         nodes = world_model.begin_search(latents, np.zeros(len(asked)), SIMULATIONS)
         for parents in (0, 0, 0, 3):
             nodes.expand(np.full(len(asked), parents), actions)

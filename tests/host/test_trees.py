@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lzero_kv.lightzero.inference.trees import SearchTrees
 
 from lzero_kv.lightzero.inference import flights
 from lzero_kv.lightzero.inference import session as engine
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
-from lzero_kv.lightzero.inference.trees import SearchTrees
 from lzero_kv.lightzero.validation.recompute import Recompute
 from testing.episodes import Episodes
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots
@@ -111,7 +111,7 @@ def test_reanalysis_shares_too(always_shared: None) -> None:
     assert verdict.wrong == 0, str(verdict)
     manager = policy._target_model.world_model.kv_cache_manager
     assert manager.tree_bytes > 0
-    assert manager.bytes == manager.slab.bytes + manager.tree_bytes
+    assert manager.bytes == manager.storage.bytes + manager.tree_bytes
 
 
 def test_nodes_that_do_not_fit_together_get_slots_of_their_own(always_shared: None) -> None:
@@ -139,7 +139,7 @@ def test_bytes_stay_under_their_bound(always_shared: None, most: int) -> None:
 
 def test_evicted_windows_are_computed_again(always_shared: None) -> None:
     policy = shared_policy(
-        infer_context_length=3, num_simulations=24, kv_cache=dict(recurrent_slots=ROWS, policy='fifo')
+        infer_context_length=3, num_simulations=24, kv_cache=dict(window_slots=ROWS, policy='fifo')
     )
     roots = Episodes(policy, range(ROWS)).run(4)
     verdict = judge_nodes(policy, roots, 'rebuild')

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from lzero_kv.lightzero.inference.nodes import SearchNodes
+
 from lzero_kv.lightzero.inference.roots import RootInference
 from lzero_kv.lightzero.validation import failures, judge
 from lzero_kv.validation.causes import Fault

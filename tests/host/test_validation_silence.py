@@ -68,7 +68,7 @@ def test_evicted_nodes_that_are_computed_again_are_right(
     choice: str, window: str, mode: str, tmp_path: Path
 ) -> None:
     """Computed again, they are equal up to rounding; only what is still stored must equal to the last bit."""
-    tight = dict(window=window, recurrent_slots=7, policy=choice)
+    tight = dict(window=window, window_slots=7, policy=choice)
     policy = validated_policy(mode, tmp_path, num_simulations=10, kv_cache=tight)
     Episodes(policy, range(3), record=False).run(3)
     tally = tally_of(policy)

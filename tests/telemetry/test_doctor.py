@@ -89,7 +89,7 @@ def test_the_engine_that_a_config_chooses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
 ) -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    path = write_config(tmp_path, world_model=f"{FLAG}, kv_cache=dict(engine='{engine}')")
+    path = write_config(tmp_path, world_model=f"{FLAG}, kv_cache=dict(backend='{engine}')")
     code, output = diagnose(capsys, path)
     assert code == 0 and f'{engine} on {device}' in output
     warned = 'warn engine: there is no CUDA device' in output

@@ -83,5 +83,5 @@ def captured(function: Function, inputs: StepInputs) -> Run:
     return replay
 
 
-RUNNERS: dict[str, Callable[[Function, 'StepInputs'], Run]] = {'compile': compiled, 'cudagraph': captured}
+RUNNERS: dict[str, Callable[[Function, StepInputs], Run]] = {'compile': compiled, 'cudagraph': captured}
 """By the name of the backend."""

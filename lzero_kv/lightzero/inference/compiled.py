@@ -25,7 +25,7 @@ from .backends import RUNNERS, Function, Run
 from .expand import NOWHERE, Search
 from .heads import StepOutputs
 from .tree import ROOT, Parents, SearchTree
-from .weights import InferenceWeights, Layer
+from .weights import InferenceWeights
 
 if TYPE_CHECKING:
     from .roots import RootBatch
@@ -152,9 +152,7 @@ class StepFunction:
             inputs.tokens.index_copy_(0, numbers[:, TOKEN] + 1, latent)
         return torch.cat([hidden, latent, reward, policy, value], dim=1)
 
-    def _added(
-        self, inputs: StepInputs, path: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def _added(self, inputs: StepInputs, path: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """What positions add to the window since it was stored, to the path and to the new tokens, with which
         windows shift; ``[B, layers, 2, heads, n, head_dim]`` each."""
         if not inputs.shift.numel():
@@ -382,9 +380,7 @@ class StaticStep:
         self._step = StepFunction(session.world_model, self._weights, session.window.kept, session.exact)
         self._runs = {}
 
-    def _make_inputs(
-        self, storage: torch.Tensor, simulations: int, shift: torch.Tensor | None
-    ) -> StepInputs:
+    def _make_inputs(self, storage: torch.Tensor, simulations: int, shift: torch.Tensor | None) -> StepInputs:
         session, kept = self._session, self._session.window.kept
         world_model, geometry = session.world_model, session.geometry
         longest = SearchTree.longest_path(simulations, kept - 1 if session.exact else kept)
@@ -512,7 +508,10 @@ class CompiledSearch(Search):
         numbers[:, WINDOW] = np.where(pending, scratch, slots)
         numbers[:, OWN] = scratch
         if pending.any():
-            keys = [NodeKey(*key) for key in zip(rows[pending].tolist(), of.windows[pending].tolist(), strict=True)]
+            keys = [
+                NodeKey(*key)
+                for key in zip(rows[pending].tolist(), of.windows[pending].tolist(), strict=True)
+            ]
             numbers[pending, OWN] = manager.reserve(keys, of.lengths[pending], of.next_positions[pending])
             kept = self._session.window.kept
             numbers[:, NUMBERS : NUMBERS + kept] = self.tree.shown(of)

@@ -76,7 +76,9 @@ class Search:
             size *= 2
         # the two tokens of each stored node, by simulation and row
         shape = geometry.layers, 2, geometry.heads, TOKENS_PER_STEP, geometry.head_dim
-        self._steps = memory[size:][: stored_steps * rows * TOKENS_PER_STEP * geometry.column].view(-1, *shape)
+        self._steps = memory[size:][: stored_steps * rows * TOKENS_PER_STEP * geometry.column].view(
+            -1, *shape
+        )
         self._stored_steps = stored_steps
         self._placed = np.full(rows, NOWHERE, np.int64)  # the nodes whose windows stand beside the rows
         # for each layer, or all of them, tokens of the nodes' windows; of derived ones known once they are there
@@ -93,9 +95,7 @@ class Search:
         return TOKENS_PER_STEP * (SearchTree.longest_path(simulations, kept) + 1)
 
     @classmethod
-    def elements(
-        cls, session: InferenceSession, rows: int, simulations: int, stored_steps: int
-    ) -> int:
+    def elements(cls, session: InferenceSession, rows: int, simulations: int, stored_steps: int) -> int:
         """Numbers of memory that a search takes."""
         geometry = session.geometry
         room = cls.columns_behind(simulations, session.window.kept)
@@ -217,9 +217,7 @@ class Search:
             self._resident.load_path(self._steps, at)
         return path
 
-    def _look(
-        self, of: Parents, depth: int
-    ) -> tuple[list[int], list[torch.Tensor | None], int]:
+    def _look(self, of: Parents, depth: int) -> tuple[list[int], list[torch.Tensor | None], int]:
         """The first columns that are looked at, the masks of the action and of the observation, and the column
         behind the path."""
         path, columns = of.on_path, TOKENS_PER_STEP * depth

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-
 from lzero.policy import InverseScalarTransform
 
 from lzero_kv.cache.transfer import to_device
-from .weights import InferenceWeights
 
+from .weights import InferenceWeights
 
 EPSILON = 0.001
 """Of the host's value transform."""

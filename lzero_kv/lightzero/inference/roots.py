@@ -123,7 +123,9 @@ class RootStep:
             x = torch.stack([actions, observations], dim=1)
         held = int(self.lengths.max())
         columns = np.arange(held + new)
-        behind = np.arange(held, held + new)[:, None] - columns  # how far in front of the token a column stands
+        behind = (
+            np.arange(held, held + new)[:, None] - columns
+        )  # how far in front of the token a column stands
         visible = (behind >= 0) & (behind <= places[:, :, None])
         mask = additive_mask(visible[:, None], x)
         end = self._resident.buffer.shape[4]
@@ -154,9 +156,7 @@ class RootStep:
     ) -> WindowsBeside | None:
         """The windows that this step overflows, where they are exact; computed in a tensor of their own."""
         session = self._session
-        moving = np.flatnonzero(
-            session.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))[1]
-        )
+        moving = np.flatnonzero(session.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))[1])
         if not session.exact or not len(moving):
             return None
         tokens = windows.index_select(0, to_device(moving, windows.device))
@@ -196,9 +196,7 @@ class RootInference:
         self._world_model = session.world_model
         self._manager = session.manager
         self._several = session.manager.cache_config.root_slots > 1
-        self.contexts = RootContexts(
-            session.window.observations, session.manager.cache_config.root_slots
-        )
+        self.contexts = RootContexts(session.window.observations, session.manager.cache_config.root_slots)
 
     def infer(
         self,

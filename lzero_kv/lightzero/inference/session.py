@@ -201,9 +201,8 @@ class InferenceSession:
         windows = derived + (0 if roots.stored else rows)
         if static is not None:
             windows = max(windows, static.rows * (simulations + 1))
-        capacity = self.manager.begin_search(
-            min(windows, rows) or 1, windows or 1, upfront=static is not None
-        )
+        self.manager.begin_search(min(windows, rows), windows, upfront=static is not None)
+        capacity = self.manager.window_bound
         begun = SearchBegun(root_latents, timestep, roots.stored, roots.next_positions, capacity)
         for observer in self.observers:
             observer.search_begun(begun)
@@ -212,7 +211,11 @@ class InferenceSession:
             steps = 0  # every child gets a derived window
         if static is not None:
             return CompiledSearch(static, self, roots, simulations, steps)
-        while self.exact and steps and not self.manager.can_take(Search.elements(self, rows, simulations, steps)):
+        while self.exact and steps:
+            # nodes whose steps have no room get windows of their own, which can be evicted
+            memory = self.manager.search_memory(Search.elements(self, rows, simulations, steps))
+            if memory is not None:
+                return Search(self, roots, simulations, memory, steps)
             steps //= 2
         memory = self.memory(Search.elements(self, rows, simulations, steps))
         return Search(self, roots, simulations, memory, steps)
