@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from easydict import EasyDict
+from lzero_kv.lightzero.inference.budgeted import BudgetedFlights
 from memory_recall_unizero_kv_config import make_config
 
-from lzero_kv.lightzero.inference.budgeted import BudgetedFlights
 from testing.models import load_weights, random_weights, world_model_of
 
 Weights = dict[str, torch.Tensor]
