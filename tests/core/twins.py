@@ -219,9 +219,7 @@ class ManagerTwins:
         """A store of nodes whose rows are written behind the manager's back."""
         batch = self.histories.batch(lengths, [length + 2 for length in lengths])
         expected, _ = outcome(lambda: self.reference.store(list(keys), batch))
-        got, slots = outcome(
-            lambda: self.manager.reserve(list(keys), batch.lengths, batch.next_positions)
-        )
+        got, slots = outcome(lambda: self.manager.reserve(list(keys), batch.lengths, batch.next_positions))
         check_equal('error of reserve', got, expected)
         if slots is not None:
             check_equal('slots', slots.tolist(), self.manager.slots(keys).tolist())
