@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -424,3 +425,10 @@ def test_clears_are_logged_now_and_then(caplog):
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [f'recurrent cache cleared ({calls} times so far, logged every 3)' for calls in (3, 6)]
     assert all(record.levelno == logging.DEBUG for record in caplog.records)
+
+
+def test_a_dropped_manager_is_freed_at_once():
+    made, _ = filled()
+    gone = weakref.ref(made)
+    del made
+    assert gone() is None, 'a cycle would keep its memory until the garbage collector runs'

@@ -306,7 +306,7 @@ def order_lost_when_the_pool_grows(patch: pytest.MonkeyPatch) -> None:
 
 
 def evicted_before_the_pool_grows(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVCacheManager, '_grow', lambda self, missing: None)
+    patch.setattr(KVCacheManager, '_make_room', lambda self, keys: None)
 
 
 def bound_ignored(patch: pytest.MonkeyPatch) -> None:
@@ -319,12 +319,12 @@ def copies_of_growth_not_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 def growth_beyond_the_search(patch: pytest.MonkeyPatch) -> None:
-    def grow(self: KVCacheManager, missing: int) -> None:
+    def make_room(self: KVCacheManager, keys: Any) -> None:
         self._most += 1
-        original(self, missing)
+        original(self, keys)
 
-    original = KVCacheManager._grow
-    patch.setattr(KVCacheManager, '_grow', grow)
+    original = KVCacheManager._make_room
+    patch.setattr(KVCacheManager, '_make_room', make_room)
 
 
 def nodes_kept_by_the_next_search(patch: pytest.MonkeyPatch) -> None:

@@ -169,22 +169,6 @@ def test_a_store_without_memory_changes_nothing(monkeypatch):
     assert (len(pool), pool.stats, pool.bytes) == (0, CacheStats(), 0)
 
 
-def test_a_pool_may_grow_before_it_evicts():
-    pool = KVCachePool(2, layout=LAYOUT)
-    asked: list[int] = []
-
-    def grow(missing: int) -> None:
-        asked.append(missing)
-        pool.resize(min(4, pool.pool_size + missing))
-
-    pool.grow = grow
-    pool.store('ab', batch(4, 2))
-    pool.store('bc', batch(2, 3))
-    assert (asked, pool.keys(), pool.stats.evictions) == ([1], ['a', 'b', 'c'], 0)
-    pool.store('de', batch(1, 5))
-    assert (asked, pool.keys(), pool.stats.evictions) == ([1, 2], ['b', 'c', 'd', 'e'], 1)
-
-
 def test_a_copy_of_a_pool_is_independent():
     pool = KVCachePool(3, layout=LAYOUT)
     pool.store('ab', batch(4, 2))

@@ -186,8 +186,7 @@ class ManagerTwins:
 
     def set(self, key: Any, length: int) -> None:
         entry = self.histories.entry(length)
-        reference = self.reference.pool_of(key)
-        expected, _ = outcome(lambda: reference.store([key], row_batch(entry, self.layout)))
+        expected, _ = outcome(lambda: self.reference.store([key], row_batch(entry, self.layout)))
         if isinstance(key, RootKey):
             got, _ = outcome(lambda: self.manager.set_init_cache(key.env_id, key, entry))
         else:
