@@ -7,13 +7,7 @@ pool or a world model.
 from __future__ import annotations
 
 from lzero_kv.budget.allocation import ALLOCATIONS, Allocation, allocate, apportion
-from lzero_kv.budget.attention import (
-    AttentionRecord,
-    Preference,
-    attention_dispersion,
-    attention_shift,
-    layer_preference,
-)
+from lzero_kv.budget.attention import AttentionRecord, Preference, dispersion_and_shift, layer_preference
 from lzero_kv.budget.cascade import BudgetedCache
 from lzero_kv.budget.config import BudgetConfig, Sizes
 from lzero_kv.budget.layer import LayerCache, attend
@@ -41,8 +35,7 @@ __all__ = [
     'allocate',
     'apportion',
     'attend',
-    'attention_dispersion',
-    'attention_shift',
+    'dispersion_and_shift',
     'gather_tokens',
     'layer_preference',
     'select',

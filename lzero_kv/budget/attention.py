@@ -20,36 +20,26 @@ class Preference(NamedTuple):
     """``V``."""
 
 
-def attention_dispersion(attention: torch.Tensor, evictable: torch.Tensor) -> torch.Tensor:
-    """``H = -sum a log a`` over heads, queries and the keys that may be evicted (CAKE).
-
-    Arguments:
-        attention: ``[B, heads, W, n]``, probabilities of the last ``W`` queries.
-        evictable: bool ``[B, n]``.
-
-    Returns:
-        ``[B]``, in nats, float32 (float64 for a float64 attention).
-    """
-    counted = _counted(attention, evictable)
-    # xlogy is 0 at 0
-    return -torch.special.xlogy(counted, counted).sum((1, 2, 3))
-
-
-def attention_shift(attention: torch.Tensor, evictable: torch.Tensor) -> torch.Tensor:
-    """``V``: sum over heads and the keys that may be evicted of the variance over the queries (CAKE).
-    Sample variance; 0 for a single query.
+def dispersion_and_shift(
+    attention: torch.Tensor, evictable: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``H = -sum a log a`` over heads, queries and keys, and ``V``: the sum over heads and keys of the sample
+    variance over the queries, 0 for a single one (CAKE).
 
     Arguments:
         attention: ``[B, heads, W, n]``, probabilities of the last ``W`` queries. A row with a key that may be
             evicted is longer than the window, so that none of its queries is padding.
-        evictable: bool ``[B, n]``.
+        evictable: bool ``[B, n]``: the keys that count.
 
     Returns:
-        ``[B]``, float32 (float64 for a float64 attention).
+        ``[B]`` each, ``H`` in nats; float32 (float64 for a float64 attention).
     """
-    counted = _counted(attention, evictable)
+    attention = at_least_float32(attention)
+    attention = torch.where(evictable[:, None, None], attention, attention.new_zeros(()))
     queries = torch.full((1, 1), attention.shape[2], device=attention.device)
-    return query_moments(counted, queries)[1].sum((1, 2))
+    # xlogy is 0 at 0
+    dispersion = -torch.special.xlogy(attention, attention).sum((1, 2, 3))
+    return dispersion, query_moments(attention, queries)[1].sum((1, 2))
 
 
 def query_moments(attention: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,9 +77,7 @@ def layer_preference(
     rows = int(evictable.any(-1).sum())
     if not rows:
         return Preference(0.0, 0.0)
-    dispersion = attention_dispersion(recent, evictable).sum() / rows
-    shift = attention_shift(recent, evictable).sum() / rows
-    return Preference(float(dispersion), float(shift))
+    return Preference(*(float(values.sum() / rows) for values in dispersion_and_shift(recent, evictable)))
 
 
 class AttentionRecord:
@@ -144,6 +132,12 @@ class AttentionRecord:
         if 'recent' in self.reads:
             self._remember(attention, queries)
 
+    @property
+    def columns(self) -> int | None:
+        """Columns that were observed, ``n``; None where nothing is recorded."""
+        known = self.recent if self.accumulated is None else self.accumulated
+        return None if known is None else known.shape[-1]
+
     def keep(self, indices: torch.Tensor) -> None:
         """Forget the tokens that were dropped; ``indices`` as of :class:`Kept`."""
         if self.accumulated is not None:
@@ -182,11 +176,6 @@ class AttentionRecord:
         # cut to the window, or filled up; a copy: a view would keep the block's whole attention alive
         self.recent = F.pad(attention, (0, 0, self.window - attention.shape[2], 0))
         self.queries = queries.clamp(max=self.window)
-
-
-def _counted(attention: torch.Tensor, evictable: torch.Tensor) -> torch.Tensor:
-    attention = at_least_float32(attention)
-    return torch.where(evictable[:, None, None], attention, attention.new_zeros(()))
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:

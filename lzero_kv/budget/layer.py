@@ -120,7 +120,17 @@ class LayerCache:
         return Kept(indices.expand(*self.lengths.shape, -1), self.lengths)
 
     def keep(self, kept: Kept) -> None:
-        """Drop all other tokens."""
+        """Drop all other tokens.
+
+        Raises:
+            RuntimeError: tokens were appended and their attention was not observed; nothing is changed.
+        """
+        observed = self.record.columns
+        if observed is not None and observed != self.columns:
+            raise RuntimeError(
+                f'the attention of the newest {self.columns - observed} tokens is awaited; call observe '
+                f'before tokens are dropped'
+            )
         self.keys = gather_tokens(self.keys, kept.indices)
         self.values = gather_tokens(self.values, kept.indices)
         self.positions = gather_tokens(self.positions, kept.indices)
@@ -154,9 +164,8 @@ class LayerCache:
             setattr(owner, name, tensor.index_select(0, rows))
 
     def put_rows(self, rows: torch.Tensor, other: LayerCache) -> None:
-        """Replace rows (int64 ``[N]``) by those of ``other``, in the memory of this layer's tensors.
-
-        A record that observed nothing takes nothing.
+        """Replace rows (int64 ``[N]``) by those of ``other``, in the memory of this layer's tensors: none may
+        be expanded. A record that observed nothing takes nothing.
 
         Raises:
             ValueError: ``other`` has not ``N`` rows of the same shape, or its record observed less; nothing
@@ -165,12 +174,12 @@ class LayerCache:
         pairs = []
         for owner, name, tensor in self._tensors():
             new = getattr(other if owner is self else other.record, name)
-            expected = [len(rows), *tensor.shape[1:]]
-            if new is None or list(new.shape) != expected:
-                got = None if new is None else list(new.shape)
+            expected = [len(rows), *tensor.shape[1:]], tensor.dtype
+            got = (None, None) if new is None else ([*new.shape], new.dtype)
+            if got != expected:
                 raise ValueError(
-                    f'{name} must be {expected}, got {got}; bring both layers to the same columns with pad '
-                    f'or shrink, and let both observe'
+                    f'{name} must be {expected[0]} of {expected[1]}, got {got[0]} of {got[1]}; bring both '
+                    f'layers to the same columns with pad or shrink, and let both observe'
                 )
             pairs.append((tensor, new))
         for tensor, new in pairs:

@@ -66,13 +66,22 @@ def test_rows_that_do_not_fit_are_refused():
     pair, other = (Pair([3, 1], [4, 6], selection=SELECTIONS[0], groups=1, step=1) for _ in range(2))
     rows = torch.tensor([0, 1])
     other.append(1)
-    with pytest.raises(ValueError, match=r'keys must be \[2, 2, 6, 5\], got \[2, 2, 7, 5\]; bring both'):
+    with pytest.raises(ValueError, match=r'keys must be \[2, 2, 6, 5\] of torch.float64, got \[2, 2, 7, 5\]'):
         pair.fast.put_rows(rows, other.fast)
     other.shrink(6)
     other.fast.record = AttentionRecord(1, 4, 1.0, ())
-    with pytest.raises(ValueError, match=r'accumulated must be \[2, 1, 6\], got None'):
+    with pytest.raises(ValueError, match=r'accumulated must be \[2, 1, 6\] of torch.float64, got None'):
         pair.fast.put_rows(rows, other.fast)
     pair.check()
+
+
+def test_tokens_whose_attention_is_awaited_are_not_dropped():
+    pair = Pair([3, 1], [4, 6], selection=SELECTIONS[1], groups=1, step=1)
+    tokens = torch.zeros(2, KV_HEADS, 2, 5, dtype=torch.float64)
+    pair.fast.append(tokens, tokens)
+    with pytest.raises(RuntimeError, match='attention of the newest 2 tokens is awaited; call observe'):
+        pair.fast.keep(pair.fast.newest(7))
+    assert (pair.fast.columns, pair.fast.positions.shape[2], pair.fast.record.columns) == (8, 8, 6)
 
 
 def test_a_budget_loads_nothing_that_a_language_model_has_not():

@@ -90,9 +90,9 @@ def ratio_in_binary(patch: Patch) -> None:
 
 
 def dispersion_over_the_window_too(patch: Patch) -> None:
-    original = attention.attention_dispersion
+    original = attention.dispersion_and_shift
     patch.setattr(
-        attention, 'attention_dispersion',
+        attention, 'dispersion_and_shift',
         lambda probabilities, evictable: original(probabilities, torch.ones_like(evictable))
     )  # fmt: skip
 

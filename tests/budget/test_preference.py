@@ -13,8 +13,7 @@ from lzero_kv.budget import (
     BudgetTracker,
     Preference,
     Tokens,
-    attention_dispersion,
-    attention_shift,
+    dispersion_and_shift,
     layer_preference,
 )
 
@@ -60,13 +59,14 @@ def test_known_values():
     attention[..., 2:6] = 0.25
     evictable = torch.ones(1, 9, dtype=torch.bool)
     # 2 heads and 3 queries, each ln 4
-    assert attention_dispersion(attention, evictable).tolist() == pytest.approx([6 * math.log(4)])
-    assert attention_shift(attention, evictable) == 0
+    dispersion, shift = dispersion_and_shift(attention, evictable)
+    assert dispersion.tolist() == pytest.approx([6 * math.log(4)])
+    assert shift == 0
     attention[0, 1, 0, 2] = 0.85
     # values .85 .25 .25: mean .45, squares .16 + .04 + .04, divided by 2
-    assert attention_shift(attention, evictable).tolist() == pytest.approx([0.12])
+    assert dispersion_and_shift(attention, evictable)[1].tolist() == pytest.approx([0.12])
     evictable[0, 2] = False
-    assert attention_shift(attention, evictable) == 0
+    assert dispersion_and_shift(attention, evictable)[1] == 0
 
 
 def test_a_row_alone_and_in_a_padded_batch_is_the_same():
