@@ -55,9 +55,9 @@ Outcome = dict[str, float]
 
 
 class Bench:
-    """One kind of cue: what the full cache did, and what everybody else is compared with.
+    """Episodes of the full cache with one kind of cue, and its answers, which budgets are compared with.
 
-    The episodes of all seeds are played in one batch, which is several times faster than one after the other.
+    The episodes of all seeds are one batch, which is several times faster than one after the other.
     """
 
     def __init__(self, full: Any, cue: str, seeds: Sequence[int], episodes: int) -> None:
