@@ -12,6 +12,7 @@ import run_docs
 from lzero_kv.validation.causes import Cause, Fault
 
 PAGES = run_docs.pages()
+FILES = [*PAGES, *run_docs.results()]
 LINK = re.compile(r'\]\(([^)#]+?)(?:#[^)]*)?\)')
 
 
@@ -20,7 +21,7 @@ def test_python_snippets_run(page: Path) -> None:
     run_docs.run_snippets(page)
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize('page', FILES, ids=lambda page: f'{page.parent.name}/{page.name}')
 def test_links_lead_somewhere(page: Path) -> None:
     targets = [link for link in LINK.findall(page.read_text(encoding='utf-8')) if not link.startswith('http')]
     missing = [target for target in targets if not (page.parent / target).exists()]
@@ -32,7 +33,7 @@ def test_make_targets_in_the_pages_exist() -> None:
     targets = set(re.findall(r'^([a-z-]+):', makefile, re.MULTILINE))
     named = {
         command.split()[1]
-        for page in PAGES
+        for page in FILES
         for command in run_docs.commands(page)
         if command.startswith('make ')
     }
@@ -43,7 +44,7 @@ def test_make_targets_in_the_pages_exist() -> None:
 def test_files_that_commands_name_exist() -> None:
     named = {
         word
-        for page in PAGES
+        for page in FILES
         for command in run_docs.commands(page)
         for word in command.split()
         if word.endswith('.py')
