@@ -1,4 +1,4 @@
-"""The pages keep their word: snippets run, commands exist, links lead somewhere."""
+"""Pages and results: snippets run; commands, files, links and their anchors exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lzero_kv.validation.causes import Cause, Fault
 
 PAGES = run_docs.pages()
 FILES = [*PAGES, *run_docs.results()]
-LINK = re.compile(r'\]\(([^)#]+?)(?:#[^)]*)?\)')
+LINK = re.compile(r'\]\(([^)#\s]*)(?:#([^)]*))?\)')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -21,10 +21,21 @@ def test_python_snippets_run(page: Path) -> None:
     run_docs.run_snippets(page)
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the heads of a page."""
+    heads = re.findall(r'^#+ (.+)$', page.read_text(encoding='utf-8'), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-') for head in heads}
+
+
 @pytest.mark.parametrize('page', FILES, ids=lambda page: f'{page.parent.name}/{page.name}')
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = [link for link in LINK.findall(page.read_text(encoding='utf-8')) if not link.startswith('http')]
-    missing = [target for target in targets if not (page.parent / target).exists()]
+    missing = []
+    for target, anchor in LINK.findall(page.read_text(encoding='utf-8')):
+        if target.startswith('http'):
+            continue
+        to = page.parent / target if target else page
+        if not to.exists() or (anchor and anchor not in anchors(to)):
+            missing.append(f'{target}#{anchor}')
     assert not missing
 
 
