@@ -14,6 +14,7 @@ from lzero_kv.validation.causes import Cause, Fault
 PAGES = run_docs.pages()
 FILES = [*PAGES, *run_docs.results()]
 LINK = re.compile(r'\]\(([^)#\s]*)(?:#([^)]*))?\)')
+NAMED = re.compile(r'`((?:benchmarks|configs|lzero_kv|studies|testing|tests|tools)/[\w/.]*)`')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -37,6 +38,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not to.exists() or (anchor and anchor not in anchors(to)):
             missing.append(f'{target}#{anchor}')
     assert not missing
+
+
+@pytest.mark.parametrize('page', FILES, ids=lambda page: f'{page.parent.name}/{page.name}')
+def test_files_that_the_text_names_exist(page: Path) -> None:
+    named = NAMED.findall(page.read_text(encoding='utf-8'))
+    assert not [name for name in named if not (run_docs.ROOT / name).exists()]
 
 
 def test_make_targets_in_the_pages_exist() -> None:
