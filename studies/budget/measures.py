@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from studying.plays import Answers
+from studies.budget.plays import Answers
 
 FRAMES = ('decisive', 'all')
 """Frames that a measure is averaged over: between the doors while none is taken, or all."""

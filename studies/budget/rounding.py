@@ -1,6 +1,6 @@
 """What rounding does to layer budgets: three rules on the same random cascades.
 
-    python benchmarks/budget_rounding.py
+    python studies/budget/rounding.py
 
 A model of 2 to 12 layers with log-normal preferences; 8 to 200 tokens that may be evicted; a total of 5 to
 90 % of them. Budgets are computed after each layer of a prompt, for the layers seen so far, at the same
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rich.console import Console
 from rich.table import Table

@@ -1,6 +1,6 @@
 """What layer budgets cost in quality, on a UniZero world model that has to remember.
 
-    python benchmarks/budget_study.py --model-path CHECKPOINT --out study
+    python studies/budget/study.py --model-path CHECKPOINT --out study
 
 Without --model-path the model is trained first (configs/memory_recall_unizero_kv_config.py, in lessons, about
 half an hour on one core); its checkpoint is left in --out. Then, for each kind of cue, the full cache plays
@@ -27,21 +27,23 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(_ROOT), str(_ROOT / 'benchmarks'), str(_ROOT / 'configs')]
+_ROOT = Path(__file__).resolve().parents[2]
+# In the place of this folder, whose module names (tables, ...) are those of packages, too.
+sys.path[:1] = [str(_ROOT), str(_ROOT / 'benchmarks'), str(_ROOT / 'configs')]
 
 import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from studying import methods
-from studying.measures import averages, compare, mean_and_spread
-from studying.methods import Method
-from studying.picture import draw
-from studying.plays import CUES, answers, asked_frames, play
-from studying.subject import forget_all, load_checkpoint, make_subject, reported_bytes
-from studying.tables import Row, detailed, overview, rich_table
-from studying.training import train
+
+from studies.budget import methods
+from studies.budget.measures import averages, compare, mean_and_spread
+from studies.budget.methods import Method
+from studies.budget.picture import draw
+from studies.budget.plays import CUES, answers, asked_frames, play
+from studies.budget.subject import forget_all, load_checkpoint, make_subject, reported_bytes
+from studies.budget.tables import Row, detailed, overview, rich_table
+from studies.budget.training import train
 
 FULL = Method('full cache', 'full', {})
 RATIOS = (1.0, 0.5, 0.25, 0.125)
@@ -53,9 +55,9 @@ Outcome = dict[str, float]
 
 
 class Bench:
-    """One kind of cue: what the full cache did, and what everybody else is compared with.
+    """Episodes of the full cache with one kind of cue, and its answers, which budgets are compared with.
 
-    The episodes of all seeds are played in one batch, which is several times faster than one after the other.
+    The episodes of all seeds are one batch, which is several times faster than one after the other.
     """
 
     def __init__(self, full: Any, cue: str, seeds: Sequence[int], episodes: int) -> None:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS
-from studying.measures import pareto_front
+from studies.budget.measures import pareto_front
 
 PANELS = {
     'decisive/policy_kl_root': 'KL of the policy at the root (nats)',

@@ -1,7 +1,7 @@
 """Where ``lzero_kv.budget`` agrees with the code of CAKE, and how often it does not.
 
     git clone https://github.com/antgroup/cakekv
-    python benchmarks/cake_agreement.py cakekv
+    python studies/budget/cake_agreement.py cakekv
 
 Needs the transformers library that CAKE's code names (4.46) beside this project's own packages. Nothing of
 CAKE is part of this project. Random prompts in float64: each layer's attention is a softmax of random logits.
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from rich.console import Console

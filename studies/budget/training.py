@@ -9,8 +9,8 @@ from typing import NamedTuple
 from easydict import EasyDict
 from memory_recall_unizero_kv_config import DISTRACTOR_FRAMES, FULL, make_config
 
-from studying.plays import CUES, play
-from studying.subject import load_checkpoint, make_subject
+from studies.budget.plays import CUES, play
+from studies.budget.subject import load_checkpoint, make_subject
 
 
 class Lesson(NamedTuple):
