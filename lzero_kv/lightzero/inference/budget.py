@@ -364,12 +364,13 @@ class BudgetedRootStep:
         for token, x in enumerate((actions, observations)):
             if x is None:
                 continue
-            place = placed.column(token)
+            added, rotation = placed
+            now = slice(token, token + 1)
             hidden = decode(
                 self._session.weights,
                 self._columns(blocks, token, grown),
-                place.add_to(x[:, None]),
-                place.rotation,
+                x[:, None] if added is None else x[:, None] + added[:, now],
+                None if rotation is None else rotation[:, now],
                 watch=self._watch() if self._budget.reads_attention else None,
             )
         self.lengths, moved = self._session.window.advance(places[:, 1] + 1)

@@ -541,10 +541,12 @@ class CompiledSearch(Search):
         rows = self._rows
         slots = self._manager.slots([self._key(row, node) for row, node in enumerate(of.windows.tolist())])
         self._resident.load(rows, slots, self._session.window.kept)
-        self._without_positions(rows)
-        path = self._place_path(of)
-        begins, _, end = self._look(of, path.shape[1])
-        correction = self._correct(of, begins[0], end)
+        depth = self._place_path(of) if of.below.any() else 0
+        begins, _, end = self._look(of, depth)
+        correction = None
+        if self._shift is not None:
+            self._without_positions(rows)
+            correction = self._correct(of, begins[0], end)
         begin = (self.tree.expanded - 1) * len(rows)
         own = self._steps[begin : begin + len(rows)]
         if correction is not None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lzero_kv.cache.transfer import to_device
+from lzero_kv.cache.transfer import sender
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
 ROOT = 0
@@ -79,6 +79,7 @@ class SearchTree:
         self._exact = exact
         self._stored_steps = stored_steps
         self._rows = np.arange(rows)
+        self._send = sender(tokens.device)
         self._next_positions = next_positions
         self._root_width = width
         nodes = simulations + 1
@@ -137,7 +138,7 @@ class SearchTree:
         """Raw embeddings ``[N, columns, embed]`` of the newest tokens of nodes' histories; ``rows`` and
         ``nodes`` int64 ``[N]``."""
         shown = self._shown[nodes, rows, self._kept - columns :]
-        at = to_device((shown + (rows * self.tokens.shape[1])[:, None]).reshape(-1), self.tokens.device)
+        at = self._send((shown + (rows * self.tokens.shape[1])[:, None]).reshape(-1))
         return self.tokens.flatten(0, 1).index_select(0, at).unflatten(0, shown.shape)
 
     def shown(self, parents: Parents) -> np.ndarray:
