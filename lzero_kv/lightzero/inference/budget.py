@@ -272,7 +272,7 @@ class WindowBudget:
         return LayerCache(kv[:, 0], kv[:, 1], positions, of_groups, record, sizes.sinks, sizes.step)
 
     def _packed(self, layers: Sequence[LayerCache]) -> torch.Tensor:
-        """Layers that have exactly their part of the columns as windows ``[B, 2, heads, total, head_dim]``."""
+        """Layers with exactly their part of the columns, as windows ``[B, 2, heads, total, head_dim]``."""
         kv = torch.stack(
             [torch.cat([getattr(layer, name) for layer in layers], dim=2) for name in ('keys', 'values')],
             dim=1,

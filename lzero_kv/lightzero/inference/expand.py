@@ -85,7 +85,7 @@ class Search:
         )
         self._stored_steps = stored_steps
         self._placed = np.full(rows, NOWHERE, np.int64)  # the nodes whose windows stand beside the rows
-        # for each layer, or all of them, tokens of the nodes' windows; of derived ones known once they are there
+        # tokens of the nodes' windows in each layer, or in all; of derived ones known once they are computed
         self._held = np.zeros((simulations + 1, rows, roots.held.shape[1]), np.int64)
         self._held[ROOT] = roots.held
         self._derived_before = np.zeros((simulations + 1, rows), dtype=bool)
@@ -219,15 +219,15 @@ class Search:
         return found, beside, (at[stays], slots, width)
 
     def _place_path(self, of: Parents) -> int:
-        """Bring the steps between windows and parents beside the rows; returns how many the longest path has."""
+        """Bring the steps between windows and parents beside the rows; returns those of the longest path."""
         path = self.tree.path(of)
         at = np.maximum(path - 1, 0) * len(self._rows) + self._rows[:, None]
         self._resident.load_path(self._steps, at)
         return path.shape[1]
 
     def _look(self, of: Parents, depth: int) -> tuple[list[int], list[torch.Tensor | None], int]:
-        """The first columns that are looked at, the masks of the action and of the observation, and the column
-        behind the path."""
+        """The first columns that are looked at, the masks of the action and of the observation, and the
+        column behind the path."""
         path, columns = of.on_path, TOKENS_PER_STEP * depth
         prefix = (of.lengths - path)[:, None]
         if self._exact:
@@ -305,7 +305,7 @@ class Search:
         return added
 
     def _visit(self, number: int) -> None:
-        """Tell the pool how often each derived window's node was passed, from the new children's parents up."""
+        """Tell the pool how often each derived window's node was passed, from the new parents up."""
         parents, touched = self.tree.parents, dict[NodeKey, int]()
         nodes = parents[number]
         while (inner := nodes != ROOT).any():
