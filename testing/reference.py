@@ -6,7 +6,7 @@ Tests and comparisons are made against them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,8 +64,6 @@ class ReferencePool:
         self.policy = policy
         self.layout = layout
         self.stats = CacheStats()
-        self.grow: Callable[[int], None] | None = None
-        """Called with the number of missing places before records are evicted."""
         self._records: list[Record] = []
         self._time = 0
         self._queries = 0
@@ -105,8 +103,6 @@ class ReferencePool:
         if len(set(keys)) != len(keys):
             raise ValueError('a key is there twice')
         new = [key for key in keys if self._record(key) is None]
-        if self.grow is not None and len(self._records) + len(new) > self.pool_size:
-            self.grow(len(self._records) + len(new) - self.pool_size)
         needed = len(self._records) + len(new) - self.pool_size
         if needed > len(self._candidates(keys)):
             raise RuntimeError('not enough entries may be evicted')
@@ -233,7 +229,6 @@ class ReferenceManager:
         policy, root_slots = cache_config.policy, cache_config.root_slots
         self.roots = [ReferencePool(root_slots, policy, layout) for _ in range(env_num)]
         self.nodes = ReferencePool(cache_config.window_slots or env_num, policy, layout)
-        self.nodes.grow = self._grow
         self._most = env_num * (num_simulations + 1)
         self._wanted_more = False
 
@@ -249,14 +244,15 @@ class ReferenceManager:
             wanted -= 1
         return max(size, wanted)
 
-    def _grow(self, missing: int) -> None:
-        """Double the nodes where that is allowed, else make them as many as is allowed."""
+    def _make_room(self, keys: list[Hashable]) -> None:
+        """Double the nodes where they do not suffice, or make them as many as is allowed."""
         size = self.nodes.pool_size
-        if self.cache_config.window_slots is not None:
+        needed = len({*self.nodes.keys(), *keys})
+        if self.cache_config.window_slots is not None or needed <= size:
             return
-        wanted = min(self._most, max(2 * size, size + missing))
+        wanted = min(self._most, max(2 * size, needed))
         self.nodes.pool_size = self._largest(wanted, kept=size if len(self.nodes) else 0)
-        self._wanted_more = self.nodes.pool_size < min(size + missing, self._most)
+        self._wanted_more = self.nodes.pool_size < min(needed, self._most)
 
     def pool_of(self, key: Hashable) -> ReferencePool:
         """The pool that a key belongs to; ValueError for an unknown environment."""
@@ -275,6 +271,7 @@ class ReferenceManager:
         """Keep clones of a batch of roots and nodes; all or nothing."""
         pools = [*self.roots, self.nodes]
         rows_of = [[row for row, key in enumerate(keys) if self.pool_of(key) is pool] for pool in pools]
+        self._make_room([keys[row] for row in rows_of[-1]])
         for pool, rows in zip(pools, rows_of, strict=True):
             pool.evictions_for([keys[row] for row in rows])
         for pool, rows in zip(pools, rows_of, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lzero_kv.cache.entry import KVEntry
@@ -35,6 +36,7 @@ class NamedAccess:
     record_bytes: int = 0
     """Bytes of what is remembered of the roots' tokens to choose among them; set by its owner."""
     _wm_pool: KVCachePool | None = None
+    _make_room: Callable[[Sequence[Any]], None]
 
     def __init__(self, clear_recur_log_freq: int, clear_all_log_freq: int) -> None:
         self.clear_recur_log_freq = clear_recur_log_freq
@@ -61,6 +63,7 @@ class NamedAccess:
 
     def set_recur_cache(self, cache_key: Any, kv_cache: Any) -> int:
         """Store a node's history; returns the slot. Raises as :meth:`KVCachePool.set`."""
+        self._make_room([cache_key])
         return self.recur_pool.set(cache_key, kv_cache)
 
     def get_wm_cache(self, cache_key: Any) -> KVEntry | None:

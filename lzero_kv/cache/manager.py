@@ -100,7 +100,6 @@ class KVCacheManager(NamedAccess):
             for env_id in range(env_num)
         ]
         self.recur_pool = self._pool(windows, 'recurrent', roots)
-        self.recur_pool.grow = self._grow
 
     def _pool(self, size: int, name: str, first_slot: int) -> KVCachePool:
         options = self.cache_config.policy, self.enable_stats, name
@@ -116,15 +115,18 @@ class KVCacheManager(NamedAccess):
         single = 0 if self._wm_pool is None else self._wm_pool.pool_size
         return rows - 2 * self.env_num * self.cache_config.root_slots - kept - single - int(self.scratch)
 
-    def _grow(self, missing: int) -> None:
-        """Double the recurrent pool, at least by ``missing`` slots, as far as the bounds allow."""
-        size = self.recur_pool.pool_size
-        if self.cache_config.window_slots is None:
-            kept = size if len(self.recur_pool) else 0
-            wanted = min(size + max(size, missing), self._most, self._window_limit(kept))
-            if wanted > size:
-                self.recur_pool.resize(wanted)
-            self._short_of_room = self.recur_pool.pool_size < min(size + missing, self._most)
+    def _make_room(self, keys: Sequence[Any]) -> None:
+        """Double the recurrent pool where these nodes do not fit, as far as the bounds allow."""
+        pool, size = self.recur_pool, self.recur_pool.pool_size
+        if len(pool) + len(keys) <= size or self.cache_config.window_slots is not None:
+            return
+        needed = min(len(pool) + sum(key not in pool for key in set(keys)), self._most)
+        if needed > size:
+            limit = self._window_limit(size if len(pool) else 0)
+            larger = min(max(2 * size, needed), self._most, limit)
+            if larger > size:
+                pool.resize(larger)
+            self._short_of_room = pool.pool_size < needed
 
     def begin_search(self, least: int, most: int, *, upfront: bool = False) -> None:
         """Forget the nodes of the last search and make room for those of the next.
@@ -268,6 +270,8 @@ class KVCacheManager(NamedAccess):
         keys = list(keys)
         groups = self._groups(keys)
         numbers = self.storage.check_batch(len(keys), kv, lengths, next_positions, newest)
+        if groups and groups[-1][0] is self.recur_pool:
+            self._make_room(groups[-1][2])
         plans = [pool.plan(own) for pool, _, own in groups]
         self.storage.allocate()
         slots = np.empty(len(keys), np.int64)
@@ -291,6 +295,7 @@ class KVCacheManager(NamedAccess):
             RuntimeError: the pool is too small for the batch. Nothing is changed, except that it may have
                 grown.
         """
+        self._make_room(keys)
         slots = self.recur_pool.reserve(keys)
         self.storage.lengths[slots], self.storage.next_positions[slots] = lengths, next_positions
         return slots

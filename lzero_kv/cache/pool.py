@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,6 @@ class KVCachePool:
         self.first_slot = first_slot
         self.stats = CacheStats()
         """Counters; they stay zero when ``enable_stats`` is off."""
-        self.grow: Callable[[int], None] | None = None
-        """Called with the number of missing slots before entries are evicted; may :meth:`resize` the pool."""
         self._order = EvictionOrder(self.eviction_strategy, first_slot + self.pool_size)
         self._queries = 0
         self._stores = 0
@@ -172,23 +170,19 @@ class KVCachePool:
 
     def plan(self, keys: Sequence[Hashable]) -> list[int]:
         """The slots that known keys of a store have, ``NO_SLOT`` for others; raises as :meth:`reserve`.
-        Changes nothing, except that the pool may have grown."""
+        Changes nothing."""
         if len(set(keys)) != len(keys):
             twice = sorted({str(key) for key in keys if list(keys).count(key) > 1})
             raise ValueError(
                 f"pool '{self.name}': every key of a batch must be there once, got {twice} repeatedly"
             )
-        slot_of = self._slot_of.get
-        slots = [slot_of(key, NO_SLOT) for key in keys]
-        missing = slots.count(NO_SLOT) - self.pool_size + len(self._slot_of)
-        if missing > 0 and self.grow is not None:
-            self.grow(missing)
         if len(keys) > self.pool_size:
             raise RuntimeError(
                 f"pool '{self.name}': {len(keys)} histories do not fit into {self.pool_size} slots; "
                 f'store fewer at once, or make the pool larger'
             )
-        return slots
+        slot_of = self._slot_of.get
+        return [slot_of(key, NO_SLOT) for key in keys]
 
     def commit(self, keys: Sequence[Hashable], slots: list[int]) -> np.ndarray:
         """Carry out what :meth:`plan` answered with ``slots``; returns the slots as :meth:`reserve`."""

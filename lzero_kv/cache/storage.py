@@ -141,7 +141,7 @@ class KVStorage:
             raise ValueError(f'keep must be in [0, {min(self.slots, slots)}], got {keep}')
         if slots == self.slots:
             return
-        self._check_memory(slots + keep - len(self._data) if self._data is not None else slots)
+        self._check_memory(slots, twice=keep if self._data is not None else 0)
         if self._data is not None:
             self._replace(slots, keep)
         self.lengths = resized(self.lengths[:keep], slots)
@@ -227,10 +227,10 @@ class KVStorage:
             if self._data is not None and kept is not None:
                 self._data[:keep] = kept
 
-    def _check_memory(self, slots: int) -> None:
+    def _check_memory(self, slots: int, twice: int = 0) -> None:
         # a CPU hands out more memory than it has, and kills the process that uses it
-        wanted, device = (slots + self._scratch) * self.layout.row_bytes, self.layout.device
-        if device.type == 'cpu' and wanted > _available(device):
+        wanted, device = (slots + self._scratch + twice) * self.layout.row_bytes, self.layout.device
+        if device.type == 'cpu' and wanted - self.bytes > _available(device):
             raise RuntimeError(self._no_memory(slots))
 
     def _no_memory(self, slots: int) -> str:

@@ -186,8 +186,7 @@ class ManagerTwins:
 
     def set(self, key: Any, length: int) -> None:
         entry = self.histories.entry(length)
-        reference = self.reference.pool_of(key)
-        expected, _ = outcome(lambda: reference.store([key], row_batch(entry, self.layout)))
+        expected, _ = outcome(lambda: self.reference.store([key], row_batch(entry, self.layout)))
         if isinstance(key, RootKey):
             got, _ = outcome(lambda: self.manager.set_init_cache(key.env_id, key, entry))
         else:
@@ -219,9 +218,7 @@ class ManagerTwins:
         """A store of nodes whose rows are written behind the manager's back."""
         batch = self.histories.batch(lengths, [length + 2 for length in lengths])
         expected, _ = outcome(lambda: self.reference.store(list(keys), batch))
-        got, slots = outcome(
-            lambda: self.manager.reserve(list(keys), batch.lengths, batch.next_positions)
-        )
+        got, slots = outcome(lambda: self.manager.reserve(list(keys), batch.lengths, batch.next_positions))
         check_equal('error of reserve', got, expected)
         if slots is not None:
             check_equal('slots', slots.tolist(), self.manager.slots(keys).tolist())

@@ -65,5 +65,5 @@ def write_stock_experiment(experiment: Path) -> Path:
 
 def _store(manager: KVCacheManager, keys: list[RootKey] | list[NodeKey]) -> None:
     count = len(keys)
-    kv = torch.zeros(count, 2 * LAYERS, TOKENS, EMBED)
+    kv = torch.zeros(count, 2 * LAYERS, HEADS, TOKENS, EMBED // HEADS)
     manager.store(keys, kv, np.full(count, 2, dtype=np.int64), np.full(count, 2, dtype=np.int64))

@@ -199,6 +199,14 @@ class Search:
             )
             return found, None, None
         self._held[nodes, at] = lengths[:, None]
+        if not self._session.exact:  # roots that are not stored, computed by themselves: no other window moves
+            kv = self._session.prefilled(tokens, lengths, next_positions)
+            window = self._session.geometry.window
+            place = self._resident.buffer[..., window - width : window, :]
+            place.index_copy_(0, to_device(at, kv.device), kv)
+            self._store_windows(at[stays], slots, width)
+            self._without_positions(at)
+            return found, None, None
         index = None if len(at) == len(rows) else to_device(at, tokens.device)
         window = self._session.geometry.window
         out = self._resident.buffer[..., window - width : window, :]
@@ -221,17 +229,16 @@ class Search:
         """The first columns that are looked at, the masks of the action and of the observation, and the column
         behind the path."""
         path, columns = of.on_path, TOKENS_PER_STEP * depth
+        prefix = (of.lengths - path)[:, None]
         if self._session.exact:
             prefix = self._held[of.windows, self._rows]
-        else:
-            prefix = (of.lengths - path)[:, None]
+            if (prefix == prefix[:, :1]).all():
+                prefix = prefix[:, :1]  # one mask serves all layers
         visible = visible_columns(prefix, path, columns, TOKENS_PER_STEP)
         mask = column_mask(visible, self._shown)
         masks = [None if mask is None else mask[..., :-1], mask]
         window = self._session.geometry.window
         begins = (window - prefix.max(0)).tolist()
-        if len(set(begins)) == 1:
-            begins = begins[:1]
         return begins, masks, window + columns
 
     def _add(
@@ -325,7 +332,9 @@ class Search:
         served = stored = NO_HISTORIES
         if any(observer.needs_histories for observer in self._session.observers):
             served = Histories(self._histories(of, end - TOKENS_PER_STEP, 0), found)
-            stored = Histories(self._histories(of, end, TOKENS_PER_STEP), ~derived)
+            stored = Histories(
+                self._histories(of, end, TOKENS_PER_STEP), ~derived, rounded=self._shift is not None
+            )
         event = NodesExpanded(self.tree.expanded, of.nodes, actions, served, stored, outputs)
         for observer in self._session.observers:
             observer.nodes_expanded(event)

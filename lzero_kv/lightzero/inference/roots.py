@@ -249,7 +249,8 @@ class RootInference:
         if observers:
             stored = NO_HISTORIES
             if copied:
-                stored = Histories(step.histories(0), np.ones(len(first), dtype=bool))
+                rounded = self._session.shift_table() is not None
+                stored = Histories(step.histories(0), np.ones(len(first), dtype=bool), rounded)
             event = RootsInferred(
                 env_ids,
                 first,

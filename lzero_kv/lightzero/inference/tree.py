@@ -126,8 +126,8 @@ class SearchTree:
         )
 
     def path(self, parents: Parents) -> np.ndarray:
-        """The steps between the windows and the nodes, int64 ``[B, depth]`` simulations, right-aligned; what
-        stands in front of shorter paths is some simulation from 0."""
+        """The steps between the windows and the nodes, int64 ``[B, depth]``, right-aligned: numbers of nodes
+        whose steps are stored; in front of shorter paths stands one of them, or ``ROOT``."""
         depth = min(int(parents.below.max()), self._paths.shape[2])
         if not depth:
             return np.zeros((len(self._rows), 0), np.int64)
@@ -191,6 +191,7 @@ class SearchTree:
             self._windows[number] = parents.windows
             self._below[number] = parents.below + 1
             return derived
+        paths[number, derived] = ROOT
         self._windows[number] = np.where(derived, number, parents.windows)
         self._below[number] = np.where(derived, 0, parents.below + 1)
         shown = self._shown[number]

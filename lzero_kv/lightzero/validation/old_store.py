@@ -39,7 +39,9 @@ class OldStore(OldSystem):
         self.twin.naming = names
         self._latents = [event.latents]
         for row in range(min(len(names), self.twin.env_num)):
-            self.twin.keep(row, event.latents[row], event.stored.row(row), root=True)
+            self.twin.keep(
+                row, event.latents[row], event.stored.row(row), root=True, exact=not event.stored.rounded
+            )
         self.twin.past_kv_cache_recurrent_infer.clear()
         return opinions
 
@@ -131,7 +133,7 @@ class OldStore(OldSystem):
             for row in range(len(names)):
                 present = bool(event.stored.present[row])
                 kv = event.stored.row(row) if present else truths[row].stored
-                self.twin.keep(row, latents[row], kv, root=False, exact=present)
+                self.twin.keep(row, latents[row], kv, root=False, exact=present and not event.stored.rounded)
         return opinions
 
     def settle(self, row: int, opinion: HostOpinion, truth: RowTruth) -> None:
