@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lzero_kv.lightzero.inference import backends
-from lzero_kv.lightzero.inference.compiled import CompiledSearch, StaticStep, StepFunction, StepInputs
+from lzero_kv.lightzero.inference.attention import rotate
+from lzero_kv.lightzero.inference.compiled import CompiledSearch, StaticStep, StepFunction, StepInputs, rotated
 from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.families import FAMILIES
@@ -27,6 +30,7 @@ from testing.models import collect_model, make_policy, random_weights, world_mod
 from testing.reanalysis import reanalyze
 
 from .direct import Drive, Step, largest_difference
+from .plays import fail_with_nan
 from .test_engine import BOTH_WINDOWS, managed, uneven_episodes
 from .test_operators import Operators
 from .validated import MODES, assert_accounted, tally_of, validated_policy
@@ -79,9 +83,24 @@ UNEVEN = [
 """Environments that come and go; the first windows are full at the fourth step."""
 
 
+@cache
+def expected_answers(
+    window: str = 'rebuild', steps: tuple[Step, ...] = tuple(UNEVEN)
+) -> list[torch.Tensor]:
+    """Of the eager backend."""
+    return Drive(model_of('eager', kv_cache=dict(window=window)), ROWS, SIMULATIONS).play(steps)
+
+
 @BOTH_WINDOWS
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize('family', ['tiny', 'cartpole', 'lunarlander_continuous', 'multitask'])
+@pytest.mark.parametrize(
+    ('family', 'dtype'),
+    [
+        ('tiny', torch.float64),
+        ('cartpole', torch.float32),
+        ('lunarlander_continuous', torch.float64),
+        ('multitask', torch.float32),
+    ],
+)
 def test_answers_equal_those_of_the_eager_backend(
     as_is: Counted, family: str, dtype: torch.dtype, window: str
 ) -> None:
@@ -123,7 +142,7 @@ def _weights_of(seed: int) -> Callable[[Any], None]:
     return lambda model: model.load_state_dict(random_weights(model, seed))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(steps=random_steps(), seed=st.integers(0, 10), window=st.sampled_from(['shift', 'rebuild']))
 def test_random_searches(
     twins: dict[tuple[str, str], Any], steps: list[Step], seed: int, window: str
@@ -163,18 +182,16 @@ def replace_tensors(model: Any, factor: float) -> None:
 def test_changed_weights_need_no_new_runner_unless_they_moved(
     as_is: Counted, change: Callable[[Any, float], None], window: str
 ) -> None:
-    steps = [*UNEVEN, Step((0, 1, 2), before=lambda model: change(model, 0.9)), *UNEVEN]
-    plays = [
-        Drive(model_of(backend, kv_cache=dict(window=window)), ROWS, SIMULATIONS).play(steps)
-        for backend in ('eager', 'compile')
-    ]
-    assert largest_difference(plays[1], plays[0]) < TOLERANCE[torch.float64]
+    steps = (*UNEVEN[:5], Step((0, 1, 2), before=lambda model: change(model, 0.9)), *UNEVEN[2:6])
+    answers = Drive(model_of('compile', kv_cache=dict(window=window)), ROWS, SIMULATIONS).play(steps)
+    assert largest_difference(answers, expected_answers(window, steps)) < TOLERANCE[torch.float64]
     kinds = 2 if window == 'rebuild' else 1
     assert as_is.made == (2 * kinds if change is replace_tensors else kinds)
 
 
-@BOTH_WINDOWS
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize(
+    ('family', 'window'), [('tiny', 'shift'), *((family, 'rebuild') for family in FAMILIES)]
+)
 def test_every_root_and_node_equals_its_recomputation(
     as_is: Counted, family: str, window: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,14 +203,29 @@ def test_every_root_and_node_equals_its_recomputation(
         assert verdict.wrong == 0, str(verdict)
 
 
+def test_a_failed_search_leaves_nothing_behind(as_is: Counted) -> None:
+    policy = managed('tiny', 'rebuild', kv_cache=dict(backend='compile'))
+    uneven_episodes(policy, 'tiny', 2)
+    fail_with_nan(policy, range(3))
+    verdict = judge_nodes(policy, uneven_episodes(policy, 'tiny', 3), 'rebuild')
+    assert verdict.wrong == 0, str(verdict)
+
+
+def test_half_precision_is_rotated_as_by_the_eager_backend() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 4, 6, generator=generator).bfloat16()
+    factors = torch.polar(torch.ones(3, 2, 3), torch.randn(3, 2, 3, generator=generator))
+    found = rotated(x, torch.view_as_real(factors))
+    assert found.dtype == x.dtype and torch.equal(found, rotate(x, factors))
+
+
 def _refused(*args: Any) -> None:
     raise AssertionError('expected every simulation on static shapes')
 
 
-@BOTH_WINDOWS
 @pytest.mark.parametrize('policy', ['lru', 'priority'])
-def test_a_full_pool_is_left_to_the_eager_backend(as_is: Counted, window: str, policy: str) -> None:
-    kv_cache = dict(backend='compile', window_slots=3 * 3, policy=policy)
+def test_a_full_pool_is_left_to_the_eager_backend(as_is: Counted, policy: str) -> None:
+    window, kv_cache = 'rebuild', dict(backend='compile', window_slots=3 * 3, policy=policy)
     small = managed('tiny', window, num_simulations=24, kv_cache=kv_cache)
     roots = uneven_episodes(small, 'tiny', 4)
     verdict = judge_nodes(small, roots, window)
@@ -250,17 +282,19 @@ def test_validation_accounts_for_every_row(as_is: Counted, mode: str, window: st
         assert_accounted(tally)
 
 
-@BOTH_WINDOWS
-@pytest.mark.parametrize(('slots', 'refused'), [(None, False), (260, False), (110, True)])
-def test_long_contexts(as_is: Counted, slots: int | None, refused: bool, window: str) -> None:
-    """Paths grow longer than those of the step, and ``max_bytes`` has no room for a window of every node."""
-    options: dict[str, Any] = dict(num_simulations=40, infer_context_length=14)
+@pytest.mark.parametrize(
+    ('window', 'rows', 'refused'), [('shift', None, False), ('rebuild', 60, False), ('rebuild', 30, True)]
+)
+def test_long_contexts(as_is: Counted, window: str, rows: int | None, refused: bool) -> None:
+    """Paths grow longer than those of the step, and ``max_bytes`` has no room for a window of every node, or
+    for the step."""
+    options: dict[str, Any] = dict(num_simulations=24, infer_context_length=14)
     row_bytes = model_of('eager', **options).world_model.kv_cache_manager.layout.row_bytes
-    bound = None if slots is None else slots * row_bytes
+    bound = None if rows is None else rows * row_bytes
     plays = []
     for backend in ('eager', 'compile'):
         model = model_of(backend, kv_cache=dict(max_bytes=bound, window=window), **options)
-        plays.append(Drive(model, ROWS, 40).play(UNEVEN))
+        plays.append(Drive(model, ROWS, 24).play(UNEVEN[:5]))
     assert largest_difference(plays[1], plays[0]) < TOLERANCE[torch.float64]
     manager = model.world_model.kv_cache_manager
     assert bound is None or manager.bytes <= bound
@@ -341,7 +375,7 @@ class Faulty:
 def test_a_failure_falls_back_with_one_warning(
     fault: str, window: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = Drive(model_of('eager', kv_cache=dict(window=window)), ROWS, SIMULATIONS).play(UNEVEN)
+    expected = expected_answers(window)
     monkeypatch.setitem(backends.RUNNERS, 'compile', getattr(Faulty, fault))
     model = model_of('compile', kv_cache=dict(window=window))
     with pytest.warns(RuntimeWarning, match="backend='compile' does not work here") as caught:
@@ -352,7 +386,7 @@ def test_a_failure_falls_back_with_one_warning(
 
 
 def test_a_graph_without_cuda_falls_back() -> None:
-    expected = Drive(model_of('eager'), ROWS, SIMULATIONS).play(UNEVEN[:2])
+    expected = expected_answers(steps=tuple(UNEVEN[:2]))
     model = model_of('cudagraph')
     with pytest.warns(RuntimeWarning, match='expected the model on a CUDA device, got cpu'):
         answers = Drive(model, ROWS, SIMULATIONS).play(UNEVEN[:2])
@@ -379,6 +413,8 @@ def _unwritten(owner: type, name: str, part: str) -> tuple[type, str, Callable[.
     return owner, name, step
 
 
+SCALED = (*UNEVEN[:5], Step((0, 1, 2), before=lambda model: scale(model, 0.9)))
+
 FAULTS = {
     'padding is seen': (StepFunction, '_mask', _blind),
     'a pending window is not computed': (StepFunction, 'deriving', StepFunction.plain),
@@ -391,9 +427,9 @@ FAULTS = {
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_planted_fault_is_seen(as_is: Counted, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [*UNEVEN, Step((0, 1, 2), before=lambda model: scale(model, 0.9))]
-    expected = Drive(model_of('eager'), ROWS, SIMULATIONS).play(steps)
     owner, name, replacement = FAULTS[fault]
     monkeypatch.setattr(owner, name, replacement)
-    answers = Drive(model_of('compile'), ROWS, SIMULATIONS).play(steps)
-    assert largest_difference(answers, expected) > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # padding differs from one run to the next
+        answers = Drive(model_of('compile'), ROWS, SIMULATIONS).play(SCALED)
+    assert largest_difference(answers, expected_answers(steps=SCALED)) > 1e-3

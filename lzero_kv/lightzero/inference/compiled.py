@@ -471,6 +471,8 @@ class CompiledSearch(Search):
         inputs, memory = static.begin(simulations, memory)
         super().__init__(session, roots, simulations, memory, 0)
         self._static = static
+        # nothing is written there while the search runs, even where the roots are cleared
+        self._roots_at = super()._root_slots(self._rows) if roots.stored else None
         rows = len(roots.lengths)
         self._steps = inputs.steps[: rows * simulations]
         self.tree.keep_steps(stored_steps)
@@ -512,7 +514,7 @@ class CompiledSearch(Search):
         """Slots of the windows, int64 ``[B]``, ``NO_SLOT`` where they are pending; None where the simulation
         has to be taken eagerly."""
         pool = self._manager.recur_pool
-        slots = self._manager.slots([self._key(row, node) for row, node in enumerate(of.windows.tolist())])
+        slots = self._slots(of)
         pending = slots == NO_SLOT
         longest = self._static.numbers.shape[1] - NUMBERS - self._session.window.kept
         deep = int(of.below.max()) > longest if self._session.exact else int(of.on_path.max()) > 2 * longest
@@ -524,8 +526,14 @@ class CompiledSearch(Search):
             return None
         return None if pool.pool_size - len(pool) < np.count_nonzero(pending) else slots
 
-    def _key(self, row: int, node: int) -> Any:
-        return self._roots.keys[row] if node == ROOT else NodeKey(row, node)
+    def _root_slots(self, rows: np.ndarray) -> np.ndarray:
+        assert self._roots_at is not None
+        return self._roots_at[rows]
+
+    def _slots(self, of: Parents) -> np.ndarray:
+        """Slots of the windows, int64 ``[B]``; ``NO_SLOT`` where there is none."""
+        slots = self._manager.slots(self._keys(of, np.ones(len(self._rows), dtype=bool)))
+        return slots if self._roots_at is None else np.where(of.windows == ROOT, self._roots_at, slots)
 
     def _keys(self, of: Parents, which: np.ndarray) -> list[NodeKey]:
         """Names of the windows of some rows (bool ``[B]``)."""
@@ -571,8 +579,7 @@ class CompiledSearch(Search):
     def _show(self, of: Parents) -> int:
         """Bring beside the rows what the step looked at and wrote, for observers; returns the column behind."""
         rows = self._rows
-        slots = self._manager.slots([self._key(row, node) for row, node in enumerate(of.windows.tolist())])
-        self._resident.load(rows, slots, self._session.window.kept)
+        self._resident.load(rows, self._slots(of), self._session.window.kept)
         self._without_positions(rows)
         path = self._place_path(of)
         begins, _, end = self._look(of, path.shape[1])

@@ -169,7 +169,7 @@ class Search:
         moved = nodes != self._placed
         begins = np.flatnonzero(moved & ~cached)
         if len(begins):
-            slots[begins] = manager.slots([self._roots.keys[row] for row in begins.tolist()])
+            slots[begins] = self._root_slots(begins)
         missing = (slots == NO_SLOT) & (moved | cached)
         at = np.flatnonzero(moved & ~missing)
         self._placed = nodes
@@ -212,6 +212,10 @@ class Search:
         out = self._resident.buffer[..., window - width : window, :]
         beside = self._session.windows_beside(tokens, lengths, next_positions, out, index)
         return found, beside, (at[stays], slots, width)
+
+    def _root_slots(self, rows: np.ndarray) -> np.ndarray:
+        """Where stored roots of ``rows`` (int64 ``[N]``) stand."""
+        return self._manager.slots([self._roots.keys[row] for row in rows.tolist()])
 
     def _store_windows(self, rows: np.ndarray, slots: np.ndarray, width: int) -> None:
         if len(rows):
