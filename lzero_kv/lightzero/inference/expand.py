@@ -170,7 +170,7 @@ class Search:
         moved = nodes != self._placed
         begins = np.flatnonzero(moved & ~cached)
         if len(begins):
-            slots[begins] = manager.slots([self._roots.keys[row] for row in begins.tolist()])
+            slots[begins] = self._root_slots(begins)
         missing = (slots == NO_SLOT) & (moved | cached)
         at = np.flatnonzero(moved & ~missing)
         self._placed = nodes
@@ -217,6 +217,10 @@ class Search:
         out = self._resident.buffer[..., window - width : window, :]
         beside = self._session.windows_beside(tokens, lengths, next_positions, out, index)
         return found, beside, (at[stays], slots, width)
+
+    def _root_slots(self, rows: np.ndarray) -> np.ndarray:
+        """Where stored roots of ``rows`` (int64 ``[N]``) stand."""
+        return self._manager.slots([self._roots.keys[row] for row in rows.tolist()])
 
     def _place_path(self, of: Parents) -> int:
         """Bring the steps between windows and parents beside the rows; returns those of the longest path."""

@@ -142,9 +142,9 @@ class SearchTree:
         return self.tokens.flatten(0, 1).index_select(0, at).unflatten(0, shown.shape)
 
     def shown(self, parents: Parents) -> np.ndarray:
-        """Rows of ``tokens.flatten(0, 1)`` that the nodes' histories show, int64 ``[B, kept]``."""
+        """Rows of ``tokens.flatten(0, 1)`` that the nodes' windows show, int64 ``[B, kept]``."""
         begins = self._rows * self.tokens.shape[1]
-        return self._shown[parents.nodes, self._rows] + begins[:, None]
+        return self._shown[parents.windows, self._rows] + begins[:, None]
 
     def lengths(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         """Tokens of nodes' histories; int64 ``[N]`` each."""
