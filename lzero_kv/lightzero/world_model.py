@@ -115,8 +115,8 @@ class KVWorldModel(WorldModel):
 
     @property
     def validator(self) -> Validator | None:
-        """Who compares this model with the old system; None before the first inference, or where validation
-        is off."""
+        """The observer that compares this model with the old system; None before the first inference, or
+        where validation is off."""
         return self._validator
 
     def expect(self, environments: int, num_simulations: int, rows: int | None = None) -> None:

@@ -272,7 +272,8 @@ class WindowBudget:
         return LayerCache(kv[:, 0], kv[:, 1], positions, of_groups, record, sizes.sinks, sizes.step)
 
     def _packed(self, layers: Sequence[LayerCache]) -> torch.Tensor:
-        """Layers that have exactly their part of the columns as windows ``[B, 2, heads, total, head_dim]``."""
+        """Layers that have exactly their part of the columns, as windows ``[B, 2, heads, total,
+        head_dim]``."""
         kv = torch.stack(
             [torch.cat([getattr(layer, name) for layer in layers], dim=2) for name in ('keys', 'values')],
             dim=1,
@@ -409,7 +410,7 @@ class BudgetedRootStep:
         return Columns(keys, values, own, masks)
 
     def _watch(self) -> Any:
-        """Who remembers the attention of a token."""
+        """A function that records the attention of a token in each layer."""
         self._newest = []
 
         def watch(number: int, probabilities: torch.Tensor) -> None:

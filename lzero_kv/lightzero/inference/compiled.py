@@ -537,7 +537,8 @@ class CompiledSearch(Search):
         return cached, pending
 
     def _show(self, of: Parents) -> int:
-        """Bring beside the rows what the step looked at and wrote, for observers; returns the column behind."""
+        """Bring beside the rows what the step looked at and wrote, for observers; returns the column behind
+        it."""
         rows = self._rows
         slots = self._manager.slots([self._key(row, node) for row, node in enumerate(of.windows.tolist())])
         self._resident.load(rows, slots, self._session.window.kept)

@@ -81,7 +81,8 @@ class Search:
         )
         self._stored_steps = stored_steps
         self._placed = np.full(rows, NOWHERE, np.int64)  # the nodes whose windows stand beside the rows
-        # for each layer, or all of them, tokens of the nodes' windows; of derived ones known once they are there
+        # for each layer, or all of them, tokens of the nodes' windows; those of derived ones are known once
+        # they are computed
         self._held = np.zeros((simulations + 1, rows, roots.held.shape[1]), np.int64)
         self._held[ROOT] = roots.held
         self._derived_before = np.zeros((simulations + 1, rows), dtype=bool)
@@ -218,8 +219,8 @@ class Search:
         return path
 
     def _look(self, of: Parents, depth: int) -> tuple[list[int], list[torch.Tensor | None], int]:
-        """The first columns that are looked at, the masks of the action and of the observation, and the column
-        behind the path."""
+        """The first columns that are looked at, the masks of the action and of the observation, and the
+        column behind the path."""
         path, columns = of.on_path, TOKENS_PER_STEP * depth
         if self._session.exact:
             prefix = self._held[of.windows, self._rows]
@@ -300,7 +301,8 @@ class Search:
         return added
 
     def _visit(self, number: int) -> None:
-        """Tell the pool how often each derived window's node was passed, from the new children's parents up."""
+        """Tell the pool how often each derived window's node was passed, from the new children's parents
+        up."""
         parents, touched = self.tree.parents, dict[NodeKey, int]()
         nodes = parents[number]
         while (inner := nodes != ROOT).any():
