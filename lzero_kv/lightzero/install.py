@@ -114,7 +114,7 @@ def _engaging(original: Any) -> Any:
 
 
 def _replace_searches() -> None:
-    """Send searches over a caching world model to ours; all others run the host's."""
+    """Send searches over a caching world model to :func:`cached_search`; all others run the host's."""
     if _hot_seams:
         return
     from lzero.mcts.ctree.ctree_muzero import mz_tree  # type: ignore[attr-defined]

@@ -351,7 +351,7 @@ class StaticStep:
         run = RUNNERS[self._backend](step, inputs)
         got, expected = run()[:rows], step(inputs)[:rows]
         if not torch.isfinite(expected).all():
-            return expected  # broken weights, which the search refuses; nothing can be said about the runner
+            return expected  # broken weights, which the search refuses; they are no test of the runner
         largest = expected.abs().amax().clamp_min(1.0)
         tolerance = TOLERANCE.get(expected.dtype, 5e-2) * float(largest)
         if not torch.allclose(got, expected, rtol=0.0, atol=tolerance):
