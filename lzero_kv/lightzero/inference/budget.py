@@ -410,7 +410,7 @@ class BudgetedRootStep:
         return Columns(keys, values, own, masks)
 
     def _watch(self) -> Any:
-        """Who remembers the attention of a token."""
+        """A function that records the attention of a token in each layer."""
         self._newest = []
 
         def watch(number: int, probabilities: torch.Tensor) -> None:

@@ -378,7 +378,7 @@ class StaticStep:
         run = RUNNERS[self._backend](step, inputs)
         got, expected = run()[:rows], step(inputs)[:rows]
         if not torch.isfinite(expected).all():
-            return expected  # broken weights, which the search refuses; nothing can be said about the runner
+            return expected  # broken weights, which the search refuses; they are no test of the runner
         largest = expected.abs().amax().clamp_min(1.0)
         tolerance = TOLERANCE.get(expected.dtype, 5e-2) * float(largest)
         if not torch.allclose(got, expected, rtol=0.0, atol=tolerance):
@@ -577,7 +577,8 @@ class CompiledSearch(Search):
         return cached, pending
 
     def _show(self, of: Parents) -> int:
-        """Bring beside the rows what the step looked at and wrote, for observers; returns the column behind."""
+        """Bring beside the rows what the step looked at and wrote, for observers; returns the column behind
+        it."""
         rows = self._rows
         self._resident.load(rows, self._slots(of), self._session.window.kept)
         depth = self._place_path(of) if of.below.any() else 0

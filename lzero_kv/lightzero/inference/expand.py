@@ -362,7 +362,7 @@ class Search:
 class SearchByLatent:
     """A search whose parents are named by (row, digest of the latent state), for callers without a tree.
 
-    Where one row has several nodes with the same latent state, the newest answers: nothing tells them apart.
+    Where one row has several nodes with the same latent state, the newest answers: they have one name.
     A latent state that the search never produced is refused.
 
     Args:

@@ -160,7 +160,7 @@ class SearchTree:
         return self._root_width + TOKENS_PER_STEP * self.expanded
 
     def keep_steps(self, simulations: int) -> None:
-        """Say whose steps are stored: those of so many simulations."""
+        """Set the number of simulations whose steps are stored."""
         self._stored_steps = simulations
 
     def will_derive(self, parents: Parents) -> np.ndarray:
