@@ -125,4 +125,3 @@ def _tensors_arrive() -> Iterator[None]:
     finally:
         torch._C._set_only_lift_cpu_tensors(lifts)
         future.set_overwrite_module_params_on_conversion(overwrites)
-

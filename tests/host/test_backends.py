@@ -21,7 +21,13 @@ from hypothesis import strategies as st
 
 from lzero_kv.lightzero.inference import backends
 from lzero_kv.lightzero.inference.attention import rotate
-from lzero_kv.lightzero.inference.compiled import CompiledSearch, StaticStep, StepFunction, StepInputs, rotated
+from lzero_kv.lightzero.inference.compiled import (
+    CompiledSearch,
+    StaticStep,
+    StepFunction,
+    StepInputs,
+    rotated,
+)
 from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.families import FAMILIES
@@ -84,9 +90,7 @@ UNEVEN = [
 
 
 @cache
-def expected_answers(
-    window: str = 'rebuild', steps: tuple[Step, ...] = tuple(UNEVEN)
-) -> list[torch.Tensor]:
+def expected_answers(window: str = 'rebuild', steps: tuple[Step, ...] = tuple(UNEVEN)) -> list[torch.Tensor]:
     """Of the eager backend."""
     return Drive(model_of('eager', kv_cache=dict(window=window)), ROWS, SIMULATIONS).play(steps)
 
@@ -197,7 +201,9 @@ def test_every_root_and_node_equals_its_recomputation(
 ) -> None:
     monkeypatch.setattr(Search, 'expand', _refused)
     steps = FAMILIES[family].context // 2 + 2
-    policy = managed(family, window, num_simulations=4 if steps > 10 else 10, kv_cache=dict(backend='compile'))
+    policy = managed(
+        family, window, num_simulations=4 if steps > 10 else 10, kv_cache=dict(backend='compile')
+    )
     roots = uneven_episodes(policy, family, steps)
     for verdict in (judge_roots(policy, roots, window), judge_nodes(policy, roots[-9:], window)):
         assert verdict.wrong == 0, str(verdict)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from lzero_kv.lightzero.inference import backends
 from torch._dynamo.utils import counters
+
+from lzero_kv.lightzero.inference import backends
 
 from .direct import Drive, Step, largest_difference
 from .test_backends import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, scale

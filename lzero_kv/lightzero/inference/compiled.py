@@ -487,7 +487,7 @@ class CompiledSearch(Search):
         slots = self._plan(of)
         answers = None
         if slots is not None:
-            cached, pending = self._address(of, slots)
+            pending = self._address(of, slots)
             answers = self._static.run(actions, of.next_positions, bool(pending.any()))
             if answers is None:  # slots that nothing was written to
                 self._manager.recur_pool.discard(self._keys(of, pending))
@@ -540,9 +540,9 @@ class CompiledSearch(Search):
         pairs = zip(self._rows[which].tolist(), of.windows[which].tolist(), strict=True)
         return [NodeKey(*pair) for pair in pairs]
 
-    def _address(self, of: Parents, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _address(self, of: Parents, slots: np.ndarray) -> np.ndarray:
         """Take slots for the windows that the step computes, and fill in its numbers; returns the rows whose
-        windows are cached, and those that are pending (bool ``[B]``)."""
+        windows are pending (bool ``[B]``)."""
         manager, rows = self._manager, self._rows
         cached = of.windows != ROOT if self._roots.stored else of.windows >= ROOT
         manager.lookup(self._keys(of, cached))
@@ -574,11 +574,10 @@ class CompiledSearch(Search):
         numbers[:, STEP] = np.where(stored, begin + rows, len(self._static.steps) - 1)
         if self._session.exact:
             numbers[:, TOKEN] = rows * self.tree.tokens.shape[1] + self.tree.next_column
-        return cached, pending
+        return pending
 
     def _show(self, of: Parents) -> int:
-        """Bring beside the rows what the step looked at and wrote, for observers; returns the column behind
-        it."""
+        """Bring beside the rows what the step read and wrote, for observers; returns the column behind."""
         rows = self._rows
         self._resident.load(rows, self._slots(of), self._session.window.kept)
         depth = self._place_path(of) if of.below.any() else 0
