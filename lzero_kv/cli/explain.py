@@ -12,11 +12,10 @@ import tyro
 from rich.table import Table
 
 from lzero_kv.cli.console import show_error, show_line, show_table
-from lzero_kv.validation.deviation import Deviation, Tolerance
-from lzero_kv.validation.finding import Finding
-from lzero_kv.validation.record import load_finding
+from lzero_kv.validation.findings import Finding, load_finding, recomputed
+from lzero_kv.validation.tolerance import Deviation, Tolerance
 
-SYSTEMS = {'manager': 'manager', 'host': 'old system'}
+CACHES = {'cache': 'cache', 'stock': 'stock cache'}
 ANSWERS = ('policy', 'value', 'reward', 'latent')
 SAME = Tolerance(atol=1e-5, rtol=1e-4)
 """Of the replayed truth and the stored one. Both are the same computation in float32, but another processor
@@ -24,7 +23,7 @@ or number of threads adds up in another order; over the layers of a world model 
 
 
 def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='FILE')]) -> int:
-    """Read a finding of a validation, compute the truth again, and say who is off and by how much.
+    """Read a finding of a validation, compute the truth again, and say which cache is wrong and by how much.
 
     Reading a file runs no code of it. The recomputation needs LightZero, and no environment.
 
@@ -56,22 +55,20 @@ def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='F
 
 
 def _replayed(finding: Finding) -> dict[str, torch.Tensor]:
-    # Imported here: LightZero takes seconds to load and says much meanwhile; a wrong file needs none of it.
+    # LightZero is loaded here, and prints.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        from lzero_kv.lightzero.validation.replay import replay
-
-        return replay(finding)
+        return recomputed(finding)
 
 
 def _show_reasons(finding: Finding) -> None:
     if finding.fault is not None:
         show_line(f'fault: {finding.fault.value}: {finding.fault.sentence}')
     for cause in finding.causes:
-        show_line(f'proven of the old system: {cause.value}: {cause.sentence}')
+        show_line(f'proven of the stock cache: {cause.value}: {cause.sentence}')
 
 
 def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
-    """How far each layer's keys and values of both systems are from the recomputation.
+    """How far each layer's keys and values of both caches are from the recomputation.
 
     Args:
         finding: with `kv` `[2 * layers, T, embed]` of each system that served keys and values.
@@ -80,13 +77,13 @@ def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
     table = Table(title='keys and values, difference from the recomputation', title_justify='left')
     table.add_column('layer', justify='right')
     table.add_column('')
-    for name in SYSTEMS.values():
+    for name in CACHES.values():
         table.add_column(f'{name}, largest', justify='right')
         table.add_column('mean', justify='right')
     right = truth['kv']
     for index in range(len(right)):
         row = [str(index // 2), 'values' if index % 2 else 'keys']
-        for system in SYSTEMS:
+        for system in CACHES:
             served = (finding.tensors.get(system) or {}).get('kv')
             of_layer = None if served is None or index >= len(served) else served[index]
             row += _distance(of_layer, right[index])
@@ -95,17 +92,17 @@ def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
 
 
 def answers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
-    """How far each system's policy, value, reward and latent state are from the recomputation's."""
+    """How far each cache's policy, value, reward and latent state are from the recomputation's."""
     table = Table(title='answers, difference from the recomputation', title_justify='left')
     table.add_column('answer')
-    for name in SYSTEMS.values():
+    for name in CACHES.values():
         table.add_column(f'{name}, largest', justify='right')
         table.add_column('mean', justify='right')
     for answer in ANSWERS:
         if answer not in truth:
             continue
         row = [answer]
-        for system in SYSTEMS:
+        for system in CACHES:
             row += _distance((finding.tensors.get(system) or {}).get(answer), truth[answer])
         table.add_row(*row)
     return table
@@ -134,9 +131,9 @@ def verdict(finding: Finding, truth: dict[str, torch.Tensor]) -> tuple[bool, str
             f'The recomputation does NOT confirm the truth in the file: they are {worst.largest:.3g} apart. '
             'The weights in the file and those of the finding differ, or the recomputation is wrong.'
         )
-    who = 'the manager was off' if finding.fault is not None else 'no cause is proven for the difference'
+    which = 'the cache was wrong' if finding.fault is not None else 'no cause is proven for the difference'
     return True, (
-        f'The recomputation confirms the truth in the file (largest difference {worst.largest:.3g}): {who}; '
-        f'manager {finding.manager.largest:.3g} from it, old system '
-        f'{"without an answer" if finding.host is None else format(finding.host.largest, ".3g")}.'
+        f'The recomputation confirms the truth in the file (largest difference {worst.largest:.3g}): {which}; '
+        f'it is {finding.cache.largest:.3g} from it, the stock cache '
+        f'{"without an answer" if finding.stock is None else format(finding.stock.largest, ".3g")}.'
     )

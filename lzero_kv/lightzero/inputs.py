@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.window import Window
-from lzero_kv.config import KVCacheConfig, validation_mode_of
+from lzero_kv.config import validation_mode_of
 
 
 def check_world_model_config(config: Any) -> None:
@@ -29,15 +29,9 @@ def check_world_model_config(config: Any) -> None:
             f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)'
         )
     try:
-        mode = validation_mode_of(config)
+        validation_mode_of(config)
     except ValueError as error:
         problems.append(str(error))
-        mode = None
-    if mode is not None and KVCacheConfig.from_world_model_cfg(config).padding == 'host':
-        problems.append(
-            f"cache_validation_mode={mode!r} with kv_cache.padding='host', which repeats the old system's "
-            f"visible zeros: no answer is then that of the node's own history; write padding='masked'"
-        )
     if problems:
         raise ValueError(
             'world_model_cfg does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems)

@@ -1,6 +1,8 @@
-"""Two systems side by side: what each served, who is right, and why the other is not.
+"""Validation: LightZero's own cache beside this one, and a recomputation that says which is right.
 
-Nothing here knows a host. Three opinions meet on every compared row: the manager's, the old system's, and
-a recomputation of the row's own history. ``causes`` names what can be wrong, ``deviation`` measures it,
-``tally`` counts it, ``finding`` says it to a person, ``record`` keeps it in a file.
+Loaded only where ``cache_validation_mode`` or a command asks for it. ``validator`` receives the events of
+inference. The truth comes from ``histories`` and ``oracle``; ``stock`` and ``stock_modes`` run LightZero's own
+cache or world model over the same weights. ``compare`` gives each row its verdict, within a ``tolerance``;
+``causes`` prove why the stock cache is wrong, ``faults`` recognise what a wrong cache served. ``findings`` are
+saved failures, ``report`` and ``page`` what a run came to.
 """

@@ -20,7 +20,7 @@ from lzero_kv.cache.storage import KVSlab
 from lzero_kv.lightzero.inference.nodes import SearchNodes
 from lzero_kv.lightzero.inference.positions import LearnedPositions, RotaryPositions
 from lzero_kv.lightzero.inference.roots import RootInference
-from lzero_kv.validation.causes import Fault
+from lzero_kv.telemetry.counters import Fault
 
 Change = Callable[[KVCacheManager, Sequence[Any], np.ndarray], np.ndarray]
 """Slots (int64 ``[B]``) that a lookup of keys gave, to those that it gives with the fault."""

@@ -36,7 +36,7 @@ from .direct import Drive, Step, largest_difference
 from .plays import assert_same_play
 from .test_engine import uneven_episodes
 from .test_engines import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, random_steps, replace_tensors, scale
-from .validated import MODES, assert_accounted, tally_of, validated_policy
+from .validated import MODES, assert_accounted, counters_of, validated_policy
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason='this torch asks a real device')
 
@@ -195,9 +195,9 @@ def test_validation_accounts_for_every_row(device: Device, mode: str, tmp_path: 
     world_model = dict(device='cuda', cache_validation_mode=mode)
     policy = validated_policy(mode, tmp_path, policy=ON_CUDA['policy'], world_model=world_model)
     uneven_episodes(policy, 'tiny', 4)
-    for tally in (tally_of(policy).roots, tally_of(policy).nodes):
-        assert tally.compared > 0
-        assert_accounted(tally)
+    for counters in (counters_of(policy).roots, counters_of(policy).nodes):
+        assert counters.compared > 0
+        assert_accounted(counters)
 
 
 def test_reanalysis_is_that_of_a_cpu(device: Device) -> None:

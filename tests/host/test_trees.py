@@ -12,7 +12,7 @@ from lzero_kv.lightzero.inference import flights
 from lzero_kv.lightzero.inference import session as engine
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 from lzero_kv.lightzero.inference.trees import SearchTrees
-from lzero_kv.lightzero.validation.recompute import Recompute
+from lzero_kv.validation.oracle import Oracle
 from testing.episodes import Episodes
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots
 from testing.models import make_policy, world_model_of
@@ -63,7 +63,7 @@ def test_keys_and_values_are_those_of_a_history_of_its_own(
     monkeypatch.setattr(SearchTrees, '__init__', _noting(SearchTrees.__init__, kept))
     policy = shared_policy(family, infer_context_length=9)
     roots = Episodes(policy, range(ROWS), lengths={1: [2]}).run(3)[-ROWS:]
-    oracle = Recompute(world_model_of(policy), 'rebuild')
+    oracle = Oracle(world_model_of(policy), 'rebuild')
     with precision(torch.float64):
         for row, root in enumerate(roots):
             answers = {0: oracle.root(root.observations, root.actions)}
