@@ -55,7 +55,7 @@ plots: setup  ## growth with every size of a search, and where a step's time goe
 	@$(BIN)/python benchmarks/step_profile.py --plot docs/images/step_profile.png
 
 budget-study: setup  ## train a model that has to remember, then measure what each layer budget costs it (an hour)
-	@$(BIN)/python benchmarks/budget_study.py --out $(STUDY) $(if $(MODEL),--model-path $(MODEL))
+	@$(BIN)/python studies/budget/study.py --out $(STUDY) $(if $(MODEL),--model-path $(MODEL))
 
 clean:  ## remove .venv and what runs and tests left behind
 	rm -rf $(VENV) $(VENV).lock build *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -59,7 +59,7 @@ def measure(size: Size, value: int, steps: int) -> dict[str, Numbers]:
     The pool's size is the manager's alone; there only its modes play.
     """
     family = family_of(size, value)
-    pool: dict[str, Any] = dict(recurrent_slots=value) if size == 'pool' else {}
+    pool: dict[str, Any] = dict(window_slots=value) if size == 'pool' else {}
     names = [name for name in EAGER if not pool or CACHES[name] is not None]
     players = [Player(contestant(family, name, **pool), family.simulations) for name in names]
     if not pool:

@@ -3,7 +3,7 @@
     python configs/memory_recall_unizero_kv_config.py --seed 0
 
 The task is memory_recall_env.py's; the settings follow memory_unizero_kv_config.py, smaller, and with more
-updates for a frame collected. The study of layer budgets (benchmarks/budget_study.py) trains this model,
+updates for a frame collected. The study of layer budgets (studies/budget/study.py) trains this model,
 with shorter episodes first.
 """
 

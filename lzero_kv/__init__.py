@@ -1,16 +1,21 @@
-"""Key-value caches for UniZero world models.
+"""Key-value caches for UniZero world models, and layer budgets for any transformer.
 
-The core (pools, manager, layout) knows no host program; :func:`install` loads it when it is called.
+Public names load their modules on first use: ``lzero_kv.budget`` needs neither a pool nor a host program.
+:func:`install` loads the host.
 """
 
 from __future__ import annotations
 
-from lzero_kv.cache.eviction import EvictionStrategy
-from lzero_kv.cache.layout import KVLayout
-from lzero_kv.cache.manager import KVCacheManager
-from lzero_kv.cache.pool import KVCachePool
-from lzero_kv.cache.stats import CacheStats
-from lzero_kv.config import KVCacheConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lzero_kv.cache.eviction import EvictionStrategy
+    from lzero_kv.cache.layout import KVLayout
+    from lzero_kv.cache.manager import KVCacheManager
+    from lzero_kv.cache.pool import KVCachePool
+    from lzero_kv.cache.stats import CacheStats
+    from lzero_kv.config import KVCacheConfig
 
 __all__ = [
     'CacheStats',
@@ -22,6 +27,26 @@ __all__ = [
     'install',
     'uninstall',
 ]
+
+_MODULES = {
+    'CacheStats': 'lzero_kv.cache.stats',
+    'EvictionStrategy': 'lzero_kv.cache.eviction',
+    'KVCacheConfig': 'lzero_kv.config',
+    'KVCacheManager': 'lzero_kv.cache.manager',
+    'KVCachePool': 'lzero_kv.cache.pool',
+    'KVLayout': 'lzero_kv.cache.layout',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def install() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -54,30 +56,26 @@ class KVCacheConfig(BaseModel):
     policy: Literal['lru', 'fifo', 'lfu', 'priority'] = 'lru'
     """Which entry makes room when a pool is full: the least recently used, the first stored, the least often
     used, or the one of lowest priority (visit counts)."""
-    window: Literal['auto', 'shift', 'rebuild'] = 'auto'
+    window: Literal['rebuild', 'shift'] = 'rebuild'
     """What happens to a full context window when its oldest step leaves. 'rebuild' computes the kept tokens
     anew, without what was dropped: exact, and as in training, whose sequences begin at their first token.
     'shift' keeps their keys and values, which still know the dropped step, and corrects learned positions as
-    the host does, which is approximate. 'auto' rebuilds, and shifts with padding='host'."""
-    padding: Literal['masked', 'host'] = 'masked'
-    """How histories of different length share a batch: 'masked' hides the padding from attention, 'host' pads
-    with visible zeros as the host does, for comparison with published runs."""
+    the host does, which is approximate. 'auto' is another name of 'rebuild'."""
     max_bytes: Count | None = 2 * 1024**3
     """Bound of the bytes of all pools of one world model together; None for no bound."""
     root_slots: Count = 1
-    """Root histories kept for each environment."""
-    recurrent_slots: Count | None = None
-    """Search nodes kept for all environments together; None for the number of nodes of the largest search
-    (rows times num_simulations + 1), which no search overflows. Nodes that share their root's history (long
-    contexts) need none until their window moves."""
+    """Root histories kept for each environment. With 1 a root replaces its predecessor."""
+    window_slots: Count | None = None
+    """Windows of search nodes kept for all environments together: those that lost their oldest step. None for
+    as many as a search needs: the pool grows, as far as max_bytes allows, before the policy evicts."""
     budget: NodeBudget | None = None
     """How many tokens each layer keeps of a root's history, and which: a dict such as ``dict(ratio=0.25)``;
     None keeps all."""
-    engine: Literal['auto', 'eager', 'compile', 'cudagraph'] = 'auto'
+    backend: Literal['auto', 'eager', 'compile', 'cudagraph'] = 'auto'
     """How the steps of a search run: 'eager' one operator after another, 'compile' as one function on static
     shapes, compiled by torch.compile (about a minute, once), 'cudagraph' as one captured CUDA graph. 'auto'
-    is 'cudagraph' on a CUDA device, and 'eager' elsewhere, with padding='host', with a budget, and with long
-    contexts. What fails falls back to 'eager' with a warning."""
+    is 'eager' on every device: a captured step was never timed on a GPU. What fails falls back to 'eager'
+    with a warning."""
     enable_stats: StrictBool = True
     """Whether events are counted."""
     tensorboard: StrictBool = True
@@ -96,6 +94,16 @@ class KVCacheConfig(BaseModel):
     validation_folder: str = 'kv_cache_findings'
     """Folder for the tensors of failures, which ``lzero-kv explain`` reads."""
 
+    @model_validator(mode='before')
+    @classmethod
+    def _read_old_names(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        values, problems = _with_new_names(given)
+        if problems:
+            raise ValueError('; '.join(problems))
+        return values
+
     @model_validator(mode='after')
     def _refuse_impossible_pairs(self) -> KVCacheConfig:
         problems = _impossible_pairs({name: getattr(self, name) for name in self.model_fields_set})
@@ -103,17 +111,10 @@ class KVCacheConfig(BaseModel):
             raise ValueError('; '.join(problems))
         return self
 
-    def engine_on(self, device: str, *, sharing: bool) -> Literal['eager', 'compile', 'cudagraph']:
-        """The engine of a model.
-
-        Arguments:
-            device: type of its device ('cpu', 'cuda', ...).
-            sharing: whether its nodes share their roots' histories, which the eager engine alone can.
-        """
-        if self.engine != 'auto':
-            return self.engine
-        fits = self.padding != 'host' and self.budget is None and not sharing
-        return 'cudagraph' if device == 'cuda' and fits else 'eager'
+    @property
+    def resolved_backend(self) -> Literal['eager', 'compile', 'cudagraph']:
+        """The backend that steps begin with."""
+        return 'eager' if self.backend == 'auto' else self.backend
 
     @classmethod
     def from_world_model_cfg(cls, cfg: Any) -> KVCacheConfig:
@@ -131,12 +132,12 @@ class KVCacheConfig(BaseModel):
             return given
         if not isinstance(given, dict):
             raise TypeError(f"kv_cache must be a dict such as dict(policy='lru'), got {type(given).__name__}")
-        values, problems = dict(given), []
+        values, problems = _with_new_names(given)
         if isinstance(values.get('budget'), Mapping):
             try:
                 values['budget'] = NodeBudget.read(values['budget'], 'kv_cache.budget')
             except Mistakes as error:
-                problems = error.problems
+                problems += error.problems
                 del values['budget']
         try:
             config = cls(**values)
@@ -144,7 +145,7 @@ class KVCacheConfig(BaseModel):
             # a wrong field keeps the model's own check from looking at the pairs
             items = [item for item in error.errors() if item['loc']]
             problems = (
-                [describe(item, cls, _EXPECTED) for item in items] + _impossible_pairs(given) + problems
+                [describe(item, cls, _EXPECTED) for item in items] + _impossible_pairs(values) + problems
             )
         else:
             if not problems:
@@ -159,30 +160,49 @@ def read_field(cfg: Any, name: str, default: Any) -> Any:
     return getattr(cfg, name, default)
 
 
+def _with_new_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """``given`` under the names of today, and what is wrong with the names of yesterday."""
+    values, problems = dict(given), []
+    for old, new in _RENAMED.items():
+        if old in values:
+            if new in values:
+                problems.append(f'{old}: it is the old name of {new}, got both; leave {old} out')
+            else:
+                _warn(f'kv_cache.{old} is now called {new}; write {new}={values[old]!r}')
+                values[new] = values[old]
+            del values[old]
+    padding = values.pop('padding', None)
+    if padding == 'masked':
+        _warn("kv_cache.padding is no longer an option: padding is always masked; leave padding='masked' out")
+    elif padding is not None:
+        problems.append(
+            f"padding: {padding!r} is gone; padding is always masked, and cache_validation_mode='store' "
+            'compares with the stock cache itself; leave padding out'
+        )
+    if values.get('window') == 'auto':
+        values['window'] = 'rebuild'
+    return values, problems
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    # The option stands in the user's own script, where Python shows warnings of this kind; the stack that
+    # leads here is the host's.
+    warnings.warn_explicit(text, DeprecationWarning, 'world_model_cfg.kv_cache', 1, module='__main__')
+
+
 def _impossible_pairs(values: dict[str, Any]) -> list[str]:
     problems = []
-    if values.get('window') == 'rebuild' and values.get('padding') == 'host':
-        problems.append(
-            "window: 'rebuild' cannot be combined with padding='host', which reproduces the host's shift; "
-            "write window='shift' or padding='masked'"
-        )
     if values.get('budget') is not None:
-        problems += [
-            f'budget: it cannot be combined with {name}={wrong!r}, which keeps what the host keeps; '
-            f'write {name}={right!r} or leave budget out'
-            for name, wrong, right in (('window', 'shift', 'auto'), ('padding', 'host', 'masked'))
-            if values.get(name) == wrong
-        ]
-    if values.get('engine') in ('compile', 'cudagraph'):
-        if values.get('padding') == 'host':
+        if values.get('window') == 'shift':
             problems.append(
-                f"engine: {values['engine']!r} cannot be combined with padding='host', which repeats the "
-                f"host's arithmetic operator by operator; write engine='eager' or padding='masked'"
+                "budget: it cannot be combined with window='shift', which keeps what the host keeps; "
+                "write window='rebuild' or leave budget out"
             )
-        if values.get('budget') is not None:
+        if values.get('backend') in ('compile', 'cudagraph'):
             problems.append(
-                f'engine: {values["engine"]!r} cannot be combined with budget, whose layers keep different '
-                f"numbers of tokens; write engine='eager' or leave budget out"
+                f'backend: {values["backend"]!r} cannot be combined with budget, whose layers keep different '
+                f"numbers of tokens; write backend='eager' or leave budget out"
             )
     if values.get('enable_stats') is False and values.get('tensorboard') is True:
         problems.append(
@@ -211,6 +231,8 @@ def validation_mode_of(cfg: Any) -> Literal['store', 'model'] | None:
     )
 
 
+_RENAMED = {'recurrent_slots': 'window_slots', 'engine': 'backend'}
+
 _EXPECTED = {
     'validation_rate': 'a number in [0, 1]',
     'validation_atol': 'a number of at least 0 or None',
@@ -219,5 +241,5 @@ _EXPECTED = {
     'budget': 'a dict such as dict(ratio=0.25) or None',
     'max_bytes': 'an integer of at least 1 (bytes) or None',
     'root_slots': 'an integer of at least 1',
-    'recurrent_slots': 'an integer of at least 1 or None',
+    'window_slots': 'an integer of at least 1 or None',
 }

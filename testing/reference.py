@@ -26,8 +26,8 @@ class Record:
     first_store: int
     """Stores of the pool up to and with the one that made this record."""
     blocks: list[torch.Tensor] = field(default_factory=list)
-    """Keys and values of each layer in turn: ``2 * layers`` clones ``[tokens, embed_dim]``, oldest token
-    first."""
+    """Keys and values of each layer in turn: ``2 * layers`` clones ``[heads, tokens, head_dim]``, oldest
+    token first."""
     length: int = 0
     next_position: int = 0
     last_access: int = 0
@@ -39,7 +39,6 @@ class Record:
     uses: int = 0
     """Stores and hits."""
     priority: float = 0.0
-    pinned: bool = False
 
 
 SORT_KEYS = {
@@ -79,11 +78,6 @@ class ReferencePool:
     def keys(self) -> list[Hashable]:
         """The cached keys."""
         return [record.key for record in self._records]
-
-    @property
-    def pinned(self) -> set[Hashable]:
-        """The pinned keys."""
-        return {record.key for record in self._records if record.pinned}
 
     def find(self, key: Hashable) -> bool:
         """One query: whether ``key`` is cached."""
@@ -137,8 +131,8 @@ class ReferencePool:
             record.uses += 1
 
     def blocks(self, key: Hashable) -> list[torch.Tensor]:
-        """Keys and values of each layer in turn: ``2 * layers`` tensors ``[tokens, embed_dim]``, oldest token
-        first; nothing is counted."""
+        """Keys and values of each layer in turn: ``2 * layers`` tensors ``[heads, tokens, head_dim]``, oldest
+        token first; nothing is counted."""
         return self._known(key).blocks
 
     def length(self, key: Hashable) -> int:
@@ -155,32 +149,13 @@ class ReferencePool:
         for key in keys:
             self._known(key)
         self.lookup(keys)
-        kv = torch.zeros(
-            self.layout.batch_shape(len(keys)), dtype=self.layout.dtype, device=self.layout.device
-        )
+        layout = self.layout
+        kv = torch.zeros(layout.batch_shape(len(keys)), dtype=layout.dtype, device=layout.device)
         for row, key in enumerate(keys):
-            pairs = iter(self.blocks(key))
-            for layer, capacity in enumerate(self.layout.layer_tokens):
-                for target in (self.layout.keys(kv, layer)[row], self.layout.values(kv, layer)[row]):
-                    block = next(pairs)
-                    target[capacity - block.shape[0] :] = block.view(
-                        -1, self.layout.heads, self.layout.head_dim
-                    )
+            for index, block in enumerate(self.blocks(key)):
+                kv[row, index, :, layout.tokens - self.length(key) :] = block
         lengths = np.array([self.length(key) for key in keys], np.int64)
         return KVBatch(kv, lengths, np.array([self.next_position(key) for key in keys], np.int64))
-
-    def pin(self, keys: Iterable[Hashable]) -> None:
-        """Keep these from eviction; KeyError for a miss."""
-        for record in [self._known(key) for key in keys]:
-            record.pinned = True
-
-    def unpin(self, keys: Iterable[Hashable]) -> None:
-        """Let these be evicted again, as the newest of their equals."""
-        for key in keys:
-            record = self._record(key)
-            if record is not None and record.pinned:
-                record.pinned = False
-                record.stored = record.used = self._now()
 
     def discard(self, keys: Iterable[Hashable]) -> int:
         """Forget these; returns how many were there."""
@@ -202,19 +177,14 @@ class ReferencePool:
             record.priority = value
 
     def resize(self, pool_size: int) -> None:
-        """Change the size of an empty pool; RuntimeError when it is not empty."""
-        if self._records:
+        """Change the size; RuntimeError when a pool that is not empty would shrink."""
+        if self._records and pool_size < self.pool_size:
             raise RuntimeError('the pool is not empty')
         self.pool_size = pool_size
 
     def _clone(self, row: torch.Tensor, length: int) -> list[torch.Tensor]:
-        blocks = []
-        for layer, capacity in enumerate(self.layout.layer_tokens):
-            for block in (self.layout.keys(row, layer)[0], self.layout.values(row, layer)[0]):
-                tokens = min(length, capacity)
-                newest = block[block.shape[0] - tokens :].detach().clone()
-                blocks.append(newest.reshape(tokens, self.layout.embed_dim))
-        return blocks
+        columns = row.shape[3]
+        return [block[:, columns - length :].detach().clone() for block in row[0]]
 
     def _now(self) -> int:
         self._time += 1
@@ -233,7 +203,7 @@ class ReferencePool:
         return record
 
     def _candidates(self, batch: list[Hashable]) -> list[Record]:
-        return [record for record in self._records if not record.pinned and record.key not in batch]
+        return [record for record in self._records if record.key not in batch]
 
     def _remove(self, record: Record) -> None:
         self._records.remove(record)
@@ -256,17 +226,33 @@ class ReferenceManager:
     ) -> None:
         self.layout = layout
         self.cache_config = cache_config
-        self._outside_nodes = (2 * cache_config.root_slots + 1) * env_num
         policy, root_slots = cache_config.policy, cache_config.root_slots
         self.roots = [ReferencePool(root_slots, policy, layout) for _ in range(env_num)]
-        wanted = cache_config.recurrent_slots or env_num * (num_simulations + 1)
-        self.nodes = ReferencePool(self._within_bound(wanted), policy, layout)
+        self.nodes = ReferencePool(cache_config.window_slots or env_num, policy, layout)
+        self._most = env_num * (num_simulations + 1)
+        self._wanted_more = False
 
-    def _within_bound(self, nodes: int) -> int:
-        bound = self.cache_config.max_bytes
-        while bound is not None and (nodes + self._outside_nodes) * self.layout.row_bytes > bound:
-            nodes -= 1
-        return nodes
+    def _fits(self, nodes: int, kept: int) -> bool:
+        """Whether so many nodes fit into the bound while all roots and ``kept`` nodes exist twice."""
+        bound, roots = self.cache_config.max_bytes, sum(pool.pool_size for pool in self.roots)
+        return bound is None or (2 * roots + nodes + kept) * self.layout.row_bytes <= bound
+
+    def _largest(self, wanted: int, kept: int = 0) -> int:
+        """The largest size from the present one to ``wanted`` that fits."""
+        size = self.nodes.pool_size
+        while wanted > size and not self._fits(wanted, kept):
+            wanted -= 1
+        return max(size, wanted)
+
+    def _make_room(self, keys: list[Hashable]) -> None:
+        """Double the nodes where they do not suffice, or make them as many as is allowed."""
+        size = self.nodes.pool_size
+        needed = len({*self.nodes.keys(), *keys})
+        if self.cache_config.window_slots is not None or needed <= size:
+            return
+        wanted = min(self._most, max(2 * size, needed))
+        self.nodes.pool_size = self._largest(wanted, kept=size if len(self.nodes) else 0)
+        self._wanted_more = self.nodes.pool_size < min(needed, self._most)
 
     def pool_of(self, key: Hashable) -> ReferencePool:
         """The pool that a key belongs to; ValueError for an unknown environment."""
@@ -285,6 +271,7 @@ class ReferenceManager:
         """Keep clones of a batch of roots and nodes; all or nothing."""
         pools = [*self.roots, self.nodes]
         rows_of = [[row for row, key in enumerate(keys) if self.pool_of(key) is pool] for pool in pools]
+        self._make_room([keys[row] for row in rows_of[-1]])
         for pool, rows in zip(pools, rows_of, strict=True):
             pool.evictions_for([keys[row] for row in rows])
         for pool, rows in zip(pools, rows_of, strict=True):
@@ -296,16 +283,22 @@ class ReferenceManager:
         roots = self.roots[env_id]
         return roots.find(key) if key in roots else self.nodes.find(key)
 
-    def reserve_recurrent(self, entries: int, *, minimum: int = 1) -> int:
-        """Forget the nodes and make room for ``entries``; RuntimeError when not even ``minimum`` fit."""
+    def begin_search(self, least: int, most: int, *, upfront: bool = False) -> None:
+        """Forget the nodes and make room for the next search; RuntimeError when not even ``least`` fit."""
         size = self.nodes.pool_size
-        if self.cache_config.recurrent_slots is None:
-            size = max(size, self._within_bound(entries))
-        if size < minimum:
-            raise RuntimeError('the minimum does not fit')
+        if self.cache_config.window_slots is None:
+            if upfront:
+                wanted = most
+            elif self._wanted_more:
+                wanted = max(least, min(2 * size, most))
+            else:
+                wanted = least
+            size = self._largest(wanted)
+        if size < least:
+            raise RuntimeError('the least does not fit')
         self.nodes.clear()
         self.nodes.resize(size)
-        return size
+        self._most, self._wanted_more = most, False
 
     def clear_all(self) -> None:
         """Forget everything."""

@@ -1,9 +1,7 @@
 """Pool and manager against the slow references, for many random operations of every policy.
 
-The comparison is that of the tests (tests/core); here the operations are drawn by a seeded
-generator, so that
-long runs are cheap and a difference can be repeated: it is printed with its seed and the operations before
-it.
+The comparison is that of the tests (tests/core). The operations are drawn by a seeded generator, so that long
+runs are cheap and a difference can be repeated: it is printed with its seed and the operations before it.
 """
 
 from __future__ import annotations
@@ -26,14 +24,14 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from core.comparing import BROKEN, RAGGED, UNIFORM, Difference  # noqa: E402  # pyright: ignore[reportMissingImports]
+from core.comparing import BROKEN, Difference  # noqa: E402  # pyright: ignore[reportMissingImports]
 from core.twins import ManagerTwins, PoolTwins  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from lzero_kv.cache.eviction import EvictionStrategy  # noqa: E402
-from lzero_kv.cache.keys import LatentKey, NodeKey, RootKey  # noqa: E402
+from lzero_kv.cache.keys import NodeKey, RootKey  # noqa: E402
 
 EPISODE = 400
-"""Operations after which a run begins again with an empty pool, of the other layout."""
+"""Operations after which a run begins again with an empty pool."""
 SHOWN = 12
 """Operations shown before a difference."""
 
@@ -64,20 +62,22 @@ class Draw:
         """Different keys of a pool."""
         return self.random.sample(range(9), self.number(fewest, most))
 
-    def manager_key(self) -> RootKey | NodeKey | LatentKey:
+    def manager_key(self) -> RootKey | NodeKey:
         """A key of a manager; now and then of an environment that does not exist."""
         kind = self.random.random()
         if kind < 0.4:
             return RootKey(self.number(0, ManagerTwins.ENVIRONMENTS - (kind > 0.005)), self.number(0, 3))
-        if kind < 0.85:
-            return NodeKey(self.number(0, 2), self.number(0, 4))
-        return LatentKey(self.number(0, 1), 3)
+        return self.node_key()
 
-    def manager_keys(self, most: int) -> list[RootKey | NodeKey | LatentKey]:
+    def node_key(self) -> NodeKey:
+        """A node of a search."""
+        return NodeKey(self.number(0, 2), self.number(0, 4))
+
+    def manager_keys(self, most: int) -> list[RootKey | NodeKey]:
         """Different keys of a manager."""
         return list(dict.fromkeys(self.manager_key() for _ in range(self.number(0, most))))
 
-    def known_key(self) -> RootKey | NodeKey | LatentKey:
+    def known_key(self) -> RootKey | NodeKey:
         """A key of a manager that names no unknown environment."""
         while True:
             key = self.manager_key()
@@ -100,8 +100,6 @@ def pool_operation(draw: Draw) -> Operation:
         (6, ('load', (keys[:3],))),
         (8, ('get', (draw.number(0, 8),))),
         (8, ('set', (draw.number(0, 8), draw.number(0, 7)))),
-        (5, ('both', ('pin', keys[:2]))),
-        (6, ('both', ('unpin', keys))),
         (4, ('both', ('discard', keys[:2]))),
         (8, ('both', ('set_priorities', keys[:1], priorities[:1]))),
         (4, ('rejected_store', (draw.pool_keys(4, 1), draw.random.choice(sorted(BROKEN))))),
@@ -115,6 +113,7 @@ def manager_operation(draw: Draw) -> Operation:
     """One operation of :class:`ManagerTwins` with its arguments."""
     keys = draw.manager_keys(7)
     known = [draw.known_key() for _ in range(draw.number(0, 3))]
+    nodes = list(dict.fromkeys(draw.node_key() for _ in range(draw.number(0, 6))))
     priority = float(draw.number(-3, 3))
     choices: list[tuple[int, Operation]] = [
         (20, ('lookup', (keys,))),
@@ -122,9 +121,8 @@ def manager_operation(draw: Draw) -> Operation:
         (12, ('load', ([draw.known_key() for _ in range(6)], draw.number(0, 3), draw.random.random() < 0.5))),
         (8, ('get', (draw.number(0, ManagerTwins.ENVIRONMENTS - 1), draw.known_key()))),
         (8, ('set', (draw.known_key(), draw.number(0, 7)))),
-        (3, ('reserve_recurrent', (draw.number(1, 14), draw.number(1, 11)))),
-        (5, ('pool_operation', ('pin', known))),
-        (6, ('pool_operation', ('unpin', known))),
+        (10, ('reserve', (nodes, draw.lengths(len(nodes))))),
+        (3, ('begin_search', (draw.number(0, 10), draw.number(0, 5), draw.random.random() < 0.3))),
         (4, ('pool_operation', ('discard', known))),
         (6, ('pool_operation', ('set_priorities', known[:1], [priority]))),
         (1, ('clear', (draw.random.choice(['all', 'roots', 'nodes']),))),
@@ -165,7 +163,7 @@ def run(
         if twins is None or done % EPISODE == 0:
             evictions += 0 if twins is None else evictions_of(twins)
             latest.clear()
-            twins = twins_of(policy, layout=(UNIFORM, RAGGED)[done // EPISODE % 2], seed=seed + done)
+            twins = twins_of(policy, seed=seed + done)
         name, arguments = operation_of(draw)
         latest.append((name, arguments))
         try:

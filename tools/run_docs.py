@@ -42,6 +42,11 @@ def pages() -> list[Path]:
     return [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 
+def results() -> list[Path]:
+    """The long tables beside the commands that make them; their commands take hours and are not run."""
+    return [ROOT / 'benchmarks' / 'results.md', ROOT / 'studies' / 'budget' / 'results.md']
+
+
 def blocks(page: Path) -> Iterator[Block]:
     """Fenced blocks of a page, in order."""
     for language, text in BLOCK.findall(page.read_text(encoding='utf-8')):

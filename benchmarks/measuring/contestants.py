@@ -13,10 +13,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from lzero_kv.lightzero.inference.attention import Columns, append_tokens
-from lzero_kv.lightzero.inference.heads import action_embeddings
+from lzero_kv.lightzero.inference.attention import Columns, decode
+from lzero_kv.lightzero.inference.heads import (
+    action_embeddings,
+    predict_policy_value,
+    predict_reward_latent,
+)
 from lzero_kv.lightzero.inference.positions import positions_of
-from lzero_kv.lightzero.inference.weights import Prepared
+from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.episodes import Episodes
 from testing.families import Family
 from testing.models import collect_model, make_policy, options_of_device, world_model_of
@@ -41,20 +45,20 @@ USUAL: tuple[Shape, ...] = ('atari', 'memory', 'lunarlander', 'cartpole')
 
 CACHES: dict[str, dict[str, Any] | None] = {
     'stock': None,
-    'rebuild': dict(window='rebuild', engine='eager'),
-    'shift': dict(window='shift', engine='eager'),
-    'rebuild compiled': dict(window='rebuild', engine='compile'),
-    'shift compiled': dict(window='shift', engine='compile'),
+    'rebuild': dict(window='rebuild', backend='eager'),
+    'shift': dict(window='shift', backend='eager'),
+    'rebuild compiled': dict(window='rebuild', backend='compile'),
+    'shift compiled': dict(window='shift', backend='compile'),
 }
 """Options of ``kv_cache``; None for LightZero's own."""
 
 GRAPHS: dict[str, dict[str, Any] | None] = {
-    'rebuild graph': dict(window='rebuild', engine='cudagraph'),
-    'shift graph': dict(window='shift', engine='cudagraph'),
+    'rebuild graph': dict(window='rebuild', backend='cudagraph'),
+    'shift graph': dict(window='shift', backend='cudagraph'),
 }
 """Those that need a CUDA device."""
 
-EAGER = [name for name, options in CACHES.items() if options is None or options['engine'] == 'eager']
+EAGER = [name for name, options in CACHES.items() if options is None or options['backend'] == 'eager']
 """Those that compile nothing, which would take minutes at every shape."""
 
 
@@ -143,39 +147,36 @@ class Floor:
         with quiet():
             policy = make_policy(family, kv=True, **options_of_device(device))
         self._world_model = world_model_of(policy)
-        self._prepared = Prepared(self._world_model, as_host=False)
+        self._weights = InferenceWeights(self._world_model)
         size = (family.observation,) if isinstance(family.observation, int) else family.observation
         self._observations = torch.randn(family.collectors, *size, device=device)
         self._actions = torch.zeros(family.collectors, dtype=torch.int64, device=device)
         self._tokens = tokens
         self._positions = positions_of(self._world_model)
-        self._buffer = torch.randn(
-            family.collectors, 2 * family.layers, tokens + 2, family.embed, device=device
-        )
+        shape = family.collectors, family.layers, 2, family.heads, tokens + 2, family.embed // family.heads
+        self._buffer = torch.randn(*shape, device=device)
 
     @torch.no_grad()
     def step(self) -> None:
         """What the model computes in one environment step."""
         latent = self._world_model.tokenizer.encode_to_obs_embeddings(self._observations)[:, 0]
         action = action_embeddings(self._world_model, self._actions)
-        self._predict(self._append(torch.stack([action, latent], dim=1), 0))
+        predict_policy_value(self._weights, self._append(torch.stack([action, latent], dim=1), 0))
         for _ in range(self._simulations):
             action = action_embeddings(self._world_model, self._actions)
-            hidden = self._append(action[:, None], 0)
-            self._prepared.reward(hidden)
-            self._predict(self._append(self._prepared.latent(hidden)[:, None], 1))
+            _, latent = predict_reward_latent(self._weights, self._append(action[:, None], 0))
+            predict_policy_value(self._weights, self._append(latent[:, None], 1))
 
     def _append(self, x: torch.Tensor, ahead: int) -> torch.Tensor:
         rows, new, _ = x.shape
         end = self._tokens + ahead + new
         at = np.broadcast_to(np.arange(end - new, end), (rows, new))
-        placed, rotation = self._positions.place(x, at, at)
-        columns = Columns.of_buffer(self._buffer, (0, end), new, self._prepared.heads, None)
-        return append_tokens(self._prepared, columns, placed, rotation)
-
-    def _predict(self, hidden: torch.Tensor) -> None:
-        self._prepared.policy(hidden)
-        self._prepared.value(hidden)
+        placed = self._positions.at(at, at)
+        seen = self._buffer[..., :end, :]
+        keys, values = (part.unbind(1) for part in seen.unbind(2))
+        own = seen[..., end - new :, :].unbind(1)
+        columns = Columns(keys, values, own, [None] * len(own))
+        return decode(self._weights, columns, placed.add_to(x), placed.rotation)
 
 
 @contextmanager

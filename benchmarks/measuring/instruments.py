@@ -168,7 +168,7 @@ class Split:
         from lzero.model.unizero_world_models.transformer import Transformer
         from lzero.model.unizero_world_models.world_model import WorldModel
 
-        from lzero_kv.lightzero.inference import flight, flights, nodes, roots, trees
+        from lzero_kv.lightzero.inference import expand, roots
         from lzero_kv.lightzero.world_model import KVWorldModel
 
         tree = host_trees()[0]
@@ -177,19 +177,17 @@ class Split:
                 (Transformer, 'forward'),
                 (Head, 'forward'),
                 (Tokenizer, 'encode_to_obs_embeddings'),
-                (flight, 'append_tokens'),
-                (trees, 'append_tokens'),
-                (flights, 'causal_pass'),
-                *((module, 'predict_policy_value') for module in (nodes, roots)),
-                *((module, 'action_embeddings') for module in (nodes, roots)),
-                (nodes, 'predict_reward_latent'),
+                *((module, 'decode') for module in (expand, roots)),
+                *((module, 'predict_policy_value') for module in (expand, roots)),
+                *((module, 'action_embeddings') for module in (expand, roots)),
+                (expand, 'predict_reward_latent'),
             ],
             'cache': [
                 (WorldModel, 'forward_initial_inference'),
                 (WorldModel, 'forward_recurrent_inference'),
                 (KVWorldModel, 'forward_initial_inference'),
                 (KVWorldModel, 'begin_search'),
-                (nodes.SearchNodes, 'expand'),
+                (expand.Search, 'expand'),
             ],
             'tree': [(tree, 'batch_traverse'), (tree, 'batch_backpropagate')],
         }

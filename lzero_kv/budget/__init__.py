@@ -7,22 +7,13 @@ pool or a world model.
 from __future__ import annotations
 
 from lzero_kv.budget.allocation import ALLOCATIONS, Allocation, allocate, apportion
+from lzero_kv.budget.attention import AttentionRecord, Preference, dispersion_and_shift, layer_preference
 from lzero_kv.budget.cascade import BudgetedCache
 from lzero_kv.budget.config import BudgetConfig, Sizes
-from lzero_kv.budget.preference import (
-    Preference,
-    PreferenceAverage,
-    attention_dispersion,
-    attention_shift,
-    layer_preference,
-)
-from lzero_kv.budget.ragged import LayerKV, attend
-from lzero_kv.budget.reading import BudgetReading
-from lzero_kv.budget.record import AttentionRecord
+from lzero_kv.budget.layer import LayerCache, attend
 from lzero_kv.budget.selection import SELECTIONS, Kept, Selection, select
-from lzero_kv.budget.tally import BudgetTally, LayerLoss
+from lzero_kv.budget.state import BudgetCounters, BudgetSnapshot, BudgetTracker, LayerLoss
 from lzero_kv.budget.tokens import Tokens, gather_tokens
-from lzero_kv.budget.tracker import BudgetTracker
 
 __all__ = [
     'ALLOCATIONS',
@@ -30,23 +21,21 @@ __all__ = [
     'Allocation',
     'AttentionRecord',
     'BudgetConfig',
-    'BudgetReading',
-    'BudgetTally',
+    'BudgetCounters',
+    'BudgetSnapshot',
     'BudgetTracker',
     'BudgetedCache',
     'Kept',
-    'LayerKV',
+    'LayerCache',
     'LayerLoss',
     'Preference',
-    'PreferenceAverage',
     'Selection',
     'Sizes',
     'Tokens',
     'allocate',
     'apportion',
     'attend',
-    'attention_dispersion',
-    'attention_shift',
+    'dispersion_and_shift',
     'gather_tokens',
     'layer_preference',
     'select',

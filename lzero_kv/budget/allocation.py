@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
 
-from lzero_kv.budget.preference import Preference
+from lzero_kv.budget.attention import Preference
 
 Weight = Fraction | int | float
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from lzero_kv.budget.allocation import allocate
+from lzero_kv.budget.attention import AttentionRecord, Preference, layer_preference
 from lzero_kv.budget.config import BudgetConfig
-from lzero_kv.budget.preference import Preference, layer_preference
-from lzero_kv.budget.ragged import LayerKV
-from lzero_kv.budget.record import AttentionRecord
-from lzero_kv.budget.selection import select
-from lzero_kv.budget.tokens import Tokens, gather_tokens
-
-
-@dataclass
-class _Layer:
-    """One layer's tokens and what is known of them."""
-
-    kv: LayerKV
-    record: AttentionRecord
-    scores: torch.Tensor | None = None
-    """``[B, G, n]``: scores of the prompt's tokens, until all layers have seen it. Scored anew, tokens that
-    are left would have other neighbours, and shrinking twice would not be shrinking once."""
+from lzero_kv.budget.layer import LayerCache
 
 
 class BudgetedCache:
@@ -65,7 +49,7 @@ class BudgetedCache:
         """Tokens that each layer seen so far may hold."""
         self.peak_tokens = 0
         """Most tokens of all layers together that were held at once, for each row."""
-        self._held: list[_Layer] = []
+        self._held: list[LayerCache] = []
         self._preferences: list[Preference] = []
         self._seen = 0
         self._block = 0
@@ -81,19 +65,19 @@ class BudgetedCache:
     @property
     def held_tokens(self) -> int:
         """Tokens of all layers together, for each row."""
-        return sum(layer.kv.tokens for layer in self._held)
+        return sum(layer.columns for layer in self._held)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values of all layers."""
-        return sum(layer.kv.bytes for layer in self._held)
+        """Bytes of all layers, what is remembered of the attention included."""
+        return sum(layer.bytes for layer in self._held)
 
-    def __getitem__(self, layer: int) -> LayerKV:
-        return self._held[layer].kv
+    def __getitem__(self, layer: int) -> LayerCache:
+        return self._held[layer]
 
     def append(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None = None
-    ) -> LayerKV:
+    ) -> LayerCache:
         """Add a block of tokens to a layer.
 
         Arguments:
@@ -117,12 +101,13 @@ class BudgetedCache:
         if layer == len(self._held):
             self._held.append(self._first_block(keys, values, lengths))
         else:
-            self._held[layer].kv = self._next_block(self._held[layer].kv, keys, values, lengths)
+            self._check_next_block(self._held[layer], keys, lengths)
+            self._held[layer].append(keys, values)
         if layer == 0:
             self._seen += keys.shape[2]
         self._waiting, self._block = layer, keys.shape[2]
         self.peak_tokens = max(self.peak_tokens, self.held_tokens)
-        return self._held[layer].kv
+        return self._held[layer]
 
     def observe(self, layer: int, attention: torch.Tensor | None = None) -> None:
         """Take in the attention over the tokens that :meth:`append` returned, and drop what is over the
@@ -143,68 +128,49 @@ class BudgetedCache:
                 f'observe({layer}) must follow append({layer}), the last append was of {self._waiting}'
             )
         held = self._held[layer]
-        self._check_attention(held.kv, attention)
+        self._check_attention(held, attention)
         self._waiting, self._turn = None, (layer + 1) % self.layers
         if attention is not None:
-            held.record.observe(attention, held.kv.lengths)
+            held.observe(attention)
         if layer == len(self._preferences):
             self._observe_prompt(held, attention)
             return
         # a layer that held all it had seen may hold the new tokens too, at the cost of others
         if layer == 0 and max(self.slots) >= self._shared_out_at:
             self._share_out()
-        self._shrink(held, self.slots[layer])
+        held.shrink(self.slots[layer], self._selection)
 
-    def _observe_prompt(self, held: _Layer, attention: torch.Tensor | None) -> None:
-        self._preferences.append(self._preference_of(held.kv, attention))
-        held.scores = self._selection.scores(held.record, self._tokens(held.kv))
-        complete = len(self._held) == self.layers
-        if self.cascade or complete:
+    def _observe_prompt(self, held: LayerCache, attention: torch.Tensor | None) -> None:
+        self._preferences.append(self._preference_of(held, attention))
+        # until the next block: scored anew, tokens that are left would have other neighbours, and shrinking
+        # twice would not be shrinking once
+        held.scores = self._selection.scores(held.record, held.tokens)
+        if self.cascade or len(self._held) == self.layers:
             self._share_out()
             for one, slots in zip(self._held, self.slots, strict=True):
-                self._shrink(one, slots)
-        if complete:
-            for one in self._held:
-                one.scores = None
+                one.shrink(slots, self._selection)
 
-    def _preference_of(self, kv: LayerKV, attention: torch.Tensor | None) -> Preference:
+    def _preference_of(self, held: LayerCache, attention: torch.Tensor | None) -> Preference:
         if attention is None or not self._allocation.needs_preference:
             return Preference(0.0, 0.0)
         sizes = self.sizes
         return layer_preference(
-            attention, kv.lengths[:, 0], window=sizes.window, sinks=sizes.sinks, step=sizes.step
+            attention, held.lengths[:, 0], window=sizes.window, sinks=sizes.sinks, step=sizes.step
         )
 
     def _share_out(self) -> None:
-        sizes, seen = self.sizes, len(self._preferences)
+        seen = len(self._preferences)
         self._shared_out_at = self._seen
         self.slots = allocate(
             self._allocation.weights(self.layers, self._preferences)[:seen],
-            sizes.total,
-            [self._seen] * seen,
-            window=sizes.window,
-            sinks=sizes.sinks,
-            minimum=sizes.minimum,
-            step=sizes.step,
+            contexts=[self._seen] * seen,
             reserved_layers=self.layers,
+            **self.sizes._asdict(),
         )
 
-    def _shrink(self, held: _Layer, slots: int) -> None:
-        if held.kv.tokens <= slots:
-            return
-        tokens = self._tokens(held.kv)
-        scores = self._selection.scores(held.record, tokens) if held.scores is None else held.scores
-        kept = select(scores, tokens, slots)
-        held.kv = held.kv.keep(kept)
-        held.record.keep(*kept)
-        if held.scores is not None:
-            held.scores = gather_tokens(held.scores, kept.indices)
-
-    def _tokens(self, kv: LayerKV) -> Tokens:
-        sizes = self.sizes
-        return Tokens(kv.positions, kv.lengths, sizes.window, sizes.sinks, sizes.step)
-
-    def _first_block(self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None) -> _Layer:
+    def _first_block(
+        self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None
+    ) -> LayerCache:
         rows, heads, columns = keys.shape[:3]
         full = torch.full((rows,), columns, device=keys.device)
         lengths = full if lengths is None else lengths
@@ -213,23 +179,17 @@ class BudgetedCache:
                 f'lengths must be {rows} integers in [1, {columns}], the columns of keys, '
                 f'got {lengths.tolist()}'
             )
-        groups = heads if self.config.per_head else 1
-        tokens = Tokens.of_prompt(lengths[:, None].expand(-1, groups), columns, window=self.sizes.window)
-        record = AttentionRecord(groups, self.sizes.window, self._selection.decay, self._selection.reads)
-        return _Layer(LayerKV(keys, values, tokens.positions, tokens.lengths), record)
+        groups, sizes, reads = heads if self.config.per_head else 1, self.sizes, self._selection.reads
+        record = AttentionRecord(groups, sizes.window, self._selection.decay, reads)
+        return LayerCache.of_prompt(keys, values, lengths, record, sizes.sinks, sizes.step)
 
     @staticmethod
-    def _next_block(
-        old: LayerKV, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None
-    ) -> LayerKV:
+    def _check_next_block(held: LayerCache, keys: torch.Tensor, lengths: torch.Tensor | None) -> None:
         if lengths is not None:
             raise ValueError('lengths belong to the first block, later ones are full; leave lengths out')
-        expected = (*old.keys.shape[:2], keys.shape[2], old.keys.shape[3])
+        expected = (*held.keys.shape[:2], keys.shape[2], held.keys.shape[3])
         if keys.shape != expected:
             raise ValueError(f'keys must be {list(expected)} as in the first block, got {list(keys.shape)}')
-        # the newest token is never dropped and lies in the last column
-        positions = old.positions[:, 0, -1:] + 1 + torch.arange(keys.shape[2], device=keys.device)
-        return old.append(keys, values, positions)
 
     def _check_turn(self, layer: int) -> None:
         if self._waiting is not None:
@@ -242,7 +202,7 @@ class BudgetedCache:
                 f'layers see a block one after another: expected append({self._turn}), got append({layer})'
             )
 
-    def _check_attention(self, kv: LayerKV, attention: torch.Tensor | None) -> None:
+    def _check_attention(self, held: LayerCache, attention: torch.Tensor | None) -> None:
         if attention is None:
             if self.reads_attention:
                 raise ValueError(
@@ -250,7 +210,7 @@ class BudgetedCache:
                     f'{self.config.allocation!r} with selection={self.config.selection!r} reads them'
                 )
             return
-        rows, heads, columns = kv.keys.shape[:3]
+        rows, heads, columns = held.keys.shape[:3]
         shape, block = tuple(attention.shape), self._block
         if attention.ndim != 4 or (shape[0], shape[3]) != (rows, columns) or shape[1] % heads:
             raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from lzero_kv.budget.record import AttentionRecord
+from lzero_kv.budget.attention import AttentionRecord
 from lzero_kv.budget.tokens import Tokens
 
 
@@ -59,20 +59,6 @@ class H2O(Selection):
 
 
 @dataclass(frozen=True)
-class SnapKV(Selection):
-    """Mean attention of the last queries, pooled (SnapKV, Li et al., NeurIPS 2024)."""
-
-    kernel: int
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({'recent'})
-
-    def scores(self, record: AttentionRecord, tokens: Tokens) -> torch.Tensor:
-        return indicator(record, tokens, 0.0, self.kernel)
-
-
-@dataclass(frozen=True)
 class Cake(Selection):
     """Mean attention of the last queries plus ``gamma`` times its variance, pooled (CAKE)."""
 
@@ -85,6 +71,13 @@ class Cake(Selection):
 
     def scores(self, record: AttentionRecord, tokens: Tokens) -> torch.Tensor:
         return indicator(record, tokens, self.gamma, self.kernel)
+
+
+@dataclass(frozen=True)
+class SnapKV(Cake):
+    """Mean attention of the last queries, pooled (SnapKV, Li et al., NeurIPS 2024)."""
+
+    gamma: float = field(init=False, default=0.0)
 
 
 @dataclass(frozen=True)

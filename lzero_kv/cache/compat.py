@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lzero_kv.cache.entry import KVEntry
 from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.cache.stats import CacheStats
-from lzero_kv.cache.storage import KVSlab
+from lzero_kv.cache.storage import KVStorage
 
 logger = logging.getLogger('lzero_kv')
 
 
 class NamedAccess:
-    """What can be done with the pools one history at a time, under the names that LightZero's callers use."""
+    """Access to the pools one history at a time, under the names that LightZero's callers use."""
 
-    slab: KVSlab
+    storage: KVStorage
     """Slots of all root pools, then those of the recurrent pool."""
     init_pools: list[KVCachePool]
     """The root pool of each environment."""
     recur_pool: KVCachePool
-    """The nodes of the running search, of all environments."""
+    """Derived windows of the running search, of all environments, and what callers of
+    :meth:`set_recur_cache` store."""
     wm_pool: KVCachePool
-    """Single histories by key, in a slab of its own that is allocated at the first store."""
+    """Single histories by key, built at the first use."""
     env_num: int
     """Number of environments."""
     enable_stats: bool
     """Whether events are counted."""
-    tree_bytes: int
-    """Bytes of the trees that share histories, beside the pools."""
+    search_bytes: int
+    """Bytes of the memory of one search, beside the pools."""
     record_bytes: int = 0
-    """Bytes of what is remembered of the roots' tokens to choose among them; whoever keeps it sets this."""
+    """Bytes of what is remembered of the roots' tokens to choose among them; set by its owner."""
+    _wm_pool: KVCachePool | None = None
+    _make_room: Callable[[Sequence[Any]], None]
 
     def __init__(self, clear_recur_log_freq: int, clear_all_log_freq: int) -> None:
         self.clear_recur_log_freq = clear_recur_log_freq
@@ -59,6 +63,7 @@ class NamedAccess:
 
     def set_recur_cache(self, cache_key: Any, kv_cache: Any) -> int:
         """Store a node's history; returns the slot. Raises as :meth:`KVCachePool.set`."""
+        self._make_room([cache_key])
         return self.recur_pool.set(cache_key, kv_cache)
 
     def get_wm_cache(self, cache_key: Any) -> KVEntry | None:
@@ -100,8 +105,9 @@ class NamedAccess:
 
     @property
     def bytes(self) -> int:
-        """Bytes allocated for all pools and for trees that share histories."""
-        return self.slab.bytes + self.wm_pool.bytes + self.tree_bytes + self.record_bytes
+        """Bytes allocated for all pools, for the memory of a search and for the record of roots' tokens."""
+        single = 0 if self._wm_pool is None else self._wm_pool.bytes
+        return self.storage.bytes + single + self.search_bytes + self.record_bytes
 
     def count_rebuilt(self, tokens: int, *, roots: bool, env_id: int | None = None) -> None:
         """Count tokens that were recomputed after misses.
@@ -129,15 +135,6 @@ class NamedAccess:
             pool = self.recur_pool if env_id is None else self.init_pools[self._env(env_id)]
             pool.stats.window_tokens += tokens
 
-    def count_shared(self, nodes: int) -> None:
-        """Count nodes that were found where they are, in a tree that shares its root's history, and as many
-        children that are kept there: queries, hits and stores of nodes."""
-        if self.enable_stats:
-            stats = self.recur_pool.stats
-            stats.queries += nodes
-            stats.hits += nodes
-            stats.stores += nodes
-
     def stats_snapshot(self) -> dict[str, CacheStats]:
         """Copies of the counters of all root pools together ('roots') and of the recurrent pool ('nodes')."""
         roots = sum((pool.stats for pool in self.init_pools), CacheStats(rebuilt_tokens=self._rebuilt_roots))
@@ -147,9 +144,9 @@ class NamedAccess:
         """Counters and sizes of every pool as numbers.
 
         Returns:
-            ``stats_enabled``, ``init_pools`` (by ``env_0``, ``env_1``, ...), ``recur_pool``, ``wm_pool``,
-            ``roots`` (all root pools together, and :attr:`record_bytes`), ``nodes`` (the recurrent pool, and
-            the bytes of trees that share histories) and ``total`` (both), each as
+            ``stats_enabled``, ``init_pools`` (by ``env_0``, ``env_1``, ...), ``recur_pool``, ``wm_pool``
+            once it is used, ``roots`` (all root pools together, and :attr:`record_bytes`), ``nodes`` (the
+            recurrent pool, and :attr:`search_bytes`) and ``total`` (both), each as
             :meth:`KVCachePool.describe`; only ``{'stats_enabled': False}`` when events are not counted.
         """
         if not self.enable_stats:
@@ -160,11 +157,11 @@ class NamedAccess:
             'stats_enabled': True,
             'init_pools': {f'env_{env_id}': pool.describe() for env_id, pool in enumerate(self.init_pools)},
             'recur_pool': self.recur_pool.describe(),
-            'wm_pool': self.wm_pool.describe(),
+            **({} if self._wm_pool is None else {'wm_pool': self._wm_pool.describe()}),
             'roots': _with(self.record_bytes, _describe_together(counters['roots'], self.init_pools)),
-            'nodes': _with(self.tree_bytes, self.recur_pool.describe()),
+            'nodes': _with(self.search_bytes, self.recur_pool.describe()),
             'total': _with(
-                self.record_bytes + self.tree_bytes,
+                self.record_bytes + self.search_bytes,
                 _describe_together(both, [*self.init_pools, self.recur_pool]),
             ),
         }
@@ -176,7 +173,8 @@ class NamedAccess:
         self._rebuilt_roots = 0
 
     def _pools(self) -> list[KVCachePool]:
-        return [*self.init_pools, self.recur_pool, self.wm_pool]
+        single = [] if self._wm_pool is None else [self._wm_pool]
+        return [*self.init_pools, self.recur_pool, *single]
 
     def _env(self, env_id: int) -> int:
         try:

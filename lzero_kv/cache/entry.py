@@ -61,8 +61,8 @@ class KVEntry:
 
     @property
     def size(self) -> int:
-        """Tokens of the history: those of the layer that holds most."""
-        return max(layer._k_cache._size for layer in self._keys_values)
+        """Tokens of the history."""
+        return self._keys_values[0]._k_cache._size
 
     def __len__(self) -> int:
         return len(self._keys_values)
@@ -81,26 +81,17 @@ class KVEntry:
         """Copy a history out of a row.
 
         Arguments:
-            row: ``[1, 2 * layers, n, embed_dim]`` with ``n >= size``, or ``[1, row_elements]``.
-            size: tokens of the history; a layer that holds fewer has the newest ones.
+            row: ``[1, 2 * layers, heads, n, head_dim]`` with ``n >= size``.
+            size: tokens of the history.
         """
-        shape = (2 * layout.layers, 1, layout.heads, layout.max_tokens, layout.head_dim)
-        padded = torch.zeros(shape, dtype=row.dtype, device=row.device)
+        padded = torch.zeros(
+            (2 * layout.layers, 1, layout.heads, layout.tokens, layout.head_dim),
+            dtype=row.dtype,
+            device=row.device,
+        )
         with torch.no_grad():
-            if layout.uniform:
-                tokens = row[0, :, row.shape[2] - size :].unflatten(-1, (layout.heads, layout.head_dim))
-                padded[:, 0, :, :size] = tokens.transpose(1, 2)
-            else:
-                for layer, capacity in enumerate(layout.layer_tokens):
-                    n = min(size, capacity)
-                    padded[2 * layer, 0, :, :n] = layout.keys(row, layer)[0, capacity - n :].transpose(0, 1)
-                    padded[2 * layer + 1, 0, :, :n] = layout.values(row, layer)[0, capacity - n :].transpose(
-                        0, 1
-                    )
-        layers = [
-            LayerKV(padded[2 * layer, ..., :n, :], padded[2 * layer + 1, ..., :n, :], min(size, n))
-            for layer, n in enumerate(layout.layer_tokens)
-        ]
+            padded[:, 0, :, :size] = row[0, :, :, row.shape[3] - size :]
+        layers = [LayerKV(keys, values, size) for keys, values in zip(padded[::2], padded[1::2], strict=True)]
         return cls(layers, next_position)
 
     @classmethod
@@ -122,7 +113,7 @@ def layout_of(keys_values: Any) -> KVLayout:
         layers=len(caches) // 2,
         heads=first.shape[1],
         head_dim=first.shape[3],
-        tokens=tuple(cache._cache.shape[2] for cache in caches[::2]),
+        tokens=first.shape[2],
         dtype=first.dtype,
         device=first.device,
     )
@@ -132,8 +123,8 @@ def row_from_keys_values(keys_values: Any, layout: KVLayout) -> tuple[torch.Tens
     """The row of a ``KeysValues``-like object of one sample.
 
     Returns:
-        The row (``[1, 2 * layers, size, embed_dim]`` or, not uniform, ``[1, row_elements]``), the tokens of
-        the history, and its next logical position (its size where the object does not say).
+        The row (``[1, 2 * layers, heads, size, head_dim]``), the tokens of the history, and its next logical
+        position (its size where the object does not say).
 
     Raises:
         TypeError: the object does not look like a ``KeysValues``, or has another dtype than the layout.
@@ -143,30 +134,16 @@ def row_from_keys_values(keys_values: Any, layout: KVLayout) -> tuple[torch.Tens
     caches = _caches(keys_values)
     if len(caches) != 2 * layout.layers:
         raise ValueError(f'expected the keys and values of {layout.layers} layers, got {len(caches) // 2}')
-    size = int(keys_values.size) if layout.uniform else max(int(cache._size) for cache in caches)
-    blocks = []
+    size = int(keys_values.size)
     for block, cache in enumerate(caches):
-        capacity = layout.layer_tokens[block // 2]
-        _check_cache(cache, block, layout, size if layout.uniform else min(size, capacity))
-        blocks.append(cache._cache[:, :, : cache._size])
+        _check_cache(cache, block, layout, size)
     with torch.no_grad():
-        if layout.uniform:
-            row = torch.cat(blocks).transpose(1, 2).reshape(1, 2 * layout.layers, size, layout.embed_dim)
-        else:
-            row = torch.cat([_right_aligned(block, layout, index) for index, block in enumerate(blocks)])[
-                None
-            ]
+        row = torch.cat([cache._cache[:, :, :size] for cache in caches])[None]
         if not bool(torch.isfinite(row).all()):
             raise ValueError(
                 "expected finite keys and values, got NaN or infinity; check the model's outputs"
             )
     return row, size, int(getattr(keys_values, 'next_position', size))
-
-
-def _right_aligned(block: torch.Tensor, layout: KVLayout, index: int) -> torch.Tensor:
-    flat = block[0].transpose(0, 1).reshape(-1)
-    missing = layout.layer_tokens[index // 2] * layout.embed_dim - flat.numel()
-    return torch.nn.functional.pad(flat, (missing, 0))
 
 
 def _caches(keys_values: Any) -> list[Any]:
@@ -205,8 +182,8 @@ def _check_cache(cache: Any, block: int, layout: KVLayout, size: int) -> None:
         raise ValueError(
             f'{where}: expected {size} tokens of at most {capacity}, got a size of {cache._size}'
         )
-    if size > layout.layer_tokens[block // 2]:
+    if size > layout.tokens:
         raise ValueError(
-            f'{where}: {size} tokens do not fit into a slot of {layout.layer_tokens[block // 2]}; '
+            f'{where}: {size} tokens do not fit into a slot of {layout.tokens}; '
             f"drop the oldest steps first, or make the layout's tokens larger"
         )

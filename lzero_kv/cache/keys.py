@@ -30,17 +30,6 @@ class NodeKey(NamedTuple):
     """Simulation that created the node: 0 for the root, ``i + 1`` for simulation ``i``."""
 
 
-class LatentKey(NamedTuple):
-    """A node named by its latent state alone, for callers that do not know the tree."""
-
-    row: int
-    """Row of the search batch."""
-    digest: int
-    """Digest of the latent state, see :func:`digest_rows`."""
-    kind: str = 'latent'
-    """Keeps ``LatentKey(1, 2)`` and ``NodeKey(1, 2)`` apart in one pool: tuples compare by content."""
-
-
 def digest_rows(batch: torch.Tensor | np.ndarray) -> list[int]:
     """The 64-bit xxHash of each row's bytes, as unsigned integers.
 

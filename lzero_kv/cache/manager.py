@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,24 +10,24 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.compat import NamedAccess
-from lzero_kv.cache.eviction import EvictionStrategy
-from lzero_kv.cache.keys import LatentKey, NodeKey, RootKey
+from lzero_kv.cache.keys import NodeKey, RootKey
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.pool import KVCachePool
-from lzero_kv.cache.storage import KVSlab, Slots
+from lzero_kv.cache.storage import KVStorage, Slots
 from lzero_kv.config import KVCacheConfig, read_field
 
-Key = RootKey | NodeKey | LatentKey
+Key = RootKey | NodeKey
 
 DEFAULT_SIMULATIONS = 50
-"""Simulations a search is taken to have until somebody says; the host's own default."""
+"""Simulations of a search where neither the caller nor ``config`` says; the host's own default."""
 
 
 class KVCacheManager(NamedAccess):
-    """One root pool per environment and one recurrent pool in one slab, and a pool for single histories.
+    """One root pool per environment and one recurrent pool in one storage.
 
     A batch of keys may mix roots and nodes: one lookup counts one query for each key, one ``index_select``
-    loads and one ``index_copy_`` stores whatever the number of rows and layers.
+    loads and one ``index_copy_`` stores whatever the number of rows and layers. The recurrent pool grows when
+    it is full, and evicts only where ``max_bytes`` or ``window_slots`` keeps it from growing.
 
     Arguments:
         config: the world model's configuration (attributes or items): ``num_layers``, ``num_heads``,
@@ -38,12 +39,13 @@ class KVCacheManager(NamedAccess):
         clear_all_log_freq: the same for :meth:`clear_all`.
         layout: shape of a history; None derives it from ``config``.
         cache_config: the user's choices; None reads ``config.kv_cache``.
-        num_simulations: simulations of a search; None reads ``config.num_simulations``.
-        scratch: whether the slab has a scratch row: see :class:`KVSlab`.
+        num_simulations: simulations of a search, the bound of growth until :meth:`begin_search` states one;
+            None reads ``config.num_simulations``.
+        scratch: whether the storage has a scratch row: see :class:`KVStorage`.
 
     Raises:
         ValueError: a number is out of range, ``config`` lacks a field, or ``max_bytes`` is too small for one
-            node per environment.
+            window per environment.
     """
 
     def __init__(
@@ -72,152 +74,171 @@ class KVCacheManager(NamedAccess):
             raise ValueError(f'num_simulations must be at least 1, got {num_simulations}')
         self.num_simulations = num_simulations
         self.scratch = scratch
-        self.init_pools = []
-        self._trees: torch.Tensor | None = None
-        self._build(env_num)
-
-    def _build(self, env_num: int) -> None:
         if env_num < 1:
             raise ValueError(f'env_num must be at least 1, got {env_num}')
-        choices, row_bytes = self.cache_config, self.layout.row_bytes
-        limit = self._recurrent_limit(env_num)
-        needed = choices.recurrent_slots or env_num
-        least = (2 * choices.root_slots + 1) * env_num + needed + int(self.scratch)
-        if limit is not None and limit < needed:
+        self.env_num = env_num
+        self._search: torch.Tensor | None = None
+        self._most = env_num * (num_simulations + 1)
+        self._short_of_room = False
+        self._build()
+
+    def _build(self) -> None:
+        choices, row_bytes, env_num = self.cache_config, self.layout.row_bytes, self.env_num
+        windows = choices.window_slots or env_num
+        if self._window_limit() < windows:
+            least = 2 * env_num * choices.root_slots + windows + int(self.scratch)
             raise ValueError(
                 f'kv_cache.max_bytes={choices.max_bytes:,} is too small: {env_num} environments with '
-                f'{choices.root_slots} root slot(s) each and {needed} nodes need at least '
+                f'{choices.root_slots} root slot(s) each and {windows} windows need at least '
                 f'{least * row_bytes:,} bytes ({row_bytes:,} for each history); raise max_bytes, or lower '
-                f'root_slots, recurrent_slots or the number of environments'
+                f'root_slots, window_slots or the number of environments'
             )
-        nodes = choices.recurrent_slots or env_num * (self.num_simulations + 1)
-        nodes = nodes if limit is None else min(nodes, limit)
         roots = env_num * choices.root_slots
-        beside = env_num + int(self.scratch)
-        bound = None if choices.max_bytes is None else choices.max_bytes - beside * row_bytes
-        options = EvictionStrategy(choices.policy), self.enable_stats
-
-        self.env_num = env_num
-        self.slab = KVSlab(self.layout, roots + nodes, bound, scratch=self.scratch)
-        first_slots = range(0, roots, choices.root_slots)
-        self.init_pools[:] = [
-            KVCachePool(choices.root_slots, *options, f'init_env{env_id}', slab=self.slab, first_slot=first)
-            for env_id, first in enumerate(first_slots)
+        self.storage = KVStorage(self.layout, roots + windows, scratch=self.scratch)
+        self.init_pools = [
+            self._pool(choices.root_slots, f'init_env{env_id}', env_id * choices.root_slots)
+            for env_id in range(env_num)
         ]
-        self.recur_pool = KVCachePool(nodes, *options, 'recurrent', slab=self.slab, first_slot=roots)
-        self.wm_pool = KVCachePool(env_num, *options, 'world_model', slab=KVSlab(self.layout, env_num))
+        self.recur_pool = self._pool(windows, 'recurrent', roots)
 
-    def _recurrent_limit(self, env_num: int) -> int | None:
-        """Nodes that fit into ``max_bytes`` beside the roots, which are held twice while the slab is resized,
-        the slots of :attr:`wm_pool` and the scratch row; None without a bound."""
+    def _pool(self, size: int, name: str, first_slot: int) -> KVCachePool:
+        options = self.cache_config.policy, self.enable_stats, name
+        return KVCachePool(size, *options, storage=self.storage, first_slot=first_slot)
+
+    def _window_limit(self, kept: int = 0) -> int:
+        """Windows that fit into ``max_bytes`` beside everything else, while the roots and ``kept`` windows
+        are held twice because the storage is resized."""
         bound = self.cache_config.max_bytes
         if bound is None:
-            return None
-        slots = (bound - self.tree_bytes - self.record_bytes) // self.layout.row_bytes
-        return slots - 2 * env_num * self.cache_config.root_slots - env_num - int(self.scratch)
+            return sys.maxsize
+        rows = (bound - self.search_bytes - self.record_bytes) // self.layout.row_bytes
+        single = 0 if self._wm_pool is None else self._wm_pool.pool_size
+        return rows - 2 * self.env_num * self.cache_config.root_slots - kept - single - int(self.scratch)
 
-    def set_environments(self, env_num: int) -> None:
-        """Change the number of environments before the first use.
+    def _make_room(self, keys: Sequence[Any]) -> None:
+        """Double the recurrent pool where these nodes do not fit, as far as the bounds allow."""
+        pool, size = self.recur_pool, self.recur_pool.pool_size
+        if len(pool) + len(keys) <= size or self.cache_config.window_slots is not None:
+            return
+        needed = min(len(pool) + sum(key not in pool for key in set(keys)), self._most)
+        if needed > size:
+            limit = self._window_limit(size if len(pool) else 0)
+            larger = min(max(2 * size, needed), self._most, limit)
+            if larger > size:
+                pool.resize(larger)
+            self._short_of_room = pool.pool_size < needed
 
-        Raises:
-            ValueError: ``env_num`` is not positive or does not fit into ``max_bytes``.
-            RuntimeError: histories are stored or memory is allocated already. Nothing is changed.
-        """
-        if self.bytes or any(len(pool) for pool in self._pools()):
-            raise RuntimeError(
-                f'the number of environments is fixed at {self.env_num} once the cache is in use; '
-                f'call set_environments({env_num}) before the first store'
-            )
-        self._build(env_num)
-
-    def reserve_recurrent(self, entries: int, *, minimum: int = 1) -> int:
-        """Begin a search: forget the nodes of the last one and make room for ``entries`` nodes.
-
-        The pool grows as far as ``max_bytes`` allows and never shrinks; an explicit ``recurrent_slots`` fixes
-        its size.
-
-        Returns:
-            Nodes it holds now, which may be fewer than ``entries``: then the policy evicts.
-
-        Raises:
-            RuntimeError: not even ``minimum`` nodes fit, or there is no memory. Nothing is changed, except
-                that the nodes of the last search are forgotten when the memory is missing.
-        """
-        limit = self._recurrent_limit(self.env_num)
-        capacity = self.recur_pool.pool_size
-        if self.cache_config.recurrent_slots is None:
-            capacity = max(capacity, entries if limit is None else min(entries, limit))
-        if capacity < minimum:
-            raise RuntimeError(
-                f'a search needs at least {minimum} nodes at once, the cache can hold {capacity} '
-                f'({self.layout.row_bytes:,} bytes each); '
-                f'raise kv_cache.max_bytes or kv_cache.recurrent_slots'
-            )
-        self.recur_pool.clear()
-        if capacity > self.recur_pool.pool_size:
-            self.recur_pool.resize(capacity)
-        return capacity
-
-    def can_reserve(self, entries: int) -> bool:
-        """Whether :meth:`reserve_recurrent` would make room for so many nodes."""
-        most = self.cache_config.recurrent_slots or self._recurrent_limit(self.env_num)
-        return most is None or entries <= most
-
-    def tree_memory(self, elements: int, most: int) -> torch.Tensor | None:
-        """Memory for one search whose nodes share their roots' histories; the next search gets it again.
+    def begin_search(self, least: int, most: int, *, upfront: bool = False) -> None:
+        """Forget the nodes of the last search and make room for those of the next.
 
         Arguments:
-            elements: numbers that the search needs.
-            most: numbers that a later search may need; at least ``elements``. Memory is taken for them at
-                once, so that it is not taken anew while histories grow.
+            least: windows that must fit at once.
+            most: windows that the search can have: the bound of the pool's growth.
+            upfront: whether room for ``most`` is taken now, as far as ``max_bytes`` allows, so that the
+                storage does not move during the search.
+
+        Raises:
+            ValueError: not ``0 <= least <= most``.
+            RuntimeError: not even ``least`` windows fit, or there is no memory. Nothing is changed, except
+                that the nodes of the last search are forgotten when the memory is missing.
+        """
+        if not 0 <= least <= most:
+            raise ValueError(f'expected 0 <= least <= most, got least={least} and most={most}')
+        size = self.recur_pool.pool_size
+        if self.cache_config.window_slots is None:
+            # without windows to keep the pool may grow further than it could during the last search
+            wanted = most if upfront else min(2 * size, most) if self._short_of_room else least
+            size = max(size, min(max(least, wanted), self._window_limit()))
+        if size < least:
+            raise RuntimeError(
+                f'a search needs at least {least} windows at once, the cache can hold {size} '
+                f'({self.layout.row_bytes:,} bytes each); raise kv_cache.max_bytes or kv_cache.window_slots'
+            )
+        self.recur_pool.clear()
+        if size > self.recur_pool.pool_size:
+            self.recur_pool.resize(size)
+        self._most, self._short_of_room = most, False
+
+    @property
+    def window_bound(self) -> int:
+        """Windows that the recurrent pool may come to hold during the running search."""
+        size = self.recur_pool.pool_size
+        return size if self.cache_config.window_slots else max(size, min(self._most, self._window_limit()))
+
+    @property
+    def wm_pool(self) -> KVCachePool:
+        """Single histories by key, one slot for each environment, in a storage of its own: built at the first
+        use, and counted towards the bound from then on.
+
+        Raises:
+            RuntimeError: it does not fit into ``max_bytes`` beside the other pools.
+        """
+        if self._wm_pool is None:
+            if self._window_limit() < self.recur_pool.pool_size + self.env_num:
+                raise RuntimeError(
+                    f'{self.env_num} slots for single histories ({self.layout.row_bytes:,} bytes each) do '
+                    f'not fit into kv_cache.max_bytes={self.cache_config.max_bytes:,} beside the other pools'
+                )
+            options = self.cache_config.policy, self.enable_stats
+            self._wm_pool = KVCachePool(self.env_num, *options, 'world_model', layout=self.layout)
+        return self._wm_pool
+
+    def search_memory(self, elements: int) -> torch.Tensor | None:
+        """Memory for what one search keeps beside the pools; the next search gets it again.
+
+        Arguments:
+            elements: numbers that the search needs. When a later search needs more, a quarter more is taken,
+                so that memory is not taken anew whenever histories grow by a step.
 
         Returns:
             ``[elements]``, finite numbers of no meaning; None where they do not fit into ``max_bytes`` beside
             the pools.
         """
-        if self._trees is None or self._trees.numel() < elements:
-            self._trees = None
-            limit = self._recurrent_limit(self.env_num)
-            if limit is not None:
-                spare = (limit - self.recur_pool.pool_size) * self.layout.row_bytes
-                spare //= self.layout.dtype.itemsize
-                if elements > spare:
-                    return None
-                most = min(most, spare)
+        if self._search is None or self._search.numel() < elements:
+            taken = elements if self._search is None else elements + elements // 4
+            self._search = None
+            spare = (self._window_limit() - self.recur_pool.pool_size) * self.layout.row_bytes
+            spare //= self.layout.dtype.itemsize
+            if elements > spare:
+                return None
             with torch.inference_mode(False):
-                self._trees = torch.zeros(most, dtype=self.layout.dtype, device=self.layout.device)
-        return self._trees[:elements]
+                self._search = torch.zeros(
+                    min(taken, spare), dtype=self.layout.dtype, device=self.layout.device
+                )
+        return self._search[:elements]
 
-    def forget_trees(self) -> None:
-        """Free the memory of :meth:`tree_memory`."""
-        self._trees = None
+    def forget_search_memory(self) -> None:
+        """Free the memory of :meth:`search_memory`."""
+        self._search = None
 
     @property
-    def tree_bytes(self) -> int:
-        """Bytes of :meth:`tree_memory`."""
-        return 0 if self._trees is None else self._trees.numel() * self._trees.element_size()
+    def search_bytes(self) -> int:
+        """Bytes of :meth:`search_memory`."""
+        return 0 if self._search is None else self._search.nbytes
 
     def lookup(self, keys: Iterable[Key]) -> np.ndarray:
         """Absolute slots (int64 ``[B]``) or ``NO_SLOT``; one query for each key, counted on the pool of its
         kind.
 
         Raises:
-            TypeError: a key is none of RootKey, NodeKey, LatentKey.
+            TypeError: a key is neither a RootKey nor a NodeKey.
             ValueError: a RootKey names an environment that does not exist. Nothing is counted.
         """
         keys = list(keys)
+        if set(map(type, keys)) == {NodeKey}:  # those of a search, without a call for each
+            return self.recur_pool.lookup(keys)
         pools = [self._pool_of(key) for key in keys]
-        return np.array([pool.find(key) for pool, key in zip(pools, keys, strict=True)], np.int64)
+        return np.array([pool.find([key])[0] for pool, key in zip(pools, keys, strict=True)], np.int64)
 
     def slots(self, keys: Iterable[Key]) -> np.ndarray:
-        """As :meth:`lookup`, but nothing is counted and nothing is touched."""
+        """As :meth:`lookup`, but not counted, and no use of the entries."""
         return np.array([self._pool_of(key).peek(key) for key in keys], np.int64)
 
     def load(
         self, slots: Slots, *, newest: int | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Copy histories out of the slab: :meth:`KVSlab.load`."""
-        return self.slab.load(slots, newest=newest, out=out)
+        """Copy histories out of the storage: :meth:`KVStorage.load`."""
+        return self.storage.load(slots, newest=newest, out=out)
 
     def store(
         self,
@@ -232,8 +253,7 @@ class KVCacheManager(NamedAccess):
 
         Arguments:
             keys: ``B`` different keys.
-            kv: ``[B, 2 * layers, n, embed_dim]``, right-aligned, strided or not; ``[B, row_elements]`` when
-                the layout is not uniform.
+            kv: ``[B, 2 * layers, heads, n, head_dim]``, right-aligned, strided or not.
             lengths: ``B`` numbers of tokens, at most ``n``.
             next_positions: ``B`` logical positions of the next tokens.
             newest: ``n``, when the caller wants it checked.
@@ -244,21 +264,24 @@ class KVCacheManager(NamedAccess):
         Raises:
             ValueError: a shape, a length, a device or an environment is wrong, or a key is there twice.
             TypeError: a dtype or a key is of the wrong type.
-            RuntimeError: not enough entries may be evicted, or there is no memory. Nothing is changed.
+            RuntimeError: a pool is too small for the batch, or there is no memory. Nothing is changed, except
+                that the recurrent pool may have grown.
         """
         keys = list(keys)
         groups = self._groups(keys)
-        numbers = self.slab.check_batch(len(keys), kv, lengths, next_positions, newest)
-        evictions = [pool.plan(own) for pool, _, own in groups]
-        self.slab.allocate()
+        numbers = self.storage.check_batch(len(keys), kv, lengths, next_positions, newest)
+        if groups and groups[-1][0] is self.recur_pool:
+            self._make_room(groups[-1][2])
+        plans = [pool.plan(own) for pool, _, own in groups]
+        self.storage.allocate()
         slots = np.empty(len(keys), np.int64)
-        for (pool, rows, own), count in zip(groups, evictions, strict=True):
-            slots[rows] = pool.commit(own, count)
-        self.slab.write(slots, kv, *numbers)
+        for (pool, rows, own), planned in zip(groups, plans, strict=True):
+            slots[rows] = pool.commit(own, planned)
+        self.storage.write(slots, kv, *numbers)
         return slots
 
-    def reserve(self, keys: Sequence[Key], lengths: np.ndarray, next_positions: np.ndarray) -> np.ndarray:
-        """Slots for nodes whose histories the caller writes to :attr:`slab` itself; counted as a store.
+    def reserve(self, keys: Sequence[NodeKey], lengths: np.ndarray, next_positions: np.ndarray) -> np.ndarray:
+        """Slots for windows of nodes that the caller writes to :attr:`storage` itself; counted as stores.
 
         Arguments:
             keys: ``B`` different keys of nodes.
@@ -269,36 +292,39 @@ class KVCacheManager(NamedAccess):
 
         Raises:
             ValueError: a key is there twice.
-            RuntimeError: not enough entries may be evicted. Nothing is changed.
+            RuntimeError: the pool is too small for the batch. Nothing is changed, except that it may have
+                grown.
         """
+        self._make_room(keys)
         slots = self.recur_pool.reserve(keys)
-        self.slab.lengths[slots], self.slab.next_positions[slots] = lengths, next_positions
+        self.storage.lengths[slots], self.storage.next_positions[slots] = lengths, next_positions
         return slots
 
     def lengths(self, slots: Slots) -> np.ndarray:
         """int64 ``[B]``: tokens of the histories in these slots; ValueError when one is a miss."""
-        return self.slab.lengths[self.slab.check_slots(slots)]
+        return self.storage.lengths[self.storage.check_slots(slots)]
 
     def next_positions(self, slots: Slots) -> np.ndarray:
         """int64 ``[B]``: logical positions of their next tokens; ValueError when one is a miss."""
-        return self.slab.next_positions[self.slab.check_slots(slots)]
+        return self.storage.next_positions[self.storage.check_slots(slots)]
 
     def _pool_of(self, key: Key) -> KVCachePool:
         if isinstance(key, RootKey):
             return self.init_pools[self._env(key.env_id)]
-        if isinstance(key, (NodeKey, LatentKey)):
+        if isinstance(key, NodeKey):
             return self.recur_pool
-        raise TypeError(f'a key must be a RootKey, NodeKey or LatentKey, got {key!r}')
+        raise TypeError(f'a key must be a RootKey or a NodeKey, got {key!r}')
 
     def _groups(self, keys: list[Key]) -> list[tuple[KVCachePool, list[int], list[Key]]]:
-        """The pools that a batch goes to, each with its rows of the batch and its keys."""
+        """The pools that a batch goes to, the recurrent pool last, each with its rows of the batch and its
+        keys."""
         groups: dict[str, tuple[KVCachePool, list[int], list[Key]]] = {}
         for row, key in enumerate(keys):
             pool = self._pool_of(key)
             _, rows, own = groups.setdefault(pool.name, (pool, [], []))
             rows.append(row)
             own.append(key)
-        return list(groups.values())
+        return sorted(groups.values(), key=lambda group: group[0] is self.recur_pool)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -22,14 +21,8 @@ class Log2Histogram:
         """Values seen in each bucket; as long as the largest value needed."""
 
     def add(self, value: int) -> None:
-        """Count one value.
-
-        Raises:
-            ValueError: ``value`` is negative.
-        """
-        if value < 0:
-            raise ValueError(f'a histogram counts integers from 0, got {value}')
-        self._count(value.bit_length(), 1)
+        """Count one value; ValueError when it is negative."""
+        self.add_all([value])
 
     def add_all(self, values: Sequence[int]) -> None:
         """Count many values.
@@ -37,15 +30,15 @@ class Log2Histogram:
         Raises:
             ValueError: one is negative. Nothing is counted.
         """
-        if values and min(values) < 0:
+        if not values:
+            return
+        if min(values) < 0:
             raise ValueError(f'a histogram counts integers from 0, got {min(values)}')
-        for bucket, count in Counter(map(int.bit_length, values)).items():
-            self._count(bucket, count)
-
-    def _count(self, bucket: int, values: int) -> None:
-        if bucket >= len(self.counts):
-            self.counts.extend([0] * (bucket + 1 - len(self.counts)))
-        self.counts[bucket] += values
+        counts, buckets = self.counts, max(values).bit_length() + 1
+        if buckets > len(counts):
+            counts.extend([0] * (buckets - len(counts)))
+        for value in values:
+            counts[value.bit_length()] += 1
 
     @property
     def limits(self) -> list[int]:
@@ -101,8 +94,7 @@ class CacheStats:
     rebuilt_tokens: int = 0
     """Tokens recomputed because their history was not found."""
     window_tokens: int = 0
-    """Tokens recomputed because a full window dropped its oldest step (``window='rebuild'``); no miss. The
-    window of a node is computed, and stored, when the node is first expanded; no query precedes that."""
+    """Tokens recomputed because a full window dropped its oldest step (``window='rebuild'``); no miss."""
     lifetime: Log2Histogram = field(default_factory=Log2Histogram)
     """Stores of the pool between an entry's first store and its removal (eviction, discard or clear)."""
     reuse_distance: Log2Histogram = field(default_factory=Log2Histogram)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,58 +17,53 @@ Slots = Ints
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
-class KVSlab:
-    """``slots`` rows of one layout in one tensor, allocated at the first use and never handed out.
+class KVStorage:
+    """``slots`` rows of one layout in one tensor, allocated at the first use.
 
     Arguments:
         layout: shape of a row.
         slots: number of rows.
-        max_bytes: bound of the tensor's bytes, also while it is resized; None for no bound.
-        scratch: whether the tensor has one row more, behind the slots, that belongs to nobody: rows of a
-            batch that stand for nobody read and write there. It does not count towards ``max_bytes``.
+        scratch: whether the tensor has one row more, behind the slots: where rows of a batch read and write
+            that stand for no history.
 
     Raises:
-        ValueError: ``slots`` is not positive or does not fit into ``max_bytes``.
+        ValueError: ``slots`` is not positive.
+        RuntimeError: there is no memory for the numbers of so many slots.
     """
 
-    def __init__(
-        self, layout: KVLayout, slots: int, max_bytes: int | None = None, *, scratch: bool = False
-    ) -> None:
+    def __init__(self, layout: KVLayout, slots: int, *, scratch: bool = False) -> None:
         if slots < 1:
             raise ValueError(f'slots must be at least 1, got {slots}')
-        if max_bytes is not None and slots * layout.row_bytes > max_bytes:
-            raise ValueError(_over_bound(layout, slots, max_bytes))
         self.layout = layout
         self.slots = int(slots)
-        self.max_bytes = max_bytes
         self._scratch = int(scratch)
+        self._data: torch.Tensor | None = None
+        self._check_memory(slots)
         self.lengths = np.zeros(self.slots, np.int64)
         """int64 ``[slots]``: tokens of the history in each slot."""
         self.next_positions = np.zeros(self.slots, np.int64)
         """int64 ``[slots]``: logical position of the next token of the history in each slot."""
-        self._uniform = layout.uniform
-        self._tokens = layout.max_tokens
-        self._data: torch.Tensor | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes of the tensor now; 0 until it is allocated."""
-        return 0 if self._data is None else len(self._data) * self.layout.row_bytes
+        return 0 if self._data is None else self._data.nbytes
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The tensor itself, ``[slots, 2 * layers, tokens, embed_dim]`` (uniform layouts) and the scratch row
-        behind them; replaced by :meth:`resize`. For a step that gathers and scatters on its own."""
-        return self._columns(None)
+        """The tensor itself, ``[slots, 2 * layers, heads, tokens, head_dim]`` and the scratch row behind
+        them; replaced by :meth:`resize`. For a step that gathers and scatters on its own."""
+        return self.allocate()
 
-    def allocate(self) -> None:
-        """Allocate the tensor unless it is there.
+    def allocate(self) -> torch.Tensor:
+        """The tensor, allocated unless it is there.
 
         Raises:
             RuntimeError: there is no memory for it; nothing is changed.
         """
         if self._data is None:
             self._data = self._new(self.slots)
+        return self._data
 
     def load(
         self, slots: Slots, *, newest: int | None = None, out: torch.Tensor | None = None
@@ -77,35 +72,33 @@ class KVSlab:
 
         Arguments:
             slots: ``B`` slot numbers.
-            newest: copy only the last ``newest`` columns (uniform layouts); None for all.
+            newest: copy only the last ``newest`` columns; None for all.
             out: where to copy to, of the result's shape, dtype and device; may be a strided view.
 
         Returns:
-            ``[B, 2 * layers, newest, embed_dim]``, or ``[B, row_elements]`` when the layout is not uniform:
-            ``out`` or a new tensor that the caller owns.
+            ``[B, 2 * layers, heads, newest, head_dim]``: ``out`` or a new tensor that the caller owns.
 
         Raises:
             ValueError: a slot is out of range, or ``newest`` or the shape or device of ``out`` is wrong.
             TypeError: the dtype of ``out`` is wrong.
         """
         index = self.check_slots(slots)
-        if newest is not None or out is not None:
-            shape = self.layout.batch_shape(len(index), newest)
-            if out is not None:
-                self._check(out, 'out', shape)
+        shape = self.layout.batch_shape(len(index), newest)
+        if out is not None:
+            self._check(out, 'out', shape)
         with torch.no_grad():
-            columns = self._columns(newest)
+            rows = to_device(index, self.layout.device)
             if out is None:
-                return torch.index_select(columns, 0, to_device(index, self.layout.device))
-            return torch.index_select(columns, 0, to_device(index, self.layout.device), out=out)
+                return torch.index_select(self._columns(shape[3]), 0, rows)
+            return torch.index_select(self._columns(shape[3]), 0, rows, out=out)
 
     def store(self, slots: Slots, rows: torch.Tensor, *, newest: int | None = None) -> None:
-        """Copy rows in, with one ``index_copy_``; no gradient flows into the slab.
+        """Copy rows in, with one ``index_copy_``; no gradient flows into the storage.
 
         Arguments:
             slots: ``B`` different slot numbers.
-            rows: ``[B, 2 * layers, n, embed_dim]``, strided or not, written to the last ``n`` columns of the
-                slots; or ``[B, row_elements]`` when the layout is not uniform.
+            rows: ``[B, 2 * layers, heads, n, head_dim]``, strided or not, written to the last ``n`` columns
+                of the slots.
             newest: ``n``, when the caller wants it checked.
 
         Raises:
@@ -113,24 +106,25 @@ class KVSlab:
             TypeError: the dtype of ``rows`` is wrong.
         """
         index = self.check_slots(slots)
-        self._scatter(index, rows, self.check_rows(rows, len(index), newest))
+        self.check_rows(rows, len(index), newest)
+        self._scatter(index, rows)
 
     def write(
         self, slots: np.ndarray, rows: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
     ) -> None:
         """:meth:`store` for slots that a pool handed out and a batch that :meth:`check_batch` accepted,
         together with the histories' lengths and next positions (int64 ``[B]``); nothing is checked again."""
-        self._scatter(slots, rows, rows.shape[2] if self._uniform else None)
+        self._scatter(slots, rows)
         self.lengths[slots] = lengths
         self.next_positions[slots] = next_positions
 
-    def _scatter(self, index: np.ndarray, rows: torch.Tensor, width: int | None) -> None:
+    def _scatter(self, index: np.ndarray, rows: torch.Tensor) -> None:
         with torch.no_grad():
-            self._columns(width).index_copy_(0, to_device(index, self.layout.device), rows)
+            self._columns(rows.shape[3]).index_copy_(0, to_device(index, self.layout.device), rows)
 
     def resize(self, slots: int, *, keep: int | None = None) -> None:
         """Change the number of slots. The old tensor is freed before the new one is allocated; the kept rows
-        alone exist twice meanwhile, and count towards ``max_bytes``.
+        alone exist twice meanwhile.
 
         Arguments:
             slots: the new number.
@@ -138,7 +132,7 @@ class KVSlab:
 
         Raises:
             ValueError: ``slots`` or ``keep`` is out of range.
-            RuntimeError: the bound or the memory does not allow it; size and kept slots are as before.
+            RuntimeError: there is no memory for it; size and kept slots are as before.
         """
         if slots < 1:
             raise ValueError(f'slots must be at least 1, got {slots}')
@@ -147,16 +141,11 @@ class KVSlab:
             raise ValueError(f'keep must be in [0, {min(self.slots, slots)}], got {keep}')
         if slots == self.slots:
             return
-        twice = keep if self._data is not None else 0
-        peak = (max(slots, self.slots if twice else 0) + twice) * self.layout.row_bytes
-        if self.max_bytes is not None and peak > self.max_bytes:
-            raise RuntimeError(_over_bound(self.layout, slots, self.max_bytes, twice))
+        self._check_memory(slots, twice=keep if self._data is not None else 0)
         if self._data is not None:
             self._replace(slots, keep)
-        for name in ('lengths', 'next_positions'):
-            fresh = np.zeros(slots, np.int64)
-            fresh[:keep] = getattr(self, name)[:keep]
-            setattr(self, name, fresh)
+        self.lengths = resized(self.lengths[:keep], slots)
+        self.next_positions = resized(self.next_positions[:keep], slots)
         self.slots = slots
 
     def check_slots(self, slots: Slots) -> np.ndarray:
@@ -171,16 +160,11 @@ class KVSlab:
             )
         return index
 
-    def check_rows(self, rows: torch.Tensor, count: int, newest: int | None = None) -> int | None:
-        """Raise what :meth:`store` would raise for these rows.
-
-        Returns:
-            The columns they have; None when the layout is not uniform.
-        """
-        if newest is None and self._uniform and rows.ndim == 4 and rows.shape[2] <= self._tokens:
-            newest = rows.shape[2]
+    def check_rows(self, rows: torch.Tensor, count: int, newest: int | None = None) -> None:
+        """Raise what :meth:`store` would raise for these rows."""
+        if newest is None and rows.ndim == 5 and rows.shape[3] <= self.layout.tokens:
+            newest = rows.shape[3]
         self._check(rows, 'rows', self.layout.batch_shape(count, newest))
-        return newest
 
     def check_batch(
         self, count: int, rows: torch.Tensor, lengths: Ints, next_positions: Ints, newest: int | None = None
@@ -195,22 +179,11 @@ class KVSlab:
                 history, or a length is not in ``[0, n]`` with ``n`` the columns of ``rows``, or a position is
                 negative.
         """
-        width = self.check_rows(rows, count, newest)
-        limit = self._tokens if width is None else width
-        checked = []
-        for name, numbers, top in (
-            ('lengths', lengths, limit),
-            ('next_positions', next_positions, _NO_LIMIT),
-        ):
-            array = _integers(numbers, name)
-            if array.shape != (count,):
-                raise ValueError(
-                    f'{name} must be one integer for each of the {count} keys, got shape {array.shape}'
-                )
-            if count and array.view(np.uint64).max() > top:
-                raise ValueError(f'{name} must be in [0, {top}], got {array.tolist()}')
-            checked.append(array)
-        return checked[0], checked[1]
+        self.check_rows(rows, count, newest)
+        return (
+            _numbers(lengths, 'lengths', count, rows.shape[3]),
+            _numbers(next_positions, 'next_positions', count, _NO_LIMIT),
+        )
 
     def _check(self, tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape:
@@ -225,16 +198,12 @@ class KVSlab:
         if tensor.device.type != device.type or device.index not in (None, tensor.device.index):
             raise ValueError(f"{name} must be on {device}, got {tensor.device}; move it with .to('{device}')")
 
-    def _columns(self, newest: int | None) -> torch.Tensor:
-        self.allocate()
-        data = self._data
-        if data is None:
-            raise RuntimeError('the slab has no tensor after allocate()')
-        if newest is None or newest == self._tokens:
-            return data
-        return data[:, :, self._tokens - newest :]
+    def _columns(self, newest: int) -> torch.Tensor:
+        data, tokens = self.allocate(), self.layout.tokens
+        return data if newest == tokens else data[:, :, :, tokens - newest :]
 
     def _new(self, slots: int) -> torch.Tensor:
+        self._check_memory(slots)
         try:
             # Zeros, because masked attention multiplies the columns never written by weight 0, and 0 * NaN is
             # NaN. A tensor made in inference mode could not be written to outside it.
@@ -242,11 +211,7 @@ class KVSlab:
                 shape = self.layout.batch_shape(slots + self._scratch)
                 return torch.zeros(shape, dtype=self.layout.dtype, device=self.layout.device)
         except (RuntimeError, MemoryError) as error:
-            raise RuntimeError(
-                f'no memory for {slots} slots of the KV cache: {slots * self.layout.row_bytes:,} bytes '
-                f'wanted on {self.layout.device}, {_available(self.layout.device)} available; '
-                f'lower kv_cache.max_bytes, kv_cache.recurrent_slots or num_simulations'
-            ) from error
+            raise RuntimeError(self._no_memory(slots)) from error
 
     def _replace(self, slots: int, keep: int) -> None:
         kept = self._data[:keep].clone() if self._data is not None else None
@@ -262,6 +227,27 @@ class KVSlab:
             if self._data is not None and kept is not None:
                 self._data[:keep] = kept
 
+    def _check_memory(self, slots: int, twice: int = 0) -> None:
+        # a CPU hands out more memory than it has, and kills the process that uses it
+        wanted, device = (slots + self._scratch + twice) * self.layout.row_bytes, self.layout.device
+        if device.type == 'cpu' and wanted - self.bytes > _available(device):
+            raise RuntimeError(self._no_memory(slots))
+
+    def _no_memory(self, slots: int) -> str:
+        layout, available = self.layout, _available(self.layout.device)
+        return (
+            f'no memory for {slots} slots of the KV cache: {slots * layout.row_bytes:,} bytes wanted on '
+            f'{layout.device}, {available:,} bytes available; lower kv_cache.max_bytes, '
+            f'kv_cache.window_slots or num_simulations'
+        )
+
+
+def resized(array: np.ndarray, size: int) -> np.ndarray:
+    """A copy of a flat array with ``size`` elements: cut off, or zeros behind."""
+    fresh = np.zeros(size, array.dtype)
+    fresh[: len(array)] = array[:size]
+    return fresh
+
 
 def _integers(numbers: Ints, name: str) -> np.ndarray:
     array = np.array(numbers)
@@ -270,19 +256,21 @@ def _integers(numbers: Ints, name: str) -> np.ndarray:
     return array.astype(np.int64, copy=False)
 
 
-def _over_bound(layout: KVLayout, slots: int, max_bytes: int, twice: int = 0) -> str:
-    resize = f' and {twice} kept ones held twice meanwhile' if twice else ''
-    return (
-        f'{slots} slots{resize} need {(slots + twice) * layout.row_bytes:,} bytes '
-        f'({layout.row_bytes:,} each), max_bytes is {max_bytes:,}; '
-        f'raise kv_cache.max_bytes, or lower the number of slots'
-    )
+def _numbers(numbers: Ints, name: str, count: int, limit: int) -> np.ndarray:
+    array = _integers(numbers, name)
+    if array.shape != (count,):
+        raise ValueError(f'{name} must be one integer for each of the {count} keys, got shape {array.shape}')
+    if count and array.view(np.uint64).max() > limit:
+        raise ValueError(f'{name} must be in [0, {limit}], got {array.tolist()}')
+    return array
 
 
-def _available(device: torch.device) -> str:
+def _available(device: torch.device) -> float:
+    """Bytes that can be allocated on a device; infinity where that is unknown."""
     try:
         if device.type == 'cuda':
-            return f'{torch.cuda.mem_get_info(device)[0]:,} bytes'
-        return f'{os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):,} bytes'
-    except (RuntimeError, ValueError, OSError, AttributeError):
-        return 'an unknown number of bytes'
+            return torch.cuda.mem_get_info(device)[0]
+        with open('/proc/meminfo') as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith('MemAvailable:'))
+    except (RuntimeError, ValueError, OSError, StopIteration):
+        return math.inf

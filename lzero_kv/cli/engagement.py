@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lzero_kv.cache.window import Window
 from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.lightzero.install import FLAG
 
 PLUGIN = 'lzero_kv.plugin'
-HOST_CONTEXT = 8  # tokens, where a config leaves context_length to LightZero
 ENTRIES = ('train_unizero', 'train_unizero_segment')
 SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
 POLICIES = ('unizero', 'sampled_unizero')
@@ -38,7 +36,7 @@ def config_checks(path: Path) -> list[Check]:
         _import_check(call),
         _flag_check(world_model),
         _values_check(world_model),
-        *_engine_checks(call, world_model),
+        *_backend_checks(call, world_model),
         *_validation_checks(world_model),
     ]
     if _at(call.create_config, 'policy', 'type') in POLICIES:
@@ -90,18 +88,16 @@ def _flag_check(world_model: Any) -> Check:
 def _values_check(world_model: Any) -> Check:
     given = _at(world_model, 'kv_cache') or {}
     try:
-        config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
+        KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
     except (ValueError, TypeError) as error:
         return Check(Mark.FAIL, 'kv_cache', ', '.join(map(str, given)) or 'defaults', str(error))
-    values = ', '.join(f'{name}={getattr(config, name)}' for name in given)
+    values = ', '.join(f'{name}={value}' for name, value in dict(given).items())
     return Check(Mark.OK, 'kv_cache', values or 'defaults')
 
 
-def _engine_checks(call: TrainingCall, world_model: Any) -> list[Check]:
+def _backend_checks(call: TrainingCall, world_model: Any) -> list[Check]:
     """Return how the steps of a search would run on the device that the host would take here."""
     import torch
-
-    from lzero_kv.lightzero.inference.flights import shares_histories
 
     try:
         config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
@@ -109,13 +105,11 @@ def _engine_checks(call: TrainingCall, world_model: Any) -> list[Check]:
         return []  # the check of the values says why
     wanted = _at(call.config, 'policy', 'cuda') is not False  # the host's own default is True
     device = 'cuda' if wanted and torch.cuda.is_available() else 'cpu'
-    context = int(_at(world_model, 'context_length') or HOST_CONTEXT)
-    kind = config.engine_on(device, sharing=shares_histories(config, Window(context)))
-    found = f'{kind} on {device}' + (' (auto)' if config.engine == 'auto' else '')
-    if kind == 'cudagraph' and device != 'cuda':
-        remedy = "there is no CUDA device, searches would go on with 'eager'; leave engine out"
-        return [Check(Mark.WARN, 'engine', found, remedy)]
-    return [Check(Mark.OK, 'engine', found)]
+    found = f'{config.resolved_backend} on {device}' + (' (auto)' if config.backend == 'auto' else '')
+    if config.backend == 'cudagraph' and device != 'cuda':
+        remedy = "there is no CUDA device, searches would go on with 'eager'; leave backend out"
+        return [Check(Mark.WARN, 'backend', found, remedy)]
+    return [Check(Mark.OK, 'backend', found)]
 
 
 def _validation_checks(world_model: Any) -> list[Check]:

@@ -133,7 +133,7 @@ def verdict(finding: Finding, truth: dict[str, torch.Tensor]) -> tuple[bool, str
         )
     which = 'the cache was wrong' if finding.fault is not None else 'no cause is proven for the difference'
     return True, (
-        f'The recomputation confirms the truth in the file (largest difference {worst.largest:.3g}): {which}; '
-        f'it is {finding.cache.largest:.3g} from it, the stock cache '
+        f'The recomputation confirms the truth in the file (largest difference {worst.largest:.3g}): '
+        f'{which}; it is {finding.cache.largest:.3g} from it, the stock cache '
         f'{"without an answer" if finding.stock is None else format(finding.stock.largest, ".3g")}.'
     )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.transfer import to_device
-from lzero_kv.lightzero.inference.scalars import expected_scalars
+from lzero_kv.lightzero.inference.heads import expected_scalars
 
 
 def cached_search(
@@ -42,10 +42,9 @@ def cached_search(
     config, rows, device = mcts._cfg, roots.num, torch.device(mcts._cfg.device)
     continuous = bool(config.model.get('continuous_action_space', False))
     sampled = hasattr(roots, 'get_sampled_actions')
-    as_host = model.world_model.cache_config.padding == 'host'
     with torch.no_grad():
         model.eval()
-        nodes = model.world_model.begin_search(latent_state_roots, timestep, config.num_simulations)
+        grown = model.world_model.begin_search(latent_state_roots, timestep, config.num_simulations)
         bounds = tree.MinMaxStatsList(rows)
         bounds.set_delta(config.value_delta_max)
         with model.world_model.clean_on_failure():
@@ -65,9 +64,9 @@ def cached_search(
                     *arguments, *([continuous] if sampled else [])
                 )
                 actions = to_device(np.asarray(actions), device)
-                output = nodes.expand(np.asarray(parents), actions if continuous else actions.long())
+                output = grown.expand(np.asarray(parents), actions if continuous else actions.long())
                 value, reward = expected_scalars(
-                    mcts.inverse_scalar_transform_handle, (output.value, output.reward), as_host
+                    mcts.inverse_scalar_transform_handle, (output.value, output.reward)
                 )
                 policy = output.policy.squeeze(1).cpu().numpy()
                 check_finite(simulation, value=value, reward=reward, policy=policy)

@@ -10,16 +10,14 @@ import numpy as np
 import torch
 from lzero.model.unizero_world_models.world_model import WorldModel
 
-from lzero_kv.budget import BudgetReading
+from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.window import Window
 from lzero_kv.config import KVCacheConfig, validation_mode_of
-from lzero_kv.lightzero.inference.budgeted import BudgetedFlights, limiting_budget
-from lzero_kv.lightzero.inference.by_latent import NodesByLatent
+from lzero_kv.lightzero.inference.budget import limiting_budget
 from lzero_kv.lightzero.inference.events import Observer
-from lzero_kv.lightzero.inference.flights import shares_histories
-from lzero_kv.lightzero.inference.nodes import SearchNodes
-from lzero_kv.lightzero.inference.session import Engine, make_manager
+from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
+from lzero_kv.lightzero.inference.session import InferenceSession, make_manager
 from lzero_kv.lightzero.inputs import check_world_model_config, timesteps_of
 from lzero_kv.lightzero.legacy import Clearable
 
@@ -47,7 +45,7 @@ class KVWorldModel(WorldModel):
         self.cache_config = KVCacheConfig.from_world_model_cfg(config)
         check_world_model_config(config)
         self._validation_mode = validation_mode_of(config)
-        self._engine: Engine | None = None
+        self._session: InferenceSession | None = None
         self._validator: Any = None
         self._counters = None if self._validation_mode is None else _validation().ValidationCounters()
         super().__init__(config, tokenizer)
@@ -65,14 +63,16 @@ class KVWorldModel(WorldModel):
     @property
     def kv_cache_manager(self) -> KVCacheManager:
         """The manager of this world model's caches."""
-        return self.engine.manager
+        return self.session.manager
 
     @property
-    def engine(self) -> Engine:
-        """The engine, made for the dtype and device that the weights have now."""
-        if self._engine is None:
-            self._engine = Engine(self, self._env_num, self._num_simulations, self._search_rows)
-            manager = self._engine.manager
+    def session(self) -> InferenceSession:
+        """The session, made for the dtype and device that the weights have now."""
+        if self._session is None:
+            self._session = InferenceSession(
+                self, self._env_num, self._num_simulations, self._search_rows
+            )
+            manager = self._session.manager
             self.keys_values_wm_list = manager.keys_values_wm_list
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
             if self._validation_mode is not None:
@@ -80,7 +80,7 @@ class KVWorldModel(WorldModel):
                     self, self._validation_mode, self.cache_config, self._counters
                 )
                 self.observers.append(self._validator)
-        return self._engine
+        return self._session
 
     def _check_budget(self) -> None:
         limiting = limiting_budget(self.cache_config, self.num_layers, Window(self.context_length))
@@ -92,14 +92,13 @@ class KVWorldModel(WorldModel):
             )
 
     @property
-    def engine_kind(self) -> Literal['eager', 'compile', 'cudagraph']:
-        """How the steps of a search run on the device where the weights are: ``kv_cache.engine``."""
-        sharing = shares_histories(self.cache_config, Window(self.context_length))
-        return self.cache_config.engine_on(self.transformer.ln_f.weight.device.type, sharing=sharing)
+    def backend(self) -> Literal['eager', 'compile', 'cudagraph']:
+        """How the steps of a search run: ``kv_cache.backend``."""
+        return self.cache_config.resolved_backend
 
-    def _drop_engine(self) -> None:
+    def _drop_session(self) -> None:
         """New pools will be made; what watched the old ones forgets them."""
-        self._engine = None
+        self._session = None
         if self._validator is not None:
             self.observers.remove(self._validator)
             self._validator = None
@@ -112,10 +111,10 @@ class KVWorldModel(WorldModel):
         return self._counters
 
     @property
-    def budgets(self) -> BudgetReading | None:
+    def budgets(self) -> BudgetSnapshot | None:
         """The layer budgets of this moment; None where all tokens are kept, or before the first inference."""
-        flights = None if self._engine is None else self._engine.flights
-        return flights.reading() if isinstance(flights, BudgetedFlights) else None
+        budget = None if self._session is None else self._session.budget
+        return None if budget is None else budget.snapshot()
 
     @property
     def validator(self) -> Any:
@@ -132,7 +131,7 @@ class KVWorldModel(WorldModel):
         """
         self._env_num, self._num_simulations = environments, num_simulations
         self._search_rows = environments if rows is None else rows
-        self._drop_engine()
+        self._drop_session()
         # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
         make_manager(self, environments, num_simulations)
 
@@ -150,11 +149,11 @@ class KVWorldModel(WorldModel):
 
     def end_episodes(self, env_ids: Sequence[int]) -> None:
         """Forget the histories of environments whose episode ended."""
-        if self._engine is None:
+        if self._session is None:
             return
         for env_id in env_ids:
-            self._engine.roots.contexts.discard(env_id)
-            self._engine.manager.init_pools[env_id].clear()
+            self._session.roots.contexts.discard(env_id)
+            self._session.manager.init_pools[env_id].clear()
         for observer in self.observers:
             observer.episodes_ended(env_ids)
 
@@ -170,19 +169,19 @@ class KVWorldModel(WorldModel):
                 start_pos = np.full(len(obs_act_dict['action']), start_pos)
             return super().forward_initial_inference(obs_act_dict, start_pos)
         env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
-        engine = self.engine
+        session = self.session
         if self._validator is not None:
             self._validator.stock_last, self._validator.start_pos = self._host_last, start_pos
         with self.clean_on_failure():
-            roots, outputs = engine.roots.infer(
+            roots, outputs = session.roots.infer(
                 env_ids,
                 obs_act_dict['obs'],
                 obs_act_dict['action'],
                 observations,
                 timesteps_of(start_pos, len(observations)),
             )
-        engine.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
-        engine.by_latent, engine.latest = None, roots
+        session.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
+        session.by_latent, session.latest = None, roots
         self.latent_state = roots.latents
         return outputs.hidden, self.latent_state, outputs.reward, outputs.policy, outputs.value
 
@@ -199,16 +198,16 @@ class KVWorldModel(WorldModel):
         Searches go through :meth:`begin_search`, where the parent is known.
         """
         latents, actions = state_action_history[-1]
-        engine = self.engine
+        session = self.session
         with self.clean_on_failure():
-            if engine.by_latent is None or simulation_index == 0:
-                nodes = self.begin_search(latents, start_pos, self._num_simulations)
-                engine.by_latent = NodesByLatent(self, nodes, latents)
-            outputs = engine.by_latent.expand(latents, actions)
+            if session.by_latent is None or simulation_index == 0:
+                search = self.begin_search(latents, start_pos, self._num_simulations)
+                session.by_latent = SearchByLatent(self, search, latents)
+            outputs = session.by_latent.expand(latents, actions)
         self.latent_state = outputs.latent
         return outputs.hidden, outputs.latent, outputs.reward, outputs.policy, outputs.value
 
-    def begin_search(self, root_latents: np.ndarray, timestep: Any, num_simulations: int) -> SearchNodes:
+    def begin_search(self, root_latents: np.ndarray, timestep: Any, num_simulations: int) -> Search:
         """Begin a search from the roots of the latest root inference.
 
         Roots of anything else (reanalysis) begin with their latent state as their only history, all in one
@@ -223,7 +222,7 @@ class KVWorldModel(WorldModel):
             ValueError: a latent state is nan or infinite. Nothing is changed.
             RuntimeError: the nodes of two simulations do not fit into ``max_bytes``.
         """
-        return self.engine.begin_search(root_latents, timestep, num_simulations)
+        return self.session.begin_search(root_latents, timestep, num_simulations)
 
     @contextmanager
     def clean_on_failure(self) -> Iterator[None]:
@@ -234,36 +233,34 @@ class KVWorldModel(WorldModel):
         fails on the way (RuntimeError, such as nan from broken weights) empties them; environments stay in
         their episodes.
         """
-        engine = self.engine
+        session = self.session
         try:
             yield
-        except Exception as error:
-            engine.forget_working_memory()
-            if isinstance(error, RuntimeError):
-                engine.forget_search()
-                self.clear_caches()
-                engine.blank()
+        except RuntimeError:
+            session.forget_search()
+            self.clear_caches()
+            session.blank()
             raise
 
     def clear_caches(self) -> None:
         """Drop all keys and values, as after an update of the weights; environments stay in their
         episodes."""
-        if self._engine is not None:
-            self._engine.forget_weights()
+        if self._session is not None:
+            self._session.forget_weights()
         for observer in self.observers:
             observer.caches_cleared()
 
     def clear_init_caches(self) -> None:
         """Drop the roots' keys and values; each is computed again from its window when it is asked for."""
-        if self._engine is not None:
-            self._engine.manager.clear_init_caches()
+        if self._session is not None:
+            self._session.manager.clear_init_caches()
         for observer in self.observers:
             observer.roots_cleared()
 
     def clear_recur_cache(self) -> None:
         """Drop the nodes of the latest search."""
-        if self._engine is not None:
-            self._engine.manager.clear_recur_cache()
+        if self._session is not None:
+            self._session.manager.clear_recur_cache()
         for observer in self.observers:
             observer.nodes_cleared()
 
@@ -278,22 +275,22 @@ class KVWorldModel(WorldModel):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.clear_caches()
-        if self._engine is not None:
-            self._engine.forget_search()
+        if self._session is not None:
+            self._session.forget_search()
 
     def _apply(self, *args: Any, **kwargs: Any) -> KVWorldModel:
         super()._apply(*args, **kwargs)
-        if self._engine is not None:
-            layout, weight = self._engine.manager.layout, self.transformer.ln_f.weight
+        if self._session is not None:
+            layout, weight = self._session.manager.layout, self.transformer.ln_f.weight
             if (layout.dtype, layout.device) != (weight.dtype, weight.device):
-                self._drop_engine()  # pools follow the weights to their new dtype and device
+                self._drop_session()  # pools follow the weights to their new dtype and device
             else:
                 self.clear_caches()  # the host moves its target model to where it is before every sample
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         counters = None if self._counters is None else type(self._counters)()
-        fresh = {'_engine': None, '_validator': None, '_counters': counters, 'observers': []}
+        fresh = {'_session': None, '_validator': None, '_counters': counters, 'observers': []}
         return {**self.__dict__, **fresh}
 
 

@@ -8,35 +8,35 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lzero_kv.budget import BudgetReading
+from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.telemetry.metrics import BUDGET_METRICS
 from lzero_kv.telemetry.table import format_value
 
 
-def layer_numbers(reading: BudgetReading) -> list[dict[str, float]]:
+def layer_numbers(snapshot: BudgetSnapshot) -> list[dict[str, float]]:
     """For each layer every metric of BUDGET_METRICS that has a value."""
     numbers: list[dict[str, float]] = []
-    for layer, (slots, loss) in enumerate(zip(reading.slots, reading.losses, strict=True)):
+    for layer, (slots, loss) in enumerate(zip(snapshot.slots, snapshot.losses, strict=True)):
         found: dict[str, float] = {'slots': slots, 'dropped_tokens': loss.dropped_tokens}
-        if reading.preferences:
-            found |= reading.preferences[layer]._asdict()
+        if snapshot.preferences:
+            found |= snapshot.preferences[layer]._asdict()
         if loss.lost_mass is not None:
             found['lost_mass'] = loss.lost_mass
         numbers.append(found)
     return numbers
 
 
-def layer_histograms(reading: BudgetReading) -> list[dict[str, dict[str, Any]]]:
+def layer_histograms(snapshot: BudgetSnapshot) -> list[dict[str, dict[str, Any]]]:
     """For each layer the histograms of BUDGET_HISTOGRAMS that hold a value, as arguments of
     `add_histogram_raw`; a bucket for each token of a window."""
-    parts = {'kept_positions': reading.kept, 'kept_tokens': reading.root}
+    parts = {'kept_positions': snapshot.kept, 'kept_tokens': snapshot.root}
     return [
         {
-            name: places_histogram(layers[layer], reading.context)
+            name: places_histogram(layers[layer], snapshot.context)
             for name, layers in parts.items()
             if layers[layer].size
         }
-        for layer in range(len(reading.slots))
+        for layer in range(len(snapshot.slots))
     ]
 
 

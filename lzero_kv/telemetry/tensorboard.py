@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any, Protocol
 
-from lzero_kv.budget import BudgetReading
+from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.stats import CacheStats, Log2Histogram
 from lzero_kv.telemetry.budget import layer_histograms, layer_numbers
@@ -85,7 +85,7 @@ class TensorBoardSink:
         self._previous: dict[str, CacheStats] = {}
         self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
         self._validated = ValidationCounters()
-        self._budget: BudgetReading | None = None
+        self._budget: BudgetSnapshot | None = None
         self._described = False
 
     def write(
@@ -94,7 +94,7 @@ class TensorBoardSink:
         env_step: int,
         train_iter: int,
         validation: ValidationCounters | None = None,
-        budget: BudgetReading | None = None,
+        budget: BudgetSnapshot | None = None,
     ) -> None:
         """Write one point for every pool.
 
@@ -179,14 +179,14 @@ class TensorBoardSink:
             for name, value in numbers.items():
                 self.writer.add_scalar(tag(axis, VALIDATION, name), value, step)
 
-    def _write_budget(self, reading: BudgetReading, steps: Mapping[Axis, int], histograms: bool) -> None:
-        numbers = layer_numbers(reading.since(self._budget))
-        self._budget = reading
+    def _write_budget(self, snapshot: BudgetSnapshot, steps: Mapping[Axis, int], histograms: bool) -> None:
+        numbers = layer_numbers(snapshot.since(self._budget))
+        self._budget = snapshot
         for axis, step in steps.items():
             for layer, values in enumerate(numbers):
                 for name, value in values.items():
                     self.writer.add_scalar(tag(axis, f'{LAYER_PREFIX}{layer}', name), value, step)
-            for layer, drawn in enumerate(layer_histograms(reading) if histograms else ()):
+            for layer, drawn in enumerate(layer_histograms(snapshot) if histograms else ()):
                 for name, arguments in drawn.items():
                     self.writer.add_histogram_raw(
                         tag(axis, f'{LAYER_PREFIX}{layer}', name), **arguments, global_step=step

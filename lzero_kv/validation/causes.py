@@ -152,7 +152,7 @@ def step_causes(step: StockStep, answers: Logits, replay: StepReplay) -> tuple[C
     when the step without it gives others.
 
     Returns:
-        The causes, None when the repeated step does not give the stock model's answers; and the repeated step.
+        The causes, None when the repeated step gives other answers; and the repeated step.
     """
     result, close = replay.run(step), replay.close
 

@@ -168,9 +168,10 @@ class StockStore(StockMode):
         """Answers for each row; afterwards the stock structures hold the new roots."""
         lookups, rows = self._root_lookups(batch), len(batch.names)
         found: list[StockRow | None] = [self._root(batch, row, lookups[row]) for row in range(rows)]
-        self.stock.naming = batch.names
+        self.stock.naming, stored = batch.names, batch.event.stored
         for row in range(min(rows, self.stock.env_num)):
-            self.stock.keep(row, batch.event.latents[row], batch.event.stored.row(row), root=True)
+            kv, exact = stored.row(row), not stored.rounded
+            self.stock.keep(row, batch.event.latents[row], kv, root=True, exact=exact)
         self.stock.past_kv_cache_recurrent_infer.clear()
         return found
 
@@ -240,7 +241,7 @@ class StockStore(StockMode):
             for row, truth in enumerate(batch.truths):
                 present = bool(event.stored.present[row])
                 kv = event.stored.row(row) if present else truth.stored
-                self.stock.keep(row, latents[row], kv, root=False, exact=present)
+                self.stock.keep(row, latents[row], kv, root=False, exact=present and not event.stored.rounded)
         return found
 
 

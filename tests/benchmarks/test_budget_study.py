@@ -15,11 +15,10 @@ from easydict import EasyDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-
-from studying import methods  # noqa: E402
-from studying.measures import (  # noqa: E402
+from lzero_kv import KVCacheConfig
+from lzero_kv.budget import ALLOCATIONS, SELECTIONS
+from studies.budget import methods
+from studies.budget.measures import (
     agreement,
     averages,
     compare,
@@ -28,11 +27,9 @@ from studying.measures import (  # noqa: E402
     policy_kl,
     visit_kl,
 )
-from studying.plays import Answers  # noqa: E402
+from studies.budget.plays import Answers
 
-from lzero_kv import KVCacheConfig  # noqa: E402
-from lzero_kv.budget import ALLOCATIONS, SELECTIONS  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 LOGITS = st.lists(st.floats(-8, 8), min_size=3, max_size=3)
 COUNTS = st.lists(st.integers(0, 30), min_size=4, max_size=4)
 FRAMES, ROWS, STEPS, ACTIONS, EMBED = 3, 2, 5, 4, 7
@@ -140,7 +137,7 @@ def test_every_method_is_a_possible_budget_and_has_a_name_of_its_own() -> None:
 
 
 def test_the_study_from_end_to_end(tmp_path: Path) -> None:
-    command = ['benchmarks/budget_study.py', '--smoke', '--quick', '--episodes', '3']
+    command = ['studies/budget/study.py', '--smoke', '--quick', '--episodes', '3']
     run = subprocess.run(
         [sys.executable, *command, '--ratios', '1', '0.25', '--out', str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},

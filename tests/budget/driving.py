@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerKV
+from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerCache
 
 from .reference_cache import ReferenceCache
 
@@ -55,7 +55,7 @@ class Driver:
         self.cache = BudgetedCache(case.config, case.layers, case.columns, cascade=cascade)
         self.slots_seen: list[tuple[int, ...]] = []
 
-    def attention(self, layer: int, kv: LayerKV, block: int) -> torch.Tensor:
+    def attention(self, layer: int, kv: LayerCache, block: int) -> torch.Tensor:
         """Probabilities ``[B, heads, block, n]``; padding is attended with a weight that must not be read."""
         case = self.case
         shares = case.heads // case.groups
@@ -64,8 +64,8 @@ class Driver:
         rows = torch.arange(len(case.lengths))[:, None, None, None]
         heads = torch.arange(case.heads)[None, :, None, None]
         logits = self.logits[layer][rows, heads, queries[..., None], keys[:, :, None]]
-        column = torch.arange(kv.tokens)
-        real = column >= kv.tokens - kv.lengths.repeat_interleave(shares, dim=1)[..., None]
+        column = torch.arange(kv.columns)
+        real = column >= kv.columns - kv.lengths.repeat_interleave(shares, dim=1)[..., None]
         causal = column <= column[-block:, None]
         shown = logits.masked_fill(~(real[:, :, None] & causal), -torch.inf).softmax(-1)
         visible = real[:, :, None] & real[:, :, -block:, None]
@@ -86,7 +86,7 @@ class Driver:
                 newest = (torch.arange(tokens) - tokens + lengths[:, None]).clamp(min=0)[:, None]
             keys = self.stamp(layer, newest.expand(-1, case.kv_heads, -1))
             kv = self.cache.append(layer, keys, -keys, lengths)
-            assert kv.keys.shape == (rows, case.kv_heads, kv.tokens, HEAD_DIM)
+            assert kv.keys.shape == (rows, case.kv_heads, kv.columns, HEAD_DIM)
             needed = self.cache.reads_attention
             self.cache.observe(layer, self.attention(layer, kv, tokens) if needed else None)
             self.slots_seen.append(self.cache.slots)
@@ -112,7 +112,9 @@ class Driver:
         for layer in range(self.case.layers):
             kv = self.cache[layer]
             positions = kv.positions.expand(-1, self.case.kv_heads, -1)
-            real = torch.arange(kv.tokens) >= kv.tokens - kv.lengths.expand(-1, self.case.kv_heads)[..., None]
+            real = (
+                torch.arange(kv.columns) >= kv.columns - kv.lengths.expand(-1, self.case.kv_heads)[..., None]
+            )
             expected = self.stamp(layer, positions)
             assert torch.equal(kv.keys[real], expected[real])
             assert torch.equal(kv.values[real], -expected[real])

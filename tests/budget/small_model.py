@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lzero_kv.budget import BudgetedCache, LayerKV, Tokens, attend
+from lzero_kv.budget import AttentionRecord, BudgetedCache, LayerCache, Tokens, attend
 
 
 class SmallModel(nn.Module):
@@ -65,7 +65,7 @@ class FullCacheWithMasks:
 
     def __init__(self, model: SmallModel) -> None:
         self.model = model
-        self.caches: list[LayerKV] = []
+        self.caches: list[LayerCache] = []
         self.hidden: list[torch.Tensor] = []
 
     def forward(self, x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
@@ -75,13 +75,14 @@ class FullCacheWithMasks:
             if lengths is not None:
                 tokens = Tokens.of_prompt(lengths[:, None], block, window=1)
                 queries, keys, values = model.heads_of(layer, x, tokens.positions[:, 0])
-                self.caches.append(LayerKV(keys, values, tokens.positions, tokens.lengths))
+                record = AttentionRecord(1, 1, 1.0, ())
+                self.caches.append(LayerCache.of_prompt(keys, values, lengths, record))
                 self.hidden.append(torch.zeros(x.shape[0], model.kv_heads, block, dtype=torch.bool))
             else:
                 old = self.caches[layer]
                 positions = old.positions[:, 0, -1:] + 1 + torch.arange(block)
                 queries, keys, values = model.heads_of(layer, x, positions)
-                self.caches[layer] = old.append(keys, values, positions)
+                old.append(keys, values, positions)
                 new = torch.zeros(x.shape[0], model.kv_heads, block, dtype=torch.bool)
                 self.hidden[layer] = torch.cat([self.hidden[layer], new], dim=2)
             x = model.after(layer, x, self._attend(layer, queries))
@@ -91,7 +92,7 @@ class FullCacheWithMasks:
         """Hide what ``cache`` does not hold."""
         for layer, full in enumerate(self.caches):
             kv = cache[layer]
-            real = torch.arange(kv.tokens) >= kv.tokens - kv.lengths[..., None]
+            real = torch.arange(kv.columns) >= kv.columns - kv.lengths[..., None]
             for row in range(kv.positions.shape[0]):
                 for head in range(self.model.kv_heads):
                     held = set(kv.positions[row, head][real[row, head]].tolist())
@@ -102,7 +103,7 @@ class FullCacheWithMasks:
         kv, shares = self.caches[layer], self.model.heads // self.model.kv_heads
         if not self.hidden[layer].any():
             return attend(queries, kv)[0]
-        block, columns = queries.shape[2], kv.tokens
+        block, columns = queries.shape[2], kv.columns
         keys, values = kv.keys.repeat_interleave(shares, 1), kv.values.repeat_interleave(shares, 1)
         column = torch.arange(columns)
         padding = (column < columns - kv.lengths[..., None])[:, :, None]

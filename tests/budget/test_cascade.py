@@ -81,7 +81,7 @@ def test_attention_over_ragged_layers_is_attention_with_masks_over_a_full_cache(
         torch.testing.assert_close(got[:2], expected[:2], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(got[2, -1], expected[2, -1], rtol=1e-9, atol=1e-9)
         full.hide_what_is_gone(cache)
-    assert max(cache[layer].tokens for layer in range(3)) < 25
+    assert max(cache[layer].columns for layer in range(3)) < 25
 
 
 @every_selection
@@ -165,8 +165,9 @@ def test_no_more_is_held_than_the_total_and_one_full_layer(allocation):
     for _ in range(case.decoded):
         driver.block()
         assert driver.cache.held_tokens <= total
-    # keys and values of 3 rows, 2 heads, 3 numbers of 8 bytes
-    assert driver.cache.bytes == 2 * 3 * 2 * 3 * 8 * total
+    # 3 rows with 2 heads: keys and values of 3 numbers, a position, 4 queries of 3 query heads, 8 bytes each;
+    # for each of 5 layers a length and a count of queries
+    assert driver.cache.bytes == 8 * 3 * 2 * ((2 * 3 + 1 + 4 * 3) * driver.cache.held_tokens + 5 * 2)
 
 
 @pytest.mark.parametrize(('allocation', 'selection'), pairs(cascading=True))
@@ -252,7 +253,7 @@ def test_calls_out_of_order_and_wrong_shapes_are_refused():
     refused(driver, ValueError, 'leave lengths out',
             lambda: cache.append(0, block, block, torch.ones(3, dtype=torch.int64)))  # fmt: skip
     cache.append(0, block, block)
-    columns = cache[0].tokens
+    columns = cache[0].columns
     refused(driver, RuntimeError, r'call observe\(0, ...\) first', lambda: cache.append(1, block, block))
     refused(driver, ValueError, 'got None; allocation=', lambda: cache.observe(0))
     refused(

@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.budget import allocation, cascade, config, preference, ragged, record, selection, tokens
+from lzero_kv.budget import allocation, attention, cascade, config, selection, tokens
+from lzero_kv.budget import layer as layer_module
+from lzero_kv.budget.attention import AttentionRecord
 from lzero_kv.budget.cascade import BudgetedCache
 from lzero_kv.budget.config import BudgetConfig, Sizes
-from lzero_kv.budget.ragged import LayerKV
-from lzero_kv.budget.record import AttentionRecord
+from lzero_kv.budget.layer import LayerCache
 from lzero_kv.budget.selection import HACE, Kept
 from lzero_kv.budget.tokens import Tokens
 
 from . import reference
 from .driving import Case, compare
+from .layer_driving import check_layer
 from .methods import config_of
 
 Patch = pytest.MonkeyPatch
@@ -88,21 +90,21 @@ def ratio_in_binary(patch: Patch) -> None:
 
 
 def dispersion_over_the_window_too(patch: Patch) -> None:
-    original = preference.attention_dispersion
+    original = attention.dispersion_and_shift
     patch.setattr(
-        preference, 'attention_dispersion',
-        lambda attention, evictable: original(attention, torch.ones_like(evictable))
+        attention, 'dispersion_and_shift',
+        lambda probabilities, evictable: original(probabilities, torch.ones_like(evictable))
     )  # fmt: skip
 
 
 def variance_of_the_population(patch: Patch) -> None:
-    def moments(attention: torch.Tensor, queries: torch.Tensor) -> Any:
-        mean, variance = original(attention, queries)
-        count = queries[..., None].to(attention.dtype)
+    def moments(probabilities: torch.Tensor, queries: torch.Tensor) -> Any:
+        mean, variance = original(probabilities, queries)
+        count = queries[..., None].to(probabilities.dtype)
         return mean, variance * (count - 1) / count
 
-    original = preference.query_moments
-    patch.setattr(record, 'query_moments', moments)
+    original = attention.query_moments
+    patch.setattr(attention, 'query_moments', moments)
 
 
 # --- scores ---
@@ -129,13 +131,15 @@ def pooled_over_sinks_and_window(patch: Patch) -> None:
 
 def padding_attended(patch: Patch) -> None:
     patch.setattr(
-        record, 'real_columns',
+        attention, 'real_columns',
         lambda lengths, columns: torch.ones(*lengths.shape, columns, dtype=torch.bool)
     )  # fmt: skip
 
 
 def heads_grouped_across(patch: Patch) -> None:
-    patch.setattr(record, 'mean_of_groups', lambda values, groups: values.unflatten(1, (-1, groups)).mean(1))
+    patch.setattr(
+        attention, 'mean_of_groups', lambda values, groups: values.unflatten(1, (-1, groups)).mean(1)
+    )
 
 
 def decay_forgotten(patch: Patch) -> None:
@@ -160,7 +164,7 @@ def all_queries_remembered(patch: Patch) -> None:
 
 
 def record_not_shrunk(patch: Patch) -> None:
-    def keep(self: AttentionRecord, indices: torch.Tensor, lengths: torch.Tensor) -> None:
+    def keep(self: AttentionRecord, indices: torch.Tensor) -> None:
         for name in ('accumulated', 'recent'):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[..., -indices.shape[2] :])
@@ -179,7 +183,7 @@ def indices_unsorted(patch: Patch) -> None:
         order = scores.gather(-1, kept.indices).argsort(-1, descending=True)
         return Kept(kept.indices.gather(-1, order), kept.lengths)
 
-    patch.setattr(cascade, 'select', select)
+    patch.setattr(layer_module, 'select', select)
 
 
 def ties_to_the_earlier(patch: Patch) -> None:
@@ -188,7 +192,7 @@ def ties_to_the_earlier(patch: Patch) -> None:
     def select(scores: torch.Tensor, held: Tokens, slots: int) -> Kept:
         return original(scores - 1e-9 * held.positions, held, slots)
 
-    patch.setattr(cascade, 'select', select)
+    patch.setattr(layer_module, 'select', select)
 
 
 def window_evicted(patch: Patch) -> None:
@@ -222,42 +226,99 @@ def steps_counted_by_column(patch: Patch) -> None:
 
 
 def values_left_behind(patch: Patch) -> None:
-    original = LayerKV.keep
+    original = LayerCache.keep
 
-    def keep(self: LayerKV, kept: Kept) -> LayerKV:
-        right = original(self, kept)
-        return LayerKV(right.keys, self.values[:, :, : right.tokens], right.positions, right.lengths)
+    def keep(self: LayerCache, kept: Kept) -> None:
+        values = self.values
+        original(self, kept)
+        self.values = values[:, :, : self.columns]
 
-    patch.setattr(LayerKV, 'keep', keep)
+    patch.setattr(LayerCache, 'keep', keep)
 
 
 def tokens_renumbered(patch: Patch) -> None:
-    original = LayerKV.keep
+    original = LayerCache.keep
 
-    def keep(self: LayerKV, kept: Kept) -> LayerKV:
-        right = original(self, kept)
-        fresh = Tokens.of_prompt(right.lengths, right.tokens, window=1).positions
-        return LayerKV(right.keys, right.values, fresh, right.lengths)
+    def keep(self: LayerCache, kept: Kept) -> None:
+        original(self, kept)
+        self.positions = Tokens.of_prompt(self.lengths, self.columns, window=1).positions
 
-    patch.setattr(LayerKV, 'keep', keep)
+    patch.setattr(LayerCache, 'keep', keep)
 
 
 def heads_share_the_first_ones_tokens(patch: Patch) -> None:
     original = tokens.gather_tokens
     patch.setattr(
-        ragged, 'gather_tokens',
+        layer_module, 'gather_tokens',
         lambda values, indices: original(values, indices[:, :1].expand_as(indices).contiguous())
     )  # fmt: skip
 
 
 def scored_anew_while_shrinking(patch: Patch) -> None:
-    original = BudgetedCache._shrink
+    original = LayerCache.choose
 
-    def shrink(self: BudgetedCache, held: Any, slots: int) -> None:
-        held.scores = None
-        original(self, held, slots)
+    def choose(self: LayerCache, slots: int, chosen_by: selection.Selection) -> Kept:
+        self.scores = None
+        return original(self, slots, chosen_by)
 
-    patch.setattr(BudgetedCache, '_shrink', shrink)
+    patch.setattr(LayerCache, 'choose', choose)
+
+
+def positions_forgotten(patch: Patch) -> None:
+    original = LayerCache.keep
+
+    def keep(self: LayerCache, kept: Kept) -> None:
+        positions = self.positions
+        original(self, kept)
+        self.positions = positions[..., -self.columns :]
+
+    patch.setattr(LayerCache, 'keep', keep)
+
+
+def rows_put_without_their_record(patch: Patch) -> None:
+    original = LayerCache.put_rows
+
+    def put_rows(self: LayerCache, rows: torch.Tensor, other: LayerCache) -> None:
+        original(dataclasses.replace(self, record=AttentionRecord(2, 4, 1.0, ())), rows, other)
+
+    patch.setattr(LayerCache, 'put_rows', put_rows)
+
+
+def rows_selected_without_their_record(patch: Patch) -> None:
+    original = LayerCache.select_rows
+
+    def select_rows(self: LayerCache, rows: torch.Tensor) -> None:
+        known, self.record = self.record, AttentionRecord(2, 4, 1.0, ())
+        original(self, rows)
+        self.record = known
+
+    patch.setattr(LayerCache, 'select_rows', select_rows)
+
+
+def columns_padded_without_the_record(patch: Patch) -> None:
+    original = LayerCache.pad
+
+    def pad(self: LayerCache, columns: int) -> None:
+        known, self.record = self.record, AttentionRecord(2, 4, 1.0, ())
+        original(self, columns)
+        self.record = known
+
+    patch.setattr(LayerCache, 'pad', pad)
+
+
+def absent_tokens_counted(patch: Patch) -> None:
+    original = LayerCache.append
+    patch.setattr(
+        LayerCache, 'append',
+        lambda self, keys, values, positions=None, added=None: original(self, keys, values, positions)
+    )  # fmt: skip
+
+
+def attention_before_the_newest_token_counts_it(patch: Patch) -> None:
+    patch.setattr(
+        LayerCache, 'observe',
+        lambda self, probabilities, **rest: self.record.observe(probabilities, self.lengths, **rest)
+    )  # fmt: skip
 
 
 def budgets_of_short_prompts_never_updated(patch: Patch) -> None:
@@ -307,6 +368,12 @@ FAULTS: list[Callable[[Patch], None]] = [
     values_left_behind,
     tokens_renumbered,
     heads_share_the_first_ones_tokens,
+    positions_forgotten,
+    rows_put_without_their_record,
+    rows_selected_without_their_record,
+    columns_padded_without_the_record,
+    absent_tokens_counted,
+    attention_before_the_newest_token_counts_it,
     scored_anew_while_shrinking,
     budgets_of_short_prompts_never_updated,
     weights_leak_into_the_next_cache,
@@ -340,6 +407,7 @@ def checks() -> list[Callable[[], Any]]:
     return [
         check_rounding,
         check_ratio,
+        check_layer,
         of(selection='hace', mix=0.4, kernel=3),
         of(selection='cake', step=2, lengths=(17, 13, 5)),
         of(allocation='adaptive', selection='snapkv', blocks=(2, 3), lengths=(7, 6)),

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from lzero_kv.budget import (
     BudgetTracker,
     Preference,
-    PreferenceAverage,
     Tokens,
-    attention_dispersion,
-    attention_shift,
+    dispersion_and_shift,
     layer_preference,
 )
 
@@ -61,13 +59,14 @@ def test_known_values():
     attention[..., 2:6] = 0.25
     evictable = torch.ones(1, 9, dtype=torch.bool)
     # 2 heads and 3 queries, each ln 4
-    assert attention_dispersion(attention, evictable).tolist() == pytest.approx([6 * math.log(4)])
-    assert attention_shift(attention, evictable) == 0
+    dispersion, shift = dispersion_and_shift(attention, evictable)
+    assert dispersion.tolist() == pytest.approx([6 * math.log(4)])
+    assert shift == 0
     attention[0, 1, 0, 2] = 0.85
     # values .85 .25 .25: mean .45, squares .16 + .04 + .04, divided by 2
-    assert attention_shift(attention, evictable).tolist() == pytest.approx([0.12])
+    assert dispersion_and_shift(attention, evictable)[1].tolist() == pytest.approx([0.12])
     evictable[0, 2] = False
-    assert attention_shift(attention, evictable) == 0
+    assert dispersion_and_shift(attention, evictable)[1] == 0
 
 
 def test_a_row_alone_and_in_a_padded_batch_is_the_same():
@@ -102,27 +101,6 @@ def test_columns_in_steps():
     assert tokens.step_numbers[0, 0].tolist() == [0, 0, 1, 1, 2, 2, 3]
     # column 0 is padding; the step of 14 is not complete and counts as one of the window's two
     assert tokens.evictable[0, 0].tolist() == [False, False, True, True, False, False, False]
-
-
-# --- averages ---
-
-
-def test_the_average_is_exponential():
-    average = PreferenceAverage(2, smoothing=0.75)
-    assert average.preferences == []
-    average.observe([Preference(4.0, 1.0), Preference(8.0, 0.0)])
-    assert average.preferences == [(4.0, 1.0), (8.0, 0.0)]
-    average.observe([Preference(8.0, 1.0), Preference(0.0, 4.0)])
-    assert average.preferences == [(5.0, 1.0), (6.0, 1.0)]
-    with pytest.raises(ValueError, match='a preference for each of 2 layers, got 3'):
-        average.observe([Preference(1.0, 1.0)] * 3)
-    assert average.preferences == [(5.0, 1.0), (6.0, 1.0)]
-
-
-@pytest.mark.parametrize('smoothing', [-0.1, 1.0])
-def test_smoothing_out_of_range_is_refused(smoothing):
-    with pytest.raises(ValueError, match=r'smoothing must be in \[0, 1\)'):
-        PreferenceAverage(2, smoothing)
 
 
 # --- between searches ---
@@ -162,14 +140,19 @@ def test_small_moves_leave_budgets_alone_until_they_add_up():
     assert moved == [False] * 4 + [True] + [False] * 3
 
 
-def test_averages_are_what_the_weights_are_taken_from():
-    tracker = tracker_of()
+def test_averages_are_exponential_and_what_the_weights_are_taken_from():
+    tracker = tracker_of(smoothing=0.75)
+    assert tracker.preferences == ()
     tracker.observe([Preference(4.0, 1.0)] * 3)
-    tracker.observe(FAR)
-    assert tracker.preferences == ((6.5, 1.0), (3.0, 1.0), (2.5, 1.0))
+    assert tracker.preferences == ((4.0, 1.0),) * 3
+    tracker.observe([Preference(8.0, 1.0), Preference(0.0, 1.0), Preference(4.0, 5.0)])
+    assert tracker.preferences == ((5.0, 1.0), (3.0, 1.0), (4.0, 2.0))
+    with pytest.raises(ValueError, match='a preference for each of 3 layers, got 2'):
+        tracker.observe([Preference(1.0, 1.0)] * 2)
+    assert tracker.preferences == ((5.0, 1.0), (3.0, 1.0), (4.0, 2.0))
     tracker.advance()
-    # 42 by 6.5 : 3 : 2.5
-    assert tracker.slots == (6 + 23, 6 + 10, 6 + 9)
+    # 42 by 5 : 3 : 8
+    assert tracker.slots == (6 + 13, 6 + 8, 6 + 21)
 
 
 @pytest.mark.parametrize('allocation', ['uniform', 'adaptive', 'pyramid'])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ from lzero_kv.cache.pool import KVCachePool
 from testing.reference import ReferencePool
 
 # Every dimension is another number, so that a swapped axis cannot pass.
-UNIFORM = KVLayout(layers=3, heads=2, head_dim=5, tokens=7)
-RAGGED = KVLayout(layers=3, heads=2, head_dim=5, tokens=(7, 4, 9))
+LAYOUT = KVLayout(layers=3, heads=2, head_dim=5, tokens=7)
 
 
 class Difference(Exception):
@@ -42,22 +40,10 @@ def outcome(action: Callable[[], Any]) -> tuple[str, Any]:
         return type(error).__name__, None
 
 
-def blocks_of(layout: KVLayout, rows: torch.Tensor, row: int, length: int) -> list[torch.Tensor]:
-    """Keys and values of each layer of one row, its newest ``length`` tokens: ``[tokens, embed_dim]``
+def blocks_of(rows: torch.Tensor, row: int, length: int) -> list[torch.Tensor]:
+    """Keys and values of each layer of one row, its newest ``length`` tokens: ``[heads, tokens, head_dim]``
     each."""
-    found = []
-    for layer, capacity in enumerate(layout.layer_tokens):
-        for block in (layout.keys(rows, layer)[row], layout.values(rows, layer)[row]):
-            tokens = min(length, capacity)
-            found.append(block[block.shape[0] - tokens :].reshape(tokens, layout.embed_dim))
-    return found
-
-
-@functools.cache
-def valid_elements(layout: KVLayout, length: int) -> torch.Tensor:
-    """Where in a whole row the numbers of :func:`blocks_of` are, in that order: int64."""
-    numbered = torch.arange(layout.row_elements).view(layout.batch_shape(1))
-    return torch.cat([block.reshape(-1) for block in blocks_of(layout, numbered, 0, length)])
+    return list(rows[row, :, :, rows.shape[3] - length :])
 
 
 def same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
@@ -66,11 +52,10 @@ def same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
 
 
 def compare_pool(pool: KVCachePool, reference: ReferencePool, tensors: bool = True) -> None:
-    """Raise a :class:`Difference` unless keys, pins, counters, lengths and contents agree."""
+    """Raise a :class:`Difference` unless keys, counters, lengths and contents agree."""
     keys = reference.keys()
     check_equal('keys', set(pool.keys()), set(keys))
     check_equal('number of entries', len(pool), len(keys))
-    check_equal('pinned', pool.pinned, reference.pinned)
     check_equal('capacity', pool.capacity, reference.pool_size)
     check_equal('counters', pool.stats, reference.stats)
     slots = [pool.peek(key) for key in keys]
@@ -83,18 +68,19 @@ def compare_pool(pool: KVCachePool, reference: ReferencePool, tensors: bool = Tr
     )
     if not keys or not tensors:
         return
-    slab = pool.slab
-    if slab is None:
-        raise Difference(f'{len(keys)} entries without a slab')
-    check_equal('lengths', slab.lengths[slots].tolist(), [reference.length(key) for key in keys])
+    storage = pool.storage
+    if storage is None:
+        raise Difference(f'{len(keys)} entries without a storage')
+    check_equal('lengths', storage.lengths[slots].tolist(), [reference.length(key) for key in keys])
     check_equal(
-        'next positions', slab.next_positions[slots].tolist(), [reference.next_position(key) for key in keys]
+        'next positions',
+        storage.next_positions[slots].tolist(),
+        [reference.next_position(key) for key in keys],
     )
-    rows = slab.load(slots).reshape(len(keys), -1)
+    rows = storage.load(slots)
     for row, key in enumerate(keys):
-        expected = torch.cat([block.reshape(-1) for block in reference.blocks(key)])
-        got = rows[row][valid_elements(slab.layout, reference.length(key))]
-        check(torch.equal(got, expected), f'contents of {key}', got, expected)
+        got, expected = blocks_of(rows, row, reference.length(key)), reference.blocks(key)
+        check(same(got, expected), f'contents of {key}', got, expected)
 
 
 class HeldCopies:
@@ -132,13 +118,11 @@ class Histories:
         needs."""
         numbers = np.array(lengths, np.int64), np.array(next_positions, np.int64)
         count = len(lengths)
-        if not self.layout.uniform:
-            rows = torch.randn((count, 2 * self.layout.row_elements), generator=self._generator)
-            return KVBatch(rows[:, self.layout.row_elements :], *numbers)
-        width = min(max([1, *lengths]) + spare, self.layout.max_tokens)
-        shape = (count, 2 * self.layout.layers, width + 2, self.layout.embed_dim)
+        width = min(max([1, *lengths]) + spare, self.layout.tokens)
+        layout = self.layout
+        shape = (count, 2 * layout.layers, layout.heads, width + 2, layout.head_dim)
         buffer = torch.randn(shape, generator=self._generator)
-        return KVBatch(buffer[:, :, 1 : width + 1], *numbers)
+        return KVBatch(buffer[:, :, :, 1 : width + 1], *numbers)
 
     def entry(self, length: int) -> KVEntry:
         """One history as the object that ``get`` hands out."""
@@ -147,7 +131,7 @@ class Histories:
 
 
 def spoil(batch: KVBatch) -> None:
-    """Overwrite a batch that was handed over or handed out: nobody may see it."""
+    """Overwrite a batch that was handed over or handed out: no pool may change with it."""
     batch.kv.fill_(float('nan'))
     batch.lengths.fill(-5)
     batch.next_positions.fill(-5)
@@ -156,26 +140,23 @@ def spoil(batch: KVBatch) -> None:
 def row_batch(entry: KVEntry, layout: KVLayout) -> KVBatch:
     """What the reference keeps of a stored entry, built from its tensors one by one."""
     kv = torch.zeros(layout.batch_shape(1))
-    for layer, capacity in enumerate(layout.layer_tokens):
-        keys, values = (
-            (entry[layer]._k_cache, layout.keys(kv, layer)),
-            (entry[layer]._v_cache, layout.values(kv, layer)),
-        )
-        for cache, target in (keys, values):
+    for layer in range(layout.layers):
+        for index, cache in enumerate((entry[layer]._k_cache, entry[layer]._v_cache)):
             for token in range(cache._size):
-                target[0, capacity - cache._size + token] = cache._cache[0, :, token]
+                column = layout.tokens - cache._size + token
+                kv[0, 2 * layer + index, :, column] = cache._cache[0, :, token]
     return KVBatch(kv, np.array([entry.size]), np.array([entry.next_position]))
 
 
-BROKEN: dict[str, Callable[[KVBatch, KVLayout], KVBatch]] = {
-    'a missing row': lambda batch, layout: KVBatch(batch.kv[1:], batch.lengths, batch.next_positions),
-    'a missing length': lambda batch, layout: KVBatch(batch.kv, batch.lengths[1:], batch.next_positions),
-    'a missing position': lambda batch, layout: KVBatch(batch.kv, batch.lengths, batch.next_positions[1:]),
-    'too long a length': lambda batch, layout: KVBatch(batch.kv, batch.lengths + 10, batch.next_positions),
-    'a negative length': lambda batch, layout: KVBatch(batch.kv, batch.lengths - 9, batch.next_positions),
-    'a negative position': lambda batch, layout: KVBatch(batch.kv, batch.lengths, batch.next_positions - 10),
-    'another dtype': lambda batch, layout: KVBatch(batch.kv.double(), batch.lengths, batch.next_positions),
-    'another width': lambda batch, layout: KVBatch(batch.kv[..., 1:], batch.lengths, batch.next_positions),
-    'a swapped axis': lambda batch, layout: KVBatch(batch.kv.mT, batch.lengths, batch.next_positions),
+BROKEN: dict[str, Callable[[KVBatch], KVBatch]] = {
+    'a missing row': lambda batch: KVBatch(batch.kv[1:], batch.lengths, batch.next_positions),
+    'a missing length': lambda batch: KVBatch(batch.kv, batch.lengths[1:], batch.next_positions),
+    'a missing position': lambda batch: KVBatch(batch.kv, batch.lengths, batch.next_positions[1:]),
+    'too long a length': lambda batch: KVBatch(batch.kv, batch.lengths + 10, batch.next_positions),
+    'a negative length': lambda batch: KVBatch(batch.kv, batch.lengths - 9, batch.next_positions),
+    'a negative position': lambda batch: KVBatch(batch.kv, batch.lengths, batch.next_positions - 10),
+    'another dtype': lambda batch: KVBatch(batch.kv.double(), batch.lengths, batch.next_positions),
+    'another width': lambda batch: KVBatch(batch.kv[..., 1:], batch.lengths, batch.next_positions),
+    'a swapped axis': lambda batch: KVBatch(batch.kv.mT, batch.lengths, batch.next_positions),
 }
 """Ways to break a batch."""

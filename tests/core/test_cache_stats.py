@@ -7,7 +7,7 @@ import pytest
 from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.cache.stats import CacheStats, Log2Histogram
 
-from .comparing import UNIFORM
+from .comparing import LAYOUT
 
 
 def histogram(*values: int) -> Log2Histogram:
@@ -78,7 +78,7 @@ def test_as_dict_has_numbers_only():
 
 
 def test_lifetime_is_stores_between_and_reuse_distance_is_queries_between():
-    pool = KVCachePool(3, 'fifo', layout=UNIFORM)
+    pool = KVCachePool(3, 'fifo', layout=LAYOUT)
     pool.reserve('abc')
     pool.lookup('a')  # no query since it was stored
     pool.lookup('xyza')  # three queries between
@@ -92,7 +92,7 @@ def test_lifetime_is_stores_between_and_reuse_distance_is_queries_between():
 
 
 def test_nothing_is_counted_when_switched_off():
-    pool = KVCachePool(2, 'lru', enable_stats=False, layout=UNIFORM)
+    pool = KVCachePool(2, 'lru', enable_stats=False, layout=LAYOUT)
     pool.reserve('abc'[:2])
     pool.lookup('axb')
     pool.reserve('c')

@@ -13,7 +13,7 @@ from lzero_kv.cache.keys import NodeKey
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.pool import KVCachePool
 
-from .comparing import RAGGED, UNIFORM, Histories, same, tensors_of
+from .comparing import LAYOUT, Histories, same, tensors_of
 
 KeysValues = pytest.importorskip('lzero.model.unizero_world_models.kv_caching').KeysValues
 
@@ -36,7 +36,7 @@ def values_of(history: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize('tokens', [1, 4, 7])
-@pytest.mark.parametrize('layout', [UNIFORM, None], ids=['layout given', 'layout of the first history'])
+@pytest.mark.parametrize('layout', [LAYOUT, None], ids=['layout given', 'layout of the first history'])
 def test_a_history_of_the_host_goes_in_and_comes_out(tokens, layout):
     pool = KVCachePool(3, 'lru', layout=layout)
     history = host_history(tokens)
@@ -46,12 +46,12 @@ def test_a_history_of_the_host_goes_in_and_comes_out(tokens, layout):
     assert (len(entry), entry.size, entry.next_position) == (3, tokens, tokens)
     assert same(values_of(entry), values_of(history))
     assert [entry[layer].shape for layer in range(3)] == [history[layer].shape for layer in range(3)]
-    assert pool.slab is not None
-    assert pool.slab.layout == UNIFORM
+    assert pool.storage is not None
+    assert pool.storage.layout == LAYOUT
 
 
 def test_an_entry_is_laid_out_as_the_host_does_with_zeros_behind():
-    pool = KVCachePool(3, 'lru', layout=UNIFORM)
+    pool = KVCachePool(3, 'lru', layout=LAYOUT)
     pool.set('a', host_history(4))
     entry = pool.get('a')
     assert entry is not None
@@ -63,7 +63,7 @@ def test_an_entry_is_laid_out_as_the_host_does_with_zeros_behind():
 
 
 def test_the_host_can_copy_an_entry_into_its_own_object():
-    pool = KVCachePool(3, 'lru', layout=UNIFORM)
+    pool = KVCachePool(3, 'lru', layout=LAYOUT)
     history = host_history(4)
     pool.set('a', history)
     entry = pool.get('a')
@@ -78,10 +78,9 @@ def test_the_host_can_copy_an_entry_into_its_own_object():
     assert same(values_of(target), values_of(history))
 
 
-@pytest.mark.parametrize('layout', [UNIFORM, RAGGED], ids=['uniform', 'ragged'])
-def test_what_is_handed_out_is_private(layout):
-    pool = KVCachePool(2, 'fifo', layout=layout)
-    made = Histories(layout, 0)
+def test_what_is_handed_out_is_private():
+    pool = KVCachePool(2, 'fifo', layout=LAYOUT)
+    made = Histories(LAYOUT, 0)
     pool.set('a', made.entry(5))
     entry, again = pool.get('a'), pool.get('a')
     assert entry is not None
@@ -96,20 +95,8 @@ def test_what_is_handed_out_is_private(layout):
     assert (clone.size, clone.next_position) == (5, 8)
 
 
-@pytest.mark.parametrize('size', [0, 3, 4, 6, 9])
-def test_an_uneven_layout_keeps_the_newest_tokens_of_each_layer(size):
-    pool = KVCachePool(2, 'fifo', layout=RAGGED)
-    entry = Histories(RAGGED, 0).entry(size)
-    pool.set('a', entry)
-    found = pool.get('a')
-    assert found is not None
-    assert same(tensors_of(found), tensors_of(entry))
-    assert [found[layer]._k_cache._size for layer in range(3)] == [min(size, tokens) for tokens in (7, 4, 9)]
-    assert (found.size, found.next_position) == (size, size + 3)
-
-
 def test_a_history_larger_than_it_is_long_fits():
-    pool = KVCachePool(2, 'fifo', layout=UNIFORM)
+    pool = KVCachePool(2, 'fifo', layout=LAYOUT)
     history = host_history(7, capacity=20)
     pool.set('a', history)
     entry = pool.get('a')
@@ -119,7 +106,7 @@ def test_a_history_larger_than_it_is_long_fits():
 
 def test_copies_of_the_hosts_objects():
     history = host_history(4)
-    entry = KVEntry.from_keys_values(history, UNIFORM)
+    entry = KVEntry.from_keys_values(history, LAYOUT)
     kept = entry.clone()
     history[1]._v_cache._cache.zero_()
     assert same(tensors_of(entry), tensors_of(kept))
@@ -177,7 +164,7 @@ REJECTED = {
 @pytest.mark.parametrize('name', REJECTED)
 def test_a_rejected_history_changes_nothing(name):
     error, text, make = REJECTED[name]
-    pool = KVCachePool(1, 'lru', layout=UNIFORM)
+    pool = KVCachePool(1, 'lru', layout=LAYOUT)
     history = host_history(4)
     pool.set('a', history)
     before = pool.stats.snapshot()
@@ -194,15 +181,15 @@ def test_a_pool_without_layout_stays_so_after_a_rejected_history():
     pool = KVCachePool(2)
     with pytest.raises(ValueError, match='finite'):
         pool.set('a', not_finite())
-    assert pool.slab is None
+    assert pool.storage is None
     assert (len(pool), pool.bytes) == (0, 0)
     pool.set('a', host_history(4, capacity=11))
-    assert pool.slab is not None
-    assert pool.slab.layout == KVLayout(3, 2, 5, 11)
+    assert pool.storage is not None
+    assert pool.storage.layout == KVLayout(3, 2, 5, 11)
 
 
 def test_dtypes_of_the_layout():
-    layout = dataclasses.replace(UNIFORM, dtype=torch.float64)
+    layout = dataclasses.replace(LAYOUT, dtype=torch.float64)
     pool = KVCachePool(2, layout=layout)
     with pytest.raises(TypeError, match=r'expected torch\.float64'):
         pool.set('a', host_history(4))

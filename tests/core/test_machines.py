@@ -7,22 +7,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from lzero_kv.cache.keys import LatentKey, NodeKey, RootKey
+from lzero_kv.cache.keys import NodeKey, RootKey
 
-from .comparing import BROKEN, RAGGED, UNIFORM
+from .comparing import BROKEN
 from .twins import ManagerTwins, PoolTwins
 
 POLICIES = ('fifo', 'lru', 'lfu', 'priority')
 MACHINE = settings(max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
 
 pool_keys = st.integers(0, 8)
-node_keys = st.builds(NodeKey, st.integers(0, 2), st.integers(0, 4)) | st.builds(
-    LatentKey, st.integers(0, 1), st.just(3)
-)
+node_keys = st.builds(NodeKey, st.integers(0, 2), st.integers(0, 4))
 root_keys = st.builds(RootKey, st.integers(0, ManagerTwins.ENVIRONMENTS - 1), st.integers(0, 3))
 manager_keys = root_keys | node_keys
 unknown_environment = st.just(RootKey(ManagerTwins.ENVIRONMENTS, 1))
-# Uniform layouts hold 7 tokens and the smallest layer of the uneven one 4: both sides of that are wanted.
 lengths = st.integers(0, 7)
 
 
@@ -37,11 +34,10 @@ def histories(keys: st.SearchStrategy) -> st.SearchStrategy[list[tuple]]:
 
 class PoolMachine(RuleBasedStateMachine):
     policy = 'lru'
-    layout = UNIFORM
 
     @initialize(seed=st.integers(0, 1000))
     def begin(self, seed: int) -> None:
-        self.twins = PoolTwins(self.policy, layout=self.layout, seed=seed)
+        self.twins = PoolTwins(self.policy, seed=seed)
 
     @rule(keys=st.lists(pool_keys, max_size=7))
     def lookup(self, keys):
@@ -71,9 +67,9 @@ class PoolMachine(RuleBasedStateMachine):
     def set(self, key, length):
         self.twins.set(key, length)
 
-    @rule(name=st.sampled_from(['pin', 'unpin', 'discard']), keys=st.lists(pool_keys, max_size=3))
-    def pins_and_discards(self, name, keys):
-        self.twins.both(name, keys)
+    @rule(keys=st.lists(pool_keys, max_size=3))
+    def discard(self, keys):
+        self.twins.both('discard', keys)
 
     @rule(key=pool_keys, value=st.integers(-3, 3).map(float))
     def set_priority(self, key, value):
@@ -106,11 +102,10 @@ class PoolMachine(RuleBasedStateMachine):
 
 class ManagerMachine(RuleBasedStateMachine):
     policy = 'lru'
-    layout = UNIFORM
 
     @initialize(seed=st.integers(0, 1000))
     def begin(self, seed: int) -> None:
-        self.twins = ManagerTwins(self.policy, layout=self.layout, seed=seed)
+        self.twins = ManagerTwins(self.policy, seed=seed)
 
     @rule(keys=st.lists(manager_keys | unknown_environment, max_size=7))
     def lookup(self, keys):
@@ -140,13 +135,17 @@ class ManagerMachine(RuleBasedStateMachine):
     def set(self, key, length):
         self.twins.set(key, length)
 
-    @rule(entries=st.integers(1, 14), minimum=st.integers(1, 11))
-    def reserve_recurrent(self, entries, minimum):
-        self.twins.reserve_recurrent(entries, minimum)
+    @rule(least=st.integers(0, 10), more=st.integers(0, 5), upfront=st.booleans())
+    def begin_search(self, least, more, upfront):
+        self.twins.begin_search(least, more, upfront)
 
-    @rule(name=st.sampled_from(['pin', 'unpin', 'discard']), keys=st.lists(manager_keys, max_size=3))
-    def pins_and_discards(self, name, keys):
-        self.twins.pool_operation(name, keys)
+    @rule(pairs=histories(node_keys))
+    def reserve(self, pairs):
+        self.twins.reserve([key for key, _ in pairs], [length for _, length in pairs])
+
+    @rule(keys=st.lists(manager_keys, max_size=3))
+    def discard(self, keys):
+        self.twins.pool_operation('discard', keys)
 
     @rule(key=manager_keys, value=st.integers(-3, 3).map(float))
     def set_priority(self, key, value):
@@ -166,9 +165,8 @@ class ManagerMachine(RuleBasedStateMachine):
             self.twins.compare()
 
 
-@pytest.mark.parametrize('layout', [UNIFORM, RAGGED], ids=['uniform', 'ragged'])
 @pytest.mark.parametrize('policy', POLICIES)
 @pytest.mark.parametrize('machine', [PoolMachine, ManagerMachine], ids=['pool', 'manager'])
-def test_agrees_with_the_reference(machine, policy, layout):
-    bound = type(machine.__name__, (machine,), {'policy': policy, 'layout': layout})
+def test_agrees_with_the_reference(machine, policy):
+    bound = type(machine.__name__, (machine,), {'policy': policy})
     run_state_machine_as_test(bound, settings=MACHINE)

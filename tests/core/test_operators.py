@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lzero_kv.cache.keys import NodeKey, RootKey
-from lzero_kv.cache.layout import KVBatch, KVLayout
+from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.config import KVCacheConfig
@@ -52,7 +51,8 @@ def manager_of(layers: int, rows: int) -> KVCacheManager:
     """A manager whose first store is done: memory is allocated once and for all."""
     layout = KVLayout(layers, heads=3, head_dim=5, tokens=7)
     made = KVCacheManager({}, rows, layout=layout, cache_config=KVCacheConfig(), num_simulations=11)
-    made.slab.allocate()
+    made.begin_search(rows, rows, upfront=True)
+    made.storage.allocate()
     return made
 
 
@@ -61,14 +61,14 @@ def manager_of(layers: int, rows: int) -> KVCacheManager:
 def test_a_batch_is_one_operator_in_and_one_out(layers, rows):
     made, keys = manager_of(layers, rows), keys_of(rows)
     lengths = [1 + row % 6 for row in range(rows)]
-    kv = torch.randn(rows, 2 * layers, 8, 15)[:, :, 1:7]
-    buffer = torch.zeros(rows, 2 * layers, 10, 15)
+    kv = torch.randn(rows, 2 * layers, 3, 8, 5)[:, :, :, 1:7]
+    buffer = torch.zeros(rows, 2 * layers, 3, 10, 5)
     assert operators(lambda: made.store(keys, kv, lengths, lengths)) == ['index_copy_.default']
     slots = made.lookup(keys)
     assert operators(lambda: made.lookup(keys), most_views=0) == []
     assert operators(lambda: made.load(slots)) == ['index_select.default']
     assert operators(lambda: made.load(slots, newest=6)) == ['index_select.default']
-    into = buffer[:, :, 2:8]
+    into = buffer[:, :, :, 2:8]
     assert operators(lambda: made.load(slots, newest=6, out=into)) == ['index_select.out']
     assert torch.equal(into, kv)
     rest = operators(
@@ -85,25 +85,13 @@ def test_bookkeeping_dispatches_no_operator(policy):
         for key in range(9):
             pool.reserve([key])
             pool.lookup([key, key - 1])
-        pool.pin([8])
         pool.set_priorities([8], [3])
-        pool.unpin([8])
         pool.discard([7, 8])
         pool.clear()
         pool.resize(6)
         pool.describe()
 
     assert operators(every_operation, most_views=0) == []
-
-
-def test_uneven_layouts_take_no_more():
-    layout = KVLayout(3, 2, 5, (7, 4, 9))
-    pool = KVCachePool(6, layout=layout)
-    rows = torch.randn(4, layout.row_elements)
-    numbers = np.array([1, 2, 3, 9])
-    pool.store('abcd', KVBatch(rows, numbers, numbers))
-    assert operators(lambda: pool.store('abcd', KVBatch(rows, numbers, numbers))) == ['index_copy_.default']
-    assert operators(lambda: pool.load('abcd')) == ['index_select.default']
 
 
 def test_a_single_history_takes_the_same_operators_whatever_the_layers():

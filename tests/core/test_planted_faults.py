@@ -10,66 +10,68 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.cache.bookkeeping import SlotBook
 from lzero_kv.cache.compat import NamedAccess
 from lzero_kv.cache.entry import KVEntry
-from lzero_kv.cache.eviction import FirstInFirstOut, LeastFrequentlyUsed, LeastRecentlyUsed, LowestPriority
+from lzero_kv.cache.eviction import EvictionOrder
 from lzero_kv.cache.keys import NO_SLOT
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.cache.stats import CacheStats
-from lzero_kv.cache.storage import KVSlab
+from lzero_kv.cache.storage import KVStorage
 
 OPERATIONS = 1200
 
 
 def keys_and_values_swapped(patch: pytest.MonkeyPatch) -> None:
-    def scatter(self: KVSlab, index: np.ndarray, rows: torch.Tensor, width: int | None) -> None:
-        if rows.ndim == 4:
-            rows = rows.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)
-        original(self, index, rows, width)
+    def scatter(self: KVStorage, index: np.ndarray, rows: torch.Tensor) -> None:
+        original(self, index, rows.unflatten(1, (-1, 2)).flip(2).flatten(1, 2))
 
-    original = KVSlab._scatter
-    patch.setattr(KVSlab, '_scatter', scatter)
+    original = KVStorage._scatter
+    patch.setattr(KVStorage, '_scatter', scatter)
+
+
+def heads_swapped(patch: pytest.MonkeyPatch) -> None:
+    def scatter(self: KVStorage, index: np.ndarray, rows: torch.Tensor) -> None:
+        original(self, index, rows.flip(2))
+
+    original = KVStorage._scatter
+    patch.setattr(KVStorage, '_scatter', scatter)
 
 
 def first_columns_loaded(patch: pytest.MonkeyPatch) -> None:
-    def columns(self: KVSlab, newest: int | None) -> torch.Tensor:
-        data = original(self, None)
-        return data if newest is None else data[:, :, :newest]
+    def columns(self: KVStorage, newest: int) -> torch.Tensor:
+        return self.allocate()[:, :, :, :newest]
 
-    original = KVSlab._columns
-    patch.setattr(KVSlab, '_columns', columns)
+    patch.setattr(KVStorage, '_columns', columns)
 
 
 def one_column_too_few_stored(patch: pytest.MonkeyPatch) -> None:
-    def scatter(self: KVSlab, index: np.ndarray, rows: torch.Tensor, width: int | None) -> None:
-        narrow = rows.ndim == 4 and rows.shape[2] > 1
-        original(self, index, rows[:, :, 1:] if narrow else rows, rows.shape[2] - 1 if narrow else width)
+    def scatter(self: KVStorage, index: np.ndarray, rows: torch.Tensor) -> None:
+        original(self, index, rows[:, :, :, 1:] if rows.shape[3] > 1 else rows)
 
-    original = KVSlab._scatter
-    patch.setattr(KVSlab, '_scatter', scatter)
+    original = KVStorage._scatter
+    patch.setattr(KVStorage, '_scatter', scatter)
 
 
 def rows_stored_in_another_order(patch: pytest.MonkeyPatch) -> None:
-    def scatter(self: KVSlab, index: np.ndarray, rows: torch.Tensor, width: int | None) -> None:
-        original(self, np.sort(index), rows, width)
+    def scatter(self: KVStorage, index: np.ndarray, rows: torch.Tensor) -> None:
+        original(self, np.sort(index), rows)
 
-    original = KVSlab._scatter
-    patch.setattr(KVSlab, '_scatter', scatter)
+    original = KVStorage._scatter
+    patch.setattr(KVStorage, '_scatter', scatter)
 
 
 def live_slot_handed_out(patch: pytest.MonkeyPatch) -> None:
     def load(
-        self: KVSlab, slots: Any, *, newest: int | None = None, out: torch.Tensor | None = None
+        self: KVStorage, slots: Any, *, newest: int | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         index = self.check_slots(slots)
         if out is None and len(index) == 1:
-            return self._columns(newest)[index[0] : index[0] + 1]
+            return self._columns(self.layout.tokens if newest is None else newest)[index[0] : index[0] + 1]
         return original(self, slots, newest=newest, out=out)
 
-    original = KVSlab.load
-    patch.setattr(KVSlab, 'load', load)
+    original = KVStorage.load
+    patch.setattr(KVStorage, 'load', load)
 
 
 def entry_shares_its_row(patch: pytest.MonkeyPatch) -> None:
@@ -88,126 +90,134 @@ def entry_shares_its_row(patch: pytest.MonkeyPatch) -> None:
 
 
 def lengths_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def write(self: KVSlab, slots: Any, rows: torch.Tensor, lengths: Any, next_positions: Any) -> None:
+    def write(self: KVStorage, slots: Any, rows: torch.Tensor, lengths: Any, next_positions: Any) -> None:
         original(self, slots, rows, np.maximum(lengths, self.lengths[slots]), next_positions)
 
-    original = KVSlab.write
-    patch.setattr(KVSlab, 'write', write)
+    original = KVStorage.write
+    patch.setattr(KVStorage, 'write', write)
 
 
 def positions_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def write(self: KVSlab, slots: Any, rows: torch.Tensor, lengths: Any, next_positions: Any) -> None:
+    def write(self: KVStorage, slots: Any, rows: torch.Tensor, lengths: Any, next_positions: Any) -> None:
         original(self, slots, rows, lengths, lengths)
 
-    original = KVSlab.write
-    patch.setattr(KVSlab, 'write', write)
+    original = KVStorage.write
+    patch.setattr(KVStorage, 'write', write)
 
 
 def stale_key_after_an_eviction(patch: pytest.MonkeyPatch) -> None:
-    def remove(self: SlotBook, key: Any) -> None:
-        slot = self._slot_of[key]
-        original(self, key)
-        self._slot_of[key] = slot
+    def remove(self: KVCachePool, slots: Any) -> None:
+        keys = {self._key_of[slot]: slot for slot in slots}
+        original(self, slots)
+        self._slot_of.update(keys)
 
-    original = SlotBook._remove
-    patch.setattr(SlotBook, '_remove', remove)
+    original = KVCachePool._remove
+    patch.setattr(KVCachePool, '_remove', remove)
 
 
 def slot_given_twice(patch: pytest.MonkeyPatch) -> None:
-    def remove(self: SlotBook, key: Any) -> None:
-        original(self, key)
-        if len(self._free) < self.pool_size - len(self._slot_of) + 1:
-            self._free.append(self._free[-1])
+    def remove(self: KVCachePool, slots: Any) -> None:
+        original(self, slots)
+        self._returned += self._returned[-1:]
 
-    original = SlotBook._remove
-    patch.setattr(SlotBook, '_remove', remove)
+    original = KVCachePool._remove
+    patch.setattr(KVCachePool, '_remove', remove)
 
 
 def slot_lost_after_a_discard(patch: pytest.MonkeyPatch) -> None:
-    def discard(self: SlotBook, keys: Any) -> int:
+    def discard(self: KVCachePool, keys: Any) -> int:
         count = original(self, keys)
-        del self._free[1:]
+        del self._returned[1:]
         return count
 
-    original = SlotBook.discard
-    patch.setattr(SlotBook, 'discard', discard)
-
-
-def pins_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LeastRecentlyUsed, 'hold', lambda self, key: None)
-    patch.setattr(LeastRecentlyUsed, 'release', lambda self, key: None)
-
-
-def pins_forgotten_by_a_store(patch: pytest.MonkeyPatch) -> None:
-    def place(self: SlotBook, key: Any) -> int:
-        self.unpin([key])
-        return original(self, key)
-
-    original = SlotBook._place
-    patch.setattr(SlotBook, '_place', place)
+    original = KVCachePool.discard
+    patch.setattr(KVCachePool, 'discard', discard)
 
 
 def batch_evicts_its_own(patch: pytest.MonkeyPatch) -> None:
-    def commit(self: SlotBook, keys: Any, evictions: int) -> np.ndarray:
-        return np.concatenate(
-            [original(self, [key], self.plan([key])) for key in keys] or [np.empty(0, np.int64)]
-        )
+    def victims(self: EvictionOrder, count: int, held: Any) -> list[int]:
+        return original(self, count, [])
 
-    original = SlotBook.commit
-    patch.setattr(SlotBook, 'commit', commit)
+    original = EvictionOrder.victims
+    patch.setattr(EvictionOrder, 'victims', victims)
 
 
 def duplicates_accepted(patch: pytest.MonkeyPatch) -> None:
-    def plan(self: SlotBook, keys: Any) -> int:
-        return original(self, list(dict.fromkeys(keys)))
+    def plan(self: KVCachePool, keys: Any) -> list[int]:
+        slots = dict(zip(dict.fromkeys(keys), original(self, list(dict.fromkeys(keys))), strict=True))
+        return [slots[key] for key in keys]
 
-    original = SlotBook.plan
-    patch.setattr(SlotBook, 'plan', plan)
+    original = KVCachePool.plan
+    patch.setattr(KVCachePool, 'plan', plan)
 
 
 def hits_do_not_touch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LeastRecentlyUsed, 'touch', lambda self, key: None)
+    patch.setattr(EvictionOrder, 'hit', lambda self, slots: None)
 
 
 def hits_touch_the_first_stored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FirstInFirstOut, 'touch', LeastRecentlyUsed.touch)
+    patch.setattr(EvictionOrder, 'hit', EvictionOrder.store)
 
 
 def age_not_renewed(patch: pytest.MonkeyPatch) -> None:
-    def insert(self: FirstInFirstOut, key: Any) -> None:
-        if key not in self._held:
-            self._order.setdefault(key)
+    def store(self: EvictionOrder, slots: list[int]) -> None:
+        original(self, [slot for slot in slots if not self._time[slot]])
 
-    patch.setattr(FirstInFirstOut, 'insert', insert)
+    original = EvictionOrder.store
+    patch.setattr(EvictionOrder, 'store', store)
+
+
+def ages_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    def store(self: EvictionOrder, slots: list[int]) -> None:
+        original(self, slots[::-1])
+
+    original = EvictionOrder.store
+    patch.setattr(EvictionOrder, 'store', store)
 
 
 def uses_not_counted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LeastFrequentlyUsed, 'touch', lambda self, key: None)
+    def hit(self: EvictionOrder, slots: list[int]) -> None:
+        ranks = self._rank.copy()
+        original(self, slots)
+        self._rank = ranks
+
+    original = EvictionOrder.hit
+    patch.setattr(EvictionOrder, 'hit', hit)
 
 
-def uses_kept_after_removal(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LeastFrequentlyUsed, 'remove', lambda self, key: self._queued.pop(key, None))
+def ranks_kept_after_removal(patch: pytest.MonkeyPatch) -> None:
+    def remove(self: EvictionOrder, slots: Any) -> None:
+        self._time[slots] = 0
+
+    patch.setattr(EvictionOrder, 'remove', remove)
 
 
 def falling_priorities_ignored(patch: pytest.MonkeyPatch) -> None:
-    def set_priority(self: LowestPriority, key: Any, value: float) -> None:
-        original(self, key, max(value, self._value[key]))
+    def set_priorities(self: EvictionOrder, slots: list[int], values: list[float]) -> None:
+        original(self, slots, np.maximum(values, self._rank[slots]).tolist())
 
-    original = LowestPriority.set_priority
-    patch.setattr(LowestPriority, 'set_priority', set_priority)
+    original = EvictionOrder.set_priorities
+    patch.setattr(EvictionOrder, 'set_priorities', set_priorities)
 
 
-def stale_heap_items_believed(patch: pytest.MonkeyPatch) -> None:
-    def victim(self: LowestPriority) -> Any:
-        while self._heap[0][2] not in self._queued:
-            self._heap.pop(0)
-        return self._heap[0][2]
+def empty_slots_chosen(patch: pytest.MonkeyPatch) -> None:
+    def victims(self: EvictionOrder, count: int, held: Any) -> list[int]:
+        others = np.setdiff1d(np.arange(len(self._time)), held)
+        return others[np.argsort(self._time[others])[:count]].tolist()
 
-    patch.setattr(LowestPriority, 'victim', victim)
+    patch.setattr(EvictionOrder, 'victims', victims)
+
+
+def ties_by_slot(patch: pytest.MonkeyPatch) -> None:
+    def victims(self: EvictionOrder, count: int, held: Any) -> list[int]:
+        others = np.setdiff1d(np.flatnonzero(self._time), held)
+        return others[np.argsort(self._rank[others], kind='stable')[:count]].tolist()
+
+    patch.setattr(EvictionOrder, 'victims', victims)
 
 
 def order_not_cleared(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LowestPriority, 'clear', lambda self: (self._heap.clear(), self._queued.clear()))
+    patch.setattr(KVCachePool, 'clear', lambda self: (self._count_lifetimes(self._key_of), self._forget()))
 
 
 def rejected_store_leaves_its_keys(patch: pytest.MonkeyPatch) -> None:
@@ -229,22 +239,22 @@ def rejected_load_counts(patch: pytest.MonkeyPatch) -> None:
 
 
 def clear_forgets_the_counters(patch: pytest.MonkeyPatch) -> None:
-    def clear(self: SlotBook) -> None:
+    def clear(self: KVCachePool) -> None:
         original(self)
         self.stats = CacheStats()
 
-    original = SlotBook.clear
-    patch.setattr(SlotBook, 'clear', clear)
+    original = KVCachePool.clear
+    patch.setattr(KVCachePool, 'clear', clear)
 
 
 def lifetimes_from_the_last_store(patch: pytest.MonkeyPatch) -> None:
-    def place(self: SlotBook, key: Any) -> int:
-        slot = original(self, key)
-        self._stored_at[slot - self.first_slot] = self._store_clock
-        return slot
+    def commit(self: KVCachePool, keys: Any, slots: Any) -> np.ndarray:
+        taken = original(self, keys, slots)
+        self._stored_at.update(dict.fromkeys(taken.tolist(), self._stores))
+        return taken
 
-    original = SlotBook._place
-    patch.setattr(SlotBook, '_place', place)
+    original = KVCachePool.commit
+    patch.setattr(KVCachePool, 'commit', commit)
 
 
 def two_queries_for_one(patch: pytest.MonkeyPatch) -> None:
@@ -273,34 +283,72 @@ def row_taken_for_environment(patch: pytest.MonkeyPatch) -> None:
 
 
 def roots_lost_when_the_nodes_grow(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVSlab, '_replace', lambda self, slots, keep: setattr(self, '_data', self._new(slots)))
+    patch.setattr(KVStorage, '_replace', lambda self, slots, keep: setattr(self, '_data', self._new(slots)))
+
+
+def entries_lost_when_the_pool_grows(patch: pytest.MonkeyPatch) -> None:
+    def resize(self: KVCachePool, pool_size: int) -> None:
+        if len(self) and pool_size > self.pool_size:
+            self.discard(self.keys()[:1])
+        original(self, pool_size)
+
+    original = KVCachePool.resize
+    patch.setattr(KVCachePool, 'resize', resize)
+
+
+def order_lost_when_the_pool_grows(patch: pytest.MonkeyPatch) -> None:
+    def resize(self: EvictionOrder, slots: int) -> None:
+        original(self, slots)
+        self._time[:] = self._time[::-1]
+
+    original = EvictionOrder.resize
+    patch.setattr(EvictionOrder, 'resize', resize)
+
+
+def evicted_before_the_pool_grows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCacheManager, '_make_room', lambda self, keys: None)
 
 
 def bound_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(KVCacheManager, '_recurrent_limit', lambda self, env_num: None)
+    patch.setattr(KVCacheManager, '_window_limit', lambda self, kept=0: 10**6)
+
+
+def copies_of_growth_not_counted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(KVCacheManager, '_window_limit', lambda self, kept=0: original(self))
+    original = KVCacheManager._window_limit
+
+
+def growth_beyond_the_search(patch: pytest.MonkeyPatch) -> None:
+    def make_room(self: KVCacheManager, keys: Any) -> None:
+        self._most += 1
+        original(self, keys)
+
+    original = KVCacheManager._make_room
+    patch.setattr(KVCacheManager, '_make_room', make_room)
 
 
 def nodes_kept_by_the_next_search(patch: pytest.MonkeyPatch) -> None:
-    def reserve(self: KVCacheManager, entries: int, *, minimum: int = 1) -> int:
-        if max(entries, minimum) <= self.recur_pool.pool_size:
-            return self.recur_pool.pool_size
-        return original(self, entries, minimum=minimum)
+    def begin_search(self: KVCacheManager, least: int, most: int, *, upfront: bool = False) -> None:
+        if most > self.recur_pool.pool_size:
+            original(self, least, most, upfront=upfront)
 
-    original = KVCacheManager.reserve_recurrent
-    patch.setattr(KVCacheManager, 'reserve_recurrent', reserve)
+    original = KVCacheManager.begin_search
+    patch.setattr(KVCacheManager, 'begin_search', begin_search)
 
 
 def misses_found_in_slot_zero(patch: pytest.MonkeyPatch) -> None:
-    def find(self: SlotBook, key: Any) -> int:
-        slot = original(self, key)
-        return self.first_slot if slot == NO_SLOT and len(self) == self.pool_size else slot
+    def find(self: KVCachePool, keys: Any) -> list[int]:
+        slots = original(self, keys)
+        full = len(self) == self.pool_size
+        return [self.first_slot if slot == NO_SLOT and full else slot for slot in slots]
 
-    original = SlotBook.find
-    patch.setattr(SlotBook, 'find', find)
+    original = KVCachePool.find
+    patch.setattr(KVCachePool, 'find', find)
 
 
 POOL_FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     keys_and_values_swapped: 'lru',
+    heads_swapped: 'lru',
     first_columns_loaded: 'lru',
     one_column_too_few_stored: 'lru',
     rows_stored_in_another_order: 'lru',
@@ -311,17 +359,17 @@ POOL_FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     stale_key_after_an_eviction: 'fifo',
     slot_given_twice: 'fifo',
     slot_lost_after_a_discard: 'fifo',
-    pins_ignored: 'lru',
-    pins_forgotten_by_a_store: 'lfu',
     batch_evicts_its_own: 'priority',
     duplicates_accepted: 'lru',
     hits_do_not_touch: 'lru',
     hits_touch_the_first_stored: 'fifo',
     age_not_renewed: 'fifo',
+    ages_in_another_order: 'fifo',
     uses_not_counted: 'lfu',
-    uses_kept_after_removal: 'lfu',
+    ranks_kept_after_removal: 'lfu',
     falling_priorities_ignored: 'priority',
-    stale_heap_items_believed: 'priority',
+    empty_slots_chosen: 'priority',
+    ties_by_slot: 'lfu',
     order_not_cleared: 'priority',
     rejected_store_leaves_its_keys: 'lru',
     rejected_load_counts: 'lru',
@@ -335,7 +383,12 @@ MANAGER_FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     nodes_before_roots: 'lru',
     row_taken_for_environment: 'lru',
     roots_lost_when_the_nodes_grow: 'lru',
+    entries_lost_when_the_pool_grows: 'lru',
+    order_lost_when_the_pool_grows: 'lru',
+    evicted_before_the_pool_grows: 'lru',
     bound_ignored: 'lru',
+    copies_of_growth_not_counted: 'lru',
+    growth_beyond_the_search: 'lru',
     nodes_kept_by_the_next_search: 'lru',
     stale_key_after_an_eviction: 'priority',
 }

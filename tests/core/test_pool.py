@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,17 +13,17 @@ from lzero_kv.cache.keys import NO_SLOT
 from lzero_kv.cache.layout import KVBatch
 from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.cache.stats import CacheStats
-from lzero_kv.cache.storage import KVSlab
+from lzero_kv.cache.storage import KVStorage
 
-from .comparing import RAGGED, UNIFORM, Histories
+from .comparing import LAYOUT, Histories
 
 
 def batch(*lengths: int, seed: int = 0) -> KVBatch:
-    return Histories(UNIFORM, seed).batch(lengths, [length + 20 for length in lengths])
+    return Histories(LAYOUT, seed).batch(lengths, [length + 20 for length in lengths])
 
 
 def test_queries_hits_and_misses():
-    pool = KVCachePool(3, layout=UNIFORM)
+    pool = KVCachePool(3, layout=LAYOUT)
     pool.store('ab', batch(4, 2))
     slots = pool.lookup('xba')
     assert slots.dtype == np.int64
@@ -34,7 +35,7 @@ def test_queries_hits_and_misses():
 
 
 def test_describe_has_numbers_only():
-    pool = KVCachePool(4, layout=UNIFORM)
+    pool = KVCachePool(4, layout=LAYOUT)
     pool.store('abc', batch(4, 2, 7))
     pool.lookup('ax')
     assert pool.describe() == {
@@ -45,78 +46,50 @@ def test_describe_has_numbers_only():
 
 
 def test_lengths_and_positions_are_kept_by_slot():
-    pool = KVCachePool(3, layout=UNIFORM)
+    pool = KVCachePool(3, layout=LAYOUT)
     slots = pool.store('ab', batch(4, 2))
     assert pool.lengths[slots].tolist() == [4, 2]
     assert pool.next_positions[slots].tolist() == [24, 22]
 
 
 def test_memory_stays_when_the_pool_is_cleared():
-    pool = KVCachePool(3, layout=UNIFORM)
+    pool = KVCachePool(3, layout=LAYOUT)
     assert pool.bytes == 0
     pool.store('ab', batch(4, 2))
-    assert pool.slab is not None
-    address = pool.slab._data.data_ptr()  # type: ignore[union-attr]
+    assert pool.storage is not None
+    address = pool.storage._data.data_ptr()  # type: ignore[union-attr]
     pool.clear()
     assert (len(pool), pool.bytes, pool.keys()) == (0, 3 * 1680, [])
     pool.store('cd', batch(3, 5))
-    assert pool.slab._data.data_ptr() == address  # type: ignore[union-attr]
+    assert pool.storage._data.data_ptr() == address  # type: ignore[union-attr]
 
 
 def test_a_key_keeps_its_slot_when_it_is_stored_again():
-    pool = KVCachePool(3, layout=UNIFORM)
+    pool = KVCachePool(3, layout=LAYOUT)
     first = pool.store('ab', batch(4, 2))
     second = pool.store('cb', batch(3, 5))
     assert second[1] == first[1]
     assert (pool.stats.stores, pool.stats.overwrites, pool.stats.evictions) == (4, 1, 0)
 
 
-def test_pins():
-    pool = KVCachePool(2, 'lru', layout=UNIFORM)
-    pool.store('ab', batch(4, 2))
-    pool.pin('a')
-    pool.pin('a')
-    pool.store('c', batch(3))
-    pool.lookup('c')
-    assert (pool.pinned, set(pool.keys())) == ({'a'}, {'a', 'c'})
-    with pytest.raises(KeyError, match="not cached: \\['x'\\]"):
-        pool.pin('cx')
-    assert pool.pinned == {'a'}
-    pool.unpin('ax')
-    assert pool.pinned == frozenset()
-
-
-def test_a_full_pool_of_pinned_entries_refuses_new_ones():
-    pool = KVCachePool(2, 'lru', layout=UNIFORM)
-    pool.store('ab', batch(4, 2))
-    pool.pin('ab')
-    before, kept = pool.stats.snapshot(), pool.load('ab').kv
-    with pytest.raises(RuntimeError, match='of 2 slots 0 are free, 2 pinned, and 0 others may be evicted'):
-        pool.store('bc', batch(3, 5))
-    assert pool.stats - before == CacheStats(queries=2, hits=2, reuse_distance=pool.stats.reuse_distance)
-    assert torch.equal(pool.load('ab').kv, kept)
-    pool.store('b', batch(3))
-
-
 def test_a_batch_larger_than_the_pool_is_refused():
-    pool = KVCachePool(2, layout=UNIFORM)
-    with pytest.raises(RuntimeError, match='3 histories, 3 new, do not fit'):
+    pool = KVCachePool(2, layout=LAYOUT)
+    with pytest.raises(RuntimeError, match='3 histories do not fit into 2 slots'):
         pool.reserve('abc')
     with pytest.raises(ValueError, match=r"once, got \['b'\] repeatedly"):
         pool.reserve('bb')
     assert (len(pool), pool.stats) == (0, CacheStats())
 
 
-def test_discard_forgets_pinned_entries_too_and_counts_no_evictions():
-    pool = KVCachePool(3, layout=UNIFORM)
+def test_discard_counts_no_evictions():
+    pool = KVCachePool(3, layout=LAYOUT)
     pool.store('abc', batch(4, 2, 7))
-    pool.pin('a')
     assert pool.discard('axba') == 2
-    assert (pool.keys(), pool.pinned, pool.stats.evictions) == (['c'], frozenset(), 0)
+    assert (pool.keys(), pool.stats.evictions) == (['c'], 0)
 
 
 def test_priorities_need_known_keys_and_numbers():
-    pool = KVCachePool(2, 'priority', layout=UNIFORM)
+    pool = KVCachePool(2, 'priority', layout=LAYOUT)
     pool.store('ab', batch(4, 2))
     pool.set_priorities('ab', np.array([5, 3]))
     with pytest.raises(KeyError, match='not cached'):
@@ -130,7 +103,7 @@ def test_priorities_need_known_keys_and_numbers():
 
 
 def test_load_names_the_missing_keys_and_counts_nothing_then():
-    pool = KVCachePool(3, layout=UNIFORM)
+    pool = KVCachePool(3, layout=LAYOUT)
     pool.store('ab', batch(4, 2))
     with pytest.raises(KeyError, match=r"not cached: \['x', 'y'\]"):
         pool.load('axy')
@@ -138,30 +111,36 @@ def test_load_names_the_missing_keys_and_counts_nothing_then():
 
 
 def test_pools_of_one_slab_do_not_touch_each_other():
-    slab = KVSlab(UNIFORM, 5)
-    left = KVCachePool(2, slab=slab, name='left')
-    right = KVCachePool(3, slab=slab, name='right', first_slot=2)
+    storage = KVStorage(LAYOUT, 5)
+    left = KVCachePool(2, storage=storage, name='left')
+    right = KVCachePool(3, storage=storage, name='right', first_slot=2)
     left.store('ab', batch(4, 2))
     right.store('abc', batch(3, 5, 7, seed=1))
     expected = batch(4, 2).kv
     for key in 'defgh':
         right.store(key, batch(6, seed=2))
-    assert torch.equal(slab.load(left.lookup('ab'), newest=4), expected)
+    assert torch.equal(storage.load(left.lookup('ab'), newest=4), expected)
     assert left.lengths is right.lengths
-    assert (left.bytes, right.bytes, slab.bytes) == (2 * 1680, 3 * 1680, 5 * 1680)
+    assert (left.bytes, right.bytes, storage.bytes) == (2 * 1680, 3 * 1680, 5 * 1680)
 
 
 def test_resize():
-    slab = KVSlab(UNIFORM, 5)
-    left, right = KVCachePool(2, slab=slab), KVCachePool(3, slab=slab, first_slot=2)
+    storage = KVStorage(LAYOUT, 5)
+    left, right = KVCachePool(2, storage=storage), KVCachePool(3, storage=storage, first_slot=2)
     left.store('ab', batch(4, 2))
     kept = left.load('ab').kv
     right.resize(9)
-    assert (right.capacity, slab.slots) == (9, 11)
+    assert (right.capacity, storage.slots) == (9, 11)
     assert torch.equal(left.load('ab').kv, kept)
     assert right.store('abcdefghi', batch(*range(1, 8), 3, 4)).tolist() == list(range(2, 11))
     with pytest.raises(RuntimeError, match='call clear'):
         right.resize(4)
+    kept = right.load('abcdefghi').kv
+    right.resize(12)
+    assert right.lookup('abcdefghi').tolist() == list(range(2, 11)), 'slots keep their numbers'
+    assert torch.equal(right.load('abcdefghi').kv, kept)
+    assert right.store('jkl', batch(3, 2, 1)).tolist() == [11, 12, 13]
+    assert right.stats.evictions == 0
     left.clear()
     with pytest.raises(RuntimeError, match='other slots follow'):
         left.resize(4)
@@ -169,30 +148,33 @@ def test_resize():
     with pytest.raises(ValueError, match='at least 1'):
         right.resize(0)
     right.resize(1)
-    assert slab.slots == 3
+    assert storage.slots == 3
 
 
 def test_a_resize_without_memory_changes_nothing():
-    pool = KVCachePool(3, slab=KVSlab(UNIFORM, 3, max_bytes=4 * 1680))
-    with pytest.raises(RuntimeError, match='max_bytes'):
-        pool.resize(5)
-    assert pool.capacity == 3
-    assert pool.store('abc', batch(4, 2, 7)).tolist() == [0, 1, 2]
-
-
-def test_a_store_without_memory_changes_nothing():
-    wide = KVCachePool(2**20, layout=type(UNIFORM)(3, 2, 5, 2**32))
+    pool = KVCachePool(3, layout=LAYOUT)
+    kept = pool.store('ab', batch(4, 2)) is not None and pool.load('ab').kv
     with pytest.raises(RuntimeError, match='no memory'):
-        wide.store('a', KVBatch(torch.zeros(1, 6, 4, 10), np.array([4]), np.array([4])))
-    assert (len(wide), wide.stats, wide.bytes) == (0, CacheStats(), 0)
+        pool.resize(2**50)
+    assert pool.capacity == 3
+    assert torch.equal(pool.load('ab').kv, kept)
+    assert pool.store('c', batch(7)).tolist() == [2]
+
+
+def test_a_store_without_memory_changes_nothing(monkeypatch):
+    pool = KVCachePool(5, layout=LAYOUT)
+    monkeypatch.setattr('lzero_kv.cache.storage._available', lambda device: 4 * 1680)
+    with pytest.raises(RuntimeError, match='no memory for 5 slots'):
+        pool.store('a', batch(4))
+    assert (len(pool), pool.stats, pool.bytes) == (0, CacheStats(), 0)
 
 
 def test_a_copy_of_a_pool_is_independent():
-    pool = KVCachePool(3, layout=UNIFORM)
+    pool = KVCachePool(3, layout=LAYOUT)
     pool.store('ab', batch(4, 2))
     twin = copy.deepcopy(pool)
     twin.store('a', batch(6, seed=1))
-    assert torch.equal(pool.load('ab').kv[:, :, 3:], batch(4, 2).kv)
+    assert torch.equal(pool.load('ab').kv[:, :, :, 3:], batch(4, 2).kv)
 
 
 @pytest.mark.parametrize(
@@ -200,12 +182,19 @@ def test_a_copy_of_a_pool_is_independent():
     [
         ({'pool_size': 0}, 'pool_size must be at least 1, got 0'),
         ({'pool_size': 3, 'eviction_strategy': 'mru'}, 'eviction strategy must be one of'),
-        ({'pool_size': 3, 'first_slot': 2}, 'needs the slab'),
+        ({'pool_size': 3, 'first_slot': 2}, 'needs the storage'),
         (
-            {'pool_size': 3, 'first_slot': 3, 'slab': KVSlab(UNIFORM, 5)},
+            {'pool_size': 3, 'first_slot': 3, 'storage': KVStorage(LAYOUT, 5)},
             r'\[3, 6\) are not all in .* \[0, 5\)',
         ),
-        ({'pool_size': 3, 'layout': RAGGED, 'slab': KVSlab(UNIFORM, 5)}, 'leave layout out'),
+        (
+            {
+                'pool_size': 3,
+                'layout': dataclasses.replace(LAYOUT, tokens=9),
+                'storage': KVStorage(LAYOUT, 5),
+            },
+            'leave layout out',
+        ),
     ],
 )
 def test_impossible_pools_are_refused(arguments, text):

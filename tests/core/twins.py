@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lzero_kv.cache.keys import NO_SLOT, RootKey
+from lzero_kv.cache.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.pool import KVCachePool
@@ -19,7 +19,7 @@ from testing.reference import ReferenceManager, ReferencePool
 
 from .comparing import (
     BROKEN,
-    UNIFORM,
+    LAYOUT,
     HeldCopies,
     Histories,
     blocks_of,
@@ -37,7 +37,7 @@ from .comparing import (
 class PoolTwins:
     """A pool beside its reference."""
 
-    def __init__(self, policy: str, pool_size: int = 4, layout: KVLayout = UNIFORM, seed: int = 0) -> None:
+    def __init__(self, policy: str, pool_size: int = 4, layout: KVLayout = LAYOUT, seed: int = 0) -> None:
         self.layout = layout
         self.pool = KVCachePool(pool_size, policy, layout=layout)
         self.reference = ReferencePool(pool_size, policy, layout)
@@ -74,7 +74,7 @@ class PoolTwins:
         check_equal('lengths', ours.lengths.tolist(), theirs.lengths.tolist())
         check_equal('next positions', ours.next_positions.tolist(), theirs.next_positions.tolist())
         for row, length in enumerate(theirs.lengths.tolist()):
-            left, right = (blocks_of(self.layout, batch.kv, row, length) for batch in (ours, theirs))
+            left, right = (blocks_of(batch.kv, row, length) for batch in (ours, theirs))
             check(same(left, right), f'row {row} of a load', left, right)
         spoil(ours)
 
@@ -84,7 +84,7 @@ class PoolTwins:
         if entry is not None:
             check_equal('size', entry.size, self.reference.length(key))
             check_equal('next position', entry.next_position, self.reference.next_position(key))
-            got = blocks_of(self.layout, row_batch(entry, self.layout).kv, 0, entry.size)
+            got = blocks_of(row_batch(entry, self.layout).kv, 0, entry.size)
             check(same(got, self.reference.blocks(key)), 'entry', got, self.reference.blocks(key))
             self.held.hold(entry)
 
@@ -99,15 +99,14 @@ class PoolTwins:
             tensor.fill_(float('nan'))
 
     def both(self, name: str, *arguments: Any) -> None:
-        """An operation without tensors that both have under one name: pin, unpin, discard, clear, resize,
-        ..."""
+        """An operation without tensors that both have under one name: discard, clear, resize, ..."""
         expected = outcome(lambda: getattr(self.reference, name)(*arguments))
         check_equal(f'outcome of {name}', outcome(lambda: getattr(self.pool, name)(*arguments)), expected)
 
     def rejected_store(self, keys: Sequence[Hashable], mistake: str) -> None:
         """A store with a mistake: an error, and (as :meth:`compare` sees) nothing changed."""
         batch = self.histories.batch([1 + row % 4 for row in range(len(keys))], [9] * len(keys))
-        broken = BROKEN[mistake](batch, self.layout)
+        broken = BROKEN[mistake](batch)
         error, _ = outcome(lambda: self.pool.store(keys, broken))
         check(bool(error), f'a store with {mistake}', 'no error', 'an error')
 
@@ -118,10 +117,9 @@ class ManagerTwins:
     ENVIRONMENTS = 3
     MOST_NODES = 9
 
-    def __init__(self, policy: str, layout: KVLayout = UNIFORM, seed: int = 0) -> None:
-        # root slots twice (a resize holds them twice), one slot per environment of the pool of single
-        # histories
-        self.max_bytes = layout.row_bytes * (2 * 2 * self.ENVIRONMENTS + self.ENVIRONMENTS + self.MOST_NODES)
+    def __init__(self, policy: str, layout: KVLayout = LAYOUT, seed: int = 0) -> None:
+        # root slots twice: a resize holds them twice
+        self.max_bytes = layout.row_bytes * (2 * 2 * self.ENVIRONMENTS + self.MOST_NODES)
         choices = KVCacheConfig(policy=policy, root_slots=2, max_bytes=self.max_bytes)  # type: ignore[arg-type]
         self.layout = layout
         self.manager = KVCacheManager(
@@ -171,24 +169,24 @@ class ManagerTwins:
         slots = self.manager.slots(keys)
         lengths = [self.reference.pool_of(key).length(key) for key in keys]
         check_equal('lengths', self.manager.lengths(slots).tolist(), lengths)
-        newest = min(max([1, *lengths]) + spare, self.layout.max_tokens) if self.layout.uniform else None
-        if into_buffer and newest is not None:
-            buffer = torch.full((len(keys), 2 * self.layout.layers, newest + 2, self.layout.embed_dim), 0.25)
-            rows = self.manager.load(slots, newest=newest, out=buffer[:, :, 1 : newest + 1])
-            check(bool((buffer[:, :, [0, -1]] == 0.25).all()), 'columns beside out', buffer, 'untouched')
-            rows = buffer[:, :, 1 : newest + 1]
+        newest = min(max([1, *lengths]) + spare, self.layout.tokens)
+        if into_buffer:
+            *shape, _, head_dim = self.layout.batch_shape(len(keys))
+            buffer = torch.full((*shape, newest + 2, head_dim), 0.25)
+            self.manager.load(slots, newest=newest, out=buffer[:, :, :, 1 : newest + 1])
+            check(bool((buffer[:, :, :, [0, -1]] == 0.25).all()), 'columns beside out', buffer, 'untouched')
+            rows = buffer[:, :, :, 1 : newest + 1]
         else:
             rows = self.manager.load(slots, newest=newest)
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             expected = self.reference.pool_of(key).blocks(key)
-            got = blocks_of(self.layout, rows, row, length)
+            got = blocks_of(rows, row, length)
             check(same(got, expected), f'row {row} of a load', got, expected)
         rows.fill_(float('nan'))
 
     def set(self, key: Any, length: int) -> None:
         entry = self.histories.entry(length)
-        reference = self.reference.pool_of(key)
-        expected, _ = outcome(lambda: reference.store([key], row_batch(entry, self.layout)))
+        expected, _ = outcome(lambda: self.reference.store([key], row_batch(entry, self.layout)))
         if isinstance(key, RootKey):
             got, _ = outcome(lambda: self.manager.set_init_cache(key.env_id, key, entry))
         else:
@@ -205,17 +203,30 @@ class ManagerTwins:
         if entry is not None:
             roots = self.reference.roots[env_id]
             reference = roots if key in roots else self.reference.nodes
-            got = blocks_of(self.layout, row_batch(entry, self.layout).kv, 0, entry.size)
+            got = blocks_of(row_batch(entry, self.layout).kv, 0, entry.size)
             check(same(got, reference.blocks(key)), 'entry', got, reference.blocks(key))
             self.held.hold(entry)
 
-    def reserve_recurrent(self, entries: int, minimum: int) -> None:
-        expected = outcome(lambda: self.reference.reserve_recurrent(entries, minimum=minimum))
-        got = outcome(lambda: self.manager.reserve_recurrent(entries, minimum=minimum))
-        check_equal('outcome of reserve_recurrent', got, expected)
+    def begin_search(self, least: int, more: int, upfront: bool) -> None:
+        """A search of at least ``least`` windows and at most ``more`` more."""
+        sizes = least, least + more
+        expected = outcome(lambda: self.reference.begin_search(*sizes, upfront=upfront))
+        got = outcome(lambda: self.manager.begin_search(*sizes, upfront=upfront))
+        check_equal('outcome of begin_search', got, expected)
+
+    def reserve(self, keys: Sequence[NodeKey], lengths: Sequence[int]) -> None:
+        """A store of nodes whose rows are written behind the manager's back."""
+        batch = self.histories.batch(lengths, [length + 2 for length in lengths])
+        expected, _ = outcome(lambda: self.reference.store(list(keys), batch))
+        got, slots = outcome(lambda: self.manager.reserve(list(keys), batch.lengths, batch.next_positions))
+        check_equal('error of reserve', got, expected)
+        if slots is not None:
+            check_equal('slots', slots.tolist(), self.manager.slots(keys).tolist())
+            columns = self.layout.tokens - batch.kv.shape[3]
+            self.manager.storage.tensor[slots, :, :, columns:] = batch.kv
 
     def pool_operation(self, name: str, keys: Sequence[Any], *arguments: Any) -> None:
-        """pin, unpin, discard or set_priorities, on the pool of each key."""
+        """discard or set_priorities, on the pool of each key."""
         for key in keys:
             reference = self.reference.pool_of(key)
             pool = (

@@ -1,4 +1,4 @@
-"""The pages keep their word: snippets run, commands exist, links lead somewhere."""
+"""Pages and results: snippets run; commands, files, links and their anchors exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import run_docs
 from lzero_kv.telemetry.counters import Cause, Fault
 
 PAGES = run_docs.pages()
-LINK = re.compile(r'\]\(([^)#]+?)(?:#[^)]*)?\)')
+FILES = [*PAGES, *run_docs.results()]
+LINK = re.compile(r'\]\(([^)#\s]*)(?:#([^)]*))?\)')
+NAMED = re.compile(r'`((?:benchmarks|configs|lzero_kv|studies|testing|tests|tools)/[\w/.]*)`')
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -20,11 +22,28 @@ def test_python_snippets_run(page: Path) -> None:
     run_docs.run_snippets(page)
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the heads of a page."""
+    heads = re.findall(r'^#+ (.+)$', page.read_text(encoding='utf-8'), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', head.lower()).replace(' ', '-') for head in heads}
+
+
+@pytest.mark.parametrize('page', FILES, ids=lambda page: f'{page.parent.name}/{page.name}')
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = [link for link in LINK.findall(page.read_text(encoding='utf-8')) if not link.startswith('http')]
-    missing = [target for target in targets if not (page.parent / target).exists()]
+    missing = []
+    for target, anchor in LINK.findall(page.read_text(encoding='utf-8')):
+        if target.startswith('http'):
+            continue
+        to = page.parent / target if target else page
+        if not to.exists() or (anchor and anchor not in anchors(to)):
+            missing.append(f'{target}#{anchor}')
     assert not missing
+
+
+@pytest.mark.parametrize('page', FILES, ids=lambda page: f'{page.parent.name}/{page.name}')
+def test_files_that_the_text_names_exist(page: Path) -> None:
+    named = NAMED.findall(page.read_text(encoding='utf-8'))
+    assert not [name for name in named if not (run_docs.ROOT / name).exists()]
 
 
 def test_make_targets_in_the_pages_exist() -> None:
@@ -32,7 +51,7 @@ def test_make_targets_in_the_pages_exist() -> None:
     targets = set(re.findall(r'^([a-z-]+):', makefile, re.MULTILINE))
     named = {
         command.split()[1]
-        for page in PAGES
+        for page in FILES
         for command in run_docs.commands(page)
         if command.startswith('make ')
     }
@@ -43,7 +62,7 @@ def test_make_targets_in_the_pages_exist() -> None:
 def test_files_that_commands_name_exist() -> None:
     named = {
         word
-        for page in PAGES
+        for page in FILES
         for command in run_docs.commands(page)
         for word in command.split()
         if word.endswith('.py')

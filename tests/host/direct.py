@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lzero_kv.lightzero.inference.nodes import SearchNodes
 
 from lzero_kv.lightzero.inference.heads import StepOutputs
-from lzero_kv.lightzero.inference.nodes import SearchNodes
 from testing.precision import precision
 
 

@@ -16,10 +16,12 @@ import torch
 
 from lzero_kv.cache.keys import NO_SLOT, NodeKey
 from lzero_kv.cache.manager import KVCacheManager
-from lzero_kv.cache.storage import KVSlab
-from lzero_kv.lightzero.inference.nodes import SearchNodes
+from lzero_kv.cache.storage import KVStorage
+from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.positions import LearnedPositions, RotaryPositions
 from lzero_kv.lightzero.inference.roots import RootInference
+from lzero_kv.lightzero.inference.rows import ResidentRows
+from lzero_kv.lightzero.inference.tree import SearchTree
 from lzero_kv.telemetry.counters import Fault
 
 Change = Callable[[KVCacheManager, Sequence[Any], np.ndarray], np.ndarray]
@@ -45,10 +47,13 @@ class Plant:
     layer: int | None = None
 
 
-def looked_up(patch: pytest.MonkeyPatch, owner: type, change: Change) -> None:
-    """Apply ``change`` to what the manager finds for ``owner`` (root inference, or a search)."""
-    load, lookup = owner._load, KVCacheManager.lookup  # type: ignore[attr-defined]
-    inside: list[int] = []
+LOADS = {RootInference: '_load', Search: '_place_windows'}
+"""The method of each that brings stored windows beside their rows."""
+
+
+def within(patch: pytest.MonkeyPatch, owner: type) -> list[int]:
+    """Not empty while ``owner`` brings windows beside their rows."""
+    load, inside = getattr(owner, LOADS[owner]), list[int]()
 
     def loading(self: Any, *args: Any) -> Any:
         inside.append(1)
@@ -56,41 +61,38 @@ def looked_up(patch: pytest.MonkeyPatch, owner: type, change: Change) -> None:
             return load(self, *args)
         finally:
             inside.pop()
+
+    patch.setattr(owner, LOADS[owner], loading)
+    return inside
+
+
+def looked_up(patch: pytest.MonkeyPatch, owner: type, change: Change) -> None:
+    """Apply ``change`` to what the manager finds for ``owner`` (root inference, or a search)."""
+    lookup, inside = KVCacheManager.lookup, within(patch, owner)
 
     def looking(self: KVCacheManager, keys: Any) -> np.ndarray:
         keys = list(keys)
         slots = lookup(self, keys)
         return change(self, keys, slots) if inside else slots
 
-    patch.setattr(owner, '_load', loading)
     patch.setattr(KVCacheManager, 'lookup', looking)
 
 
 def loaded(
     patch: pytest.MonkeyPatch, owner: type, change: Callable[[torch.Tensor], None], tokens: int = 3
 ) -> None:
-    """Apply ``change`` in place to the keys and values ``[2 * layers, tokens, embed]`` of the first row that
-    ``owner`` loads, where its histories are at least ``tokens`` long.
+    """Apply ``change`` in place to the keys and values ``[2 * layers, heads, tokens, head_dim]`` of the first
+    window that ``owner`` loads, where it is at least ``tokens`` long.
     """
-    load, take = owner._load, KVSlab.load  # type: ignore[attr-defined]
-    inside: list[int] = []
+    load, inside = ResidentRows.load, within(patch, owner)
 
-    def loading(self: Any, *args: Any) -> Any:
-        inside.append(1)
-        try:
-            return load(self, *args)
-        finally:
-            inside.pop()
-
-    def taking(self: KVSlab, slots: Any, *, newest: Any = None, out: Any = None) -> torch.Tensor:
-        rows = take(self, slots, newest=newest, out=out)
-        length = int(self.lengths[np.asarray(slots)[0]])
+    def loading(self: ResidentRows, rows: np.ndarray, slots: np.ndarray, newest: int) -> None:
+        load(self, rows, slots, newest)
+        length, window = int(self._manager.lengths(slots)[0]), self.geometry.window
         if inside and length >= tokens:
-            change(rows[0, :, rows.shape[2] - length :])
-        return rows
+            change(self.buffer[rows[0], ..., window - length : window, :].flatten(0, 1))
 
-    patch.setattr(owner, '_load', loading)
-    patch.setattr(KVSlab, 'load', taking)
+    patch.setattr(ResidentRows, 'load', loading)
 
 
 def another_node(patch: pytest.MonkeyPatch) -> None:
@@ -103,22 +105,31 @@ def another_node(patch: pytest.MonkeyPatch) -> None:
                 slots[row] = slots[row] if other == NO_SLOT else other  # a leaf's window may not be there yet
         return slots
 
-    looked_up(patch, SearchNodes, change)
+    looked_up(patch, Search, change)
 
 
 def root_for_a_node(patch: pytest.MonkeyPatch) -> None:
     """A parent below the root is taken for the root."""
-    roots: list[Any] = []
 
     def change(manager: KVCacheManager, keys: Sequence[Any], slots: np.ndarray) -> np.ndarray:
-        if not any(isinstance(key, NodeKey) for key in keys):
-            roots[:] = slots
-        for row, key in enumerate(keys):
-            if isinstance(key, NodeKey):
-                slots[row] = roots[row]
+        for at, key in enumerate(keys):
+            (root,) = manager.init_pools[key.row].keys()
+            slots[at] = manager.init_pools[key.row].peek(root)
         return slots
 
-    looked_up(patch, SearchNodes, change)
+    looked_up(patch, Search, change)
+
+
+def another_path(patch: pytest.MonkeyPatch) -> None:
+    """A row looks at the steps of another of its nodes."""
+    right = SearchTree.path
+
+    def path(self: SearchTree, parents: Any) -> np.ndarray:
+        steps = right(self, parents).copy()
+        steps[0, -1:] = np.where(steps[0, -1:] > 1, steps[0, -1:] - 1, steps[0, -1:])
+        return steps
+
+    patch.setattr(SearchTree, 'path', path)
 
 
 def rows_swapped(owner: type) -> Callable[[pytest.MonkeyPatch], None]:
@@ -126,7 +137,9 @@ def rows_swapped(owner: type) -> Callable[[pytest.MonkeyPatch], None]:
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         def change(manager: KVCacheManager, keys: Sequence[Any], slots: np.ndarray) -> np.ndarray:
-            return slots[[1, 0, *range(2, len(slots))]]
+            found = np.flatnonzero(slots != NO_SLOT)[:2]
+            slots[found] = slots[found[::-1]]
+            return slots
 
         looked_up(patch, owner, change)
 
@@ -134,16 +147,16 @@ def rows_swapped(owner: type) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def store_dropped(patch: pytest.MonkeyPatch) -> None:
-    """The third root of every environment is not written: its slot still holds the second."""
-    write, written = KVSlab.write, [0]
+    """The fourth root of every environment is not written: its slot still holds the third."""
+    write, written = KVStorage.write, [0]
 
-    def writing(self: KVSlab, slots: np.ndarray, rows: Any, lengths: Any, next_positions: Any) -> None:
+    def writing(self: KVStorage, slots: np.ndarray, rows: Any, lengths: Any, next_positions: Any) -> None:
         roots = slots < 4  # three collectors and an evaluator, a root slot each
         written[0] += bool(roots.all())
-        if not (roots.all() and written[0] == 3):
+        if not (roots.all() and written[0] == 4):
             write(self, slots, rows, lengths, next_positions)
 
-    patch.setattr(KVSlab, 'write', writing)
+    patch.setattr(KVStorage, 'write', writing)
 
 
 def exchanged(owner: type) -> Callable[[pytest.MonkeyPatch], None]:
@@ -159,7 +172,7 @@ def one_token_off(owner: type) -> Callable[[pytest.MonkeyPatch], None]:
     """Every token is served in the column of the one before it."""
 
     def change(kv: torch.Tensor) -> None:
-        kv[:] = kv.roll(1, dims=1)
+        kv[:] = kv.roll(1, dims=2)
 
     return lambda patch: loaded(patch, owner, change)
 
@@ -174,8 +187,8 @@ def positions_off(kind: Any) -> Callable[[pytest.MonkeyPatch], None]:
     """Every token stands one place behind its own."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        place = kind.place
-        patch.setattr(kind, 'place', lambda self, x, places, logical: place(self, x, places + 1, logical + 1))
+        at = kind.at
+        patch.setattr(kind, 'at', lambda self, places, logical: at(self, places + 1, logical + 1))
 
     return plant
 
@@ -184,7 +197,7 @@ def perturbed(owner: type, times: float) -> Callable[[pytest.MonkeyPatch], None]
     """One number is off by ``times`` the tolerance of float32."""
 
     def change(kv: torch.Tensor) -> None:
-        number = kv[1, -1, 5]
+        number = kv[1, 0, -1, 1]
         number += times * 1e-3 * (1 + number.abs())
 
     return lambda patch: loaded(patch, owner, change)
@@ -206,20 +219,21 @@ def entry_lost(owner: type) -> Callable[[pytest.MonkeyPatch], None]:
 PLANTS = {
     'another node': Plant(another_node, Fault.ANOTHER_NODE, 'nodes'),
     'root for a node': Plant(root_for_a_node, Fault.ANOTHER_NODE, 'nodes'),
+    'another path': Plant(another_path, Fault.ANOTHER_NODE, 'nodes'),
     'stale entry': Plant(store_dropped, Fault.STALE_ENTRY, 'nodes'),
     'rows swapped at roots': Plant(rows_swapped(RootInference), Fault.OTHER_ENVIRONMENT, 'roots'),
-    'rows swapped at nodes': Plant(rows_swapped(SearchNodes), Fault.OTHER_ENVIRONMENT, 'nodes'),
+    'rows swapped at nodes': Plant(rows_swapped(Search), Fault.OTHER_ENVIRONMENT, 'nodes'),
     'exchanged at roots': Plant(exchanged(RootInference), Fault.KEYS_AND_VALUES_EXCHANGED, 'roots', layer=1),
-    'exchanged at nodes': Plant(exchanged(SearchNodes), Fault.KEYS_AND_VALUES_EXCHANGED, 'nodes', layer=1),
+    'exchanged at nodes': Plant(exchanged(Search), Fault.KEYS_AND_VALUES_EXCHANGED, 'nodes', layer=1),
     'one token off at roots': Plant(one_token_off(RootInference), Fault.TOKEN_OFFSET, 'roots'),
-    'one token off at nodes': Plant(one_token_off(SearchNodes), Fault.TOKEN_OFFSET, 'nodes'),
-    'one token short': Plant(one_token_short, Fault.TOKEN_OFFSET, 'nodes'),
+    'one token off at nodes': Plant(one_token_off(Search), Fault.TOKEN_OFFSET, 'nodes'),
+    'one token short': Plant(one_token_short, Fault.TOKEN_OFFSET, 'roots'),
     'learned positions off': Plant(positions_off(LearnedPositions), Fault.POSITION_OFFSET, 'roots'),
     'rotary positions off': Plant(
         positions_off(RotaryPositions), Fault.POSITION_OFFSET, 'nodes', family='cartpole'
     ),
     'perturbed at roots': Plant(perturbed(RootInference, 1.05), Fault.PERTURBED, 'roots', layer=0),
-    'perturbed at nodes': Plant(perturbed(SearchNodes, 1.05), Fault.PERTURBED, 'nodes', layer=0),
+    'perturbed at nodes': Plant(perturbed(Search, 1.05), Fault.PERTURBED, 'nodes', layer=0),
     'lost at roots': Plant(entry_lost(RootInference), Fault.ENTRY_LOST, 'roots'),
-    'lost at nodes': Plant(entry_lost(SearchNodes), Fault.ENTRY_LOST, 'nodes'),
+    'lost at nodes': Plant(entry_lost(Search), Fault.ENTRY_LOST, 'nodes'),
 }

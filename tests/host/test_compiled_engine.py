@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
-
 from lzero_kv.lightzero.inference.static import runners
+from torch._dynamo.utils import counters
 
 from .direct import Drive, Step, largest_difference
 from .test_engines import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, scale
@@ -74,7 +73,7 @@ def test_without_a_compiler_it_falls_back_with_one_warning(
     expected = Drive(model_of('eager'), ROWS, SIMULATIONS).play(UNEVEN)
     with (
         inductor.patch({'cpp.cxx': ('no-such-compiler',), 'fx_graph_cache': False}),
-        pytest.warns(RuntimeWarning, match="(?s)engine='compile' does not work.*no-such-compiler") as caught,
+        pytest.warns(RuntimeWarning, match="(?s)backend='compile' does not work.*no-such-compiler") as caught,
     ):
         answers = Drive(model_of('compile'), ROWS, SIMULATIONS).play(UNEVEN)
     assert sum(warning.category is RuntimeWarning for warning in caught) == 1

@@ -179,7 +179,7 @@ def test_another_dtype_makes_new_pools() -> None:
         answer = model.initial_inference(observations[step - 1], [2], observations[step], [np.array(step)])
     expected = Oracle(model.world_model, 'rebuild').root(list(observations[:, 0]), [2, 2, 2])
     torch.testing.assert_close(answer.policy_logits[0], expected.policy, rtol=0, atol=1e-9)
-    assert double.slab.layout.dtype == torch.float64
+    assert double.storage.layout.dtype == torch.float64
 
 
 def test_moving_to_the_same_device_keeps_pools_statistics_and_contexts() -> None:

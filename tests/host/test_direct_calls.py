@@ -43,9 +43,10 @@ def test_the_hosts_own_search_loop_gives_the_same_search(family: str, window: st
     policy = small_policy(family, **options)
     lzero_kv.uninstall()
     assert_same_play(Episodes(policy, range(ROWS)).run(4), named)
-    manager = world_model_of(policy).kv_cache_manager
-    statistics = manager.stats_snapshot()
-    assert statistics['roots'].misses == statistics['nodes'].misses == 0
+    statistics = world_model_of(policy).kv_cache_manager.stats_snapshot()
+    assert statistics['roots'].misses == statistics['roots'].rebuilt_tokens == 0
+    assert statistics['nodes'].rebuilt_tokens == 0
+    assert bool(statistics['nodes'].window_tokens) == (window == 'rebuild')
 
 
 @dataclass

@@ -19,12 +19,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from lzero_kv.cache.transfer import refill, to_device
-from lzero_kv.lightzero.inference import trees
 from lzero_kv.lightzero.inference.nodes import SearchNodes
 from lzero_kv.lightzero.inference.static import StaticEngine, StaticNodes, runners
 from lzero_kv.lightzero.inference.static.step import StaticStep, StepInputs
+
+from lzero_kv.cache.transfer import refill, to_device
+from lzero_kv.lightzero.inference import trees
 from lzero_kv.lightzero.inference.weights import Prepared
 from testing.emulated_cuda import Device, emulated_cuda
 from testing.episodes import Episodes
@@ -120,7 +120,7 @@ def test_a_policy_searches_as_on_a_cpu(
         episodes = Episodes(policy, range(3), record=False)
         plays.append(episodes.run([range(3), (0, 2), range(3), (1,), range(3)]))
     world_model = world_model_of(policy)
-    assert world_model.engine_kind == engine
+    assert world_model.backend == engine
     assert world_model.transformer.ln_f.weight.device == torch.device('cuda', 0)
     assert_same_play(plays[1], plays[0])
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from lzero_kv.cache.stats import CacheStats
 from testing.episodes import Episodes, Root
 from testing.families import FAMILIES
 from testing.judging import TOLERANCE, judge_nodes, judge_roots
@@ -79,19 +80,38 @@ def test_evaluation_is_served_like_collection(window: str) -> None:
 
 @pytest.mark.parametrize('policy', ['lru', 'fifo', 'lfu', 'priority'])
 @pytest.mark.parametrize('family', ['tiny', 'cartpole'], ids=['learned', 'rope'])
-@BOTH_WINDOWS
-def test_nodes_evicted_for_want_of_room_are_rebuilt(window: str, family: str, policy: str) -> None:
-    simulations = 24
-    slots = 3 * ENVIRONMENTS  # of ENVIRONMENTS * (simulations + 1)
-    small = managed(
-        family, window, num_simulations=simulations, kv_cache=dict(recurrent_slots=slots, policy=policy)
-    )
+def test_windows_evicted_for_want_of_room_are_rebuilt(family: str, policy: str) -> None:
+    kv_cache = dict(window_slots=2 * ENVIRONMENTS, policy=policy)
+    small = managed(family, 'rebuild', num_simulations=24, kv_cache=kv_cache)
     roots = uneven_episodes(small, family, 4)
-    verdict = judge_nodes(small, roots, window)
+    verdict = judge_nodes(small, roots, 'rebuild')
     nodes = world_model_of(small).kv_cache_manager.get_stats_summary()['nodes']
     assert nodes['evictions'] > 0
     assert nodes['rebuilt_tokens'] > 0
     assert verdict.wrong == 0, str(verdict)
+
+
+@pytest.mark.parametrize('family', ['tiny', 'cartpole'], ids=['learned', 'rope'])
+@pytest.mark.parametrize('context', [4, 14], ids=['short', 'long'])
+def test_a_hit_was_there_before_it_was_asked_for(family: str, context: int) -> None:
+    """Nodes of full windows: the first expansion misses and computes, another one hits; by default nothing is
+    evicted, so nothing is computed twice."""
+    policy = managed(family, 'rebuild', num_simulations=24, infer_context_length=context)
+    Episodes(policy, range(ENVIRONMENTS), record=False).run(context + 3)
+    manager = world_model_of(policy).kv_cache_manager
+    nodes, kept = manager.stats_snapshot()['nodes'], 2 * context - 3
+    assert 0 < nodes.hits < nodes.queries
+    assert nodes.misses == nodes.stores
+    assert nodes.window_tokens == kept * nodes.misses
+    assert nodes.evictions == nodes.rebuilt_tokens == nodes.overwrites == 0
+
+
+@pytest.mark.parametrize('family', ['tiny', 'cartpole'], ids=['learned', 'rope'])
+def test_shifted_windows_are_not_cached(family: str) -> None:
+    """A shifted window is the parent's without its oldest step: no copy of it has to be found again."""
+    policy = managed(family, 'shift', num_simulations=24)
+    Episodes(policy, range(ENVIRONMENTS), record=False).run(7)
+    assert world_model_of(policy).kv_cache_manager.stats_snapshot()['nodes'] == CacheStats()
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from lzero_kv.lightzero.inference import flights
 from lzero_kv.lightzero.inference.nodes import SearchNodes
 from lzero_kv.lightzero.inference.static import StaticEngine, StaticNodes, runners
 from lzero_kv.lightzero.inference.static.step import StaticStep, StepInputs
+
+from lzero_kv.lightzero.inference import flights
 from lzero_kv.lightzero.inference.weights import Prepared
 from testing.families import FAMILIES
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots
@@ -60,7 +60,7 @@ def as_is(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
 
 def model_of(engine: str, family: str = 'tiny', **options: Any) -> Any:
-    kv_cache = dict(engine=engine) | options.pop('kv_cache', {})
+    kv_cache = dict(backend=engine) | options.pop('kv_cache', {})
     defaults: dict[str, Any] = dict(
         num_simulations=SIMULATIONS, collector_env_num=ROWS, evaluator_env_num=1, dtype=torch.float64
     )
@@ -181,7 +181,7 @@ def test_every_root_and_node_equals_its_recomputation(
 ) -> None:
     monkeypatch.setattr(SearchNodes, 'expand', _refused)
     steps = FAMILIES[family].context // 2 + 2
-    policy = managed(family, window, num_simulations=4 if steps > 10 else 10, kv_cache=dict(engine='compile'))
+    policy = managed(family, window, num_simulations=4 if steps > 10 else 10, kv_cache=dict(backend='compile'))
     roots = uneven_episodes(policy, family, steps)
     for verdict in (judge_roots(policy, roots, window), judge_nodes(policy, roots[-9:], window)):
         assert verdict.wrong == 0, str(verdict)
@@ -194,7 +194,7 @@ def _refused(*args: Any) -> None:
 @BOTH_WINDOWS
 @pytest.mark.parametrize('policy', ['lru', 'priority'])
 def test_a_full_pool_is_left_to_the_eager_engine(as_is: Counted, window: str, policy: str) -> None:
-    kv_cache = dict(engine='compile', recurrent_slots=3 * 3, policy=policy)
+    kv_cache = dict(backend='compile', window_slots=3 * 3, policy=policy)
     small = managed('tiny', window, num_simulations=24, kv_cache=kv_cache)
     roots = uneven_episodes(small, 'tiny', 4)
     verdict = judge_nodes(small, roots, window)
@@ -242,7 +242,7 @@ def test_statistics_are_those_of_the_eager_engine(as_is: Counted, window: str) -
 @BOTH_WINDOWS
 @pytest.mark.parametrize('mode', MODES)
 def test_validation_accounts_for_every_row(as_is: Counted, mode: str, window: str, tmp_path: Path) -> None:
-    policy = validated_policy(mode, tmp_path, kv_cache=dict(engine='compile', window=window))
+    policy = validated_policy(mode, tmp_path, kv_cache=dict(backend='compile', window=window))
     uneven_episodes(policy, 'tiny', 6)
     for counters in (counters_of(policy).roots, counters_of(policy).nodes):
         assert counters.compared > 0
@@ -267,7 +267,7 @@ def test_long_contexts_share_histories_where_slots_do_not_fit(
 
 
 def test_reanalysis_of_more_rows_than_environments_stays_eager(as_is: Counted) -> None:
-    policy = managed('tiny', 'rebuild', kv_cache=dict(engine='compile'))
+    policy = managed('tiny', 'rebuild', kv_cache=dict(backend='compile'))
     verdict = judge_reanalysis(policy, reanalyze(policy, 2), 'rebuild')
     assert verdict.wrong == 0, str(verdict)
     assert as_is.made == 0
@@ -302,7 +302,7 @@ def test_copies_have_an_engine_of_their_own(as_is: Counted, how: Callable[[Any],
     twin = how(model)
     assert twin.world_model._engine is None
     assert largest_difference(Drive(twin, ROWS, SIMULATIONS).play(UNEVEN), expected) == 0.0
-    assert twin.world_model.engine.static is not model.world_model.engine.static
+    assert twin.world_model.session.static is not model.world_model.session.static
 
 
 class Faulty:
@@ -343,11 +343,11 @@ def test_a_failure_falls_back_with_one_warning(
     expected = Drive(model_of('eager', kv_cache=dict(window=window)), ROWS, SIMULATIONS).play(UNEVEN)
     monkeypatch.setitem(runners.RUNNERS, 'compile', getattr(Faulty, fault))
     model = model_of('compile', kv_cache=dict(window=window))
-    with pytest.warns(RuntimeWarning, match="engine='compile' does not work here") as caught:
+    with pytest.warns(RuntimeWarning, match="backend='compile' does not work here") as caught:
         answers = Drive(model, ROWS, SIMULATIONS).play(UNEVEN)
     assert len([warning for warning in caught if warning.category is RuntimeWarning]) == 1
     assert largest_difference(answers, expected) < TOLERANCE[torch.float64]
-    assert not model.world_model.engine.static.serves(1)
+    assert not model.world_model.session.static.serves(1)
 
 
 def test_a_graph_without_cuda_falls_back() -> None:
@@ -360,7 +360,7 @@ def test_a_graph_without_cuda_falls_back() -> None:
 
 def test_auto_is_eager_on_a_cpu() -> None:
     world_model = model_of('auto').world_model
-    assert world_model.engine_kind == 'eager' and world_model.engine.static is None
+    assert world_model.backend == 'eager' and world_model.session.static is None
     assert not world_model.kv_cache_manager.scratch
 
 

@@ -177,6 +177,7 @@ def test_a_flag_of_a_wrong_type_is_refused(flag: Any) -> None:
         (dict(kv_cache=dict(polcy='lru', max_bytes=-1)), r'2 mistake\(s\) in world_model_cfg\.kv_cache'),
         (dict(world_model=dict(tokens_per_block=3)), 'tokens_per_block=3: expected 2'),
         (dict(world_model=dict(cache_validation_mode='both')), "expected False, 'store' .* or 'model'"),
+        (dict(kv_cache=dict(padding='host')), r"padding: 'host' is gone; .* leave padding out"),
         (dict(kv_cache=dict(validation_rate=2.0)), r'expected a number in \[0, 1\], got 2.0'),
         (dict(kv_cache=dict(max_bytes=1000)), r'max_bytes=1,000 is too small'),
     ],

@@ -119,7 +119,7 @@ def test_weights_that_did_not_change_are_prepared_once() -> None:
     policy = make_policy('tiny', kv=True, num_simulations=3, collector_env_num=2)
     model, episodes = world_model_of(policy), Episodes(policy, range(2))
     episodes.run(1)
-    first = model.engine.flights.prepared
+    first = model.session.prepared
     episodes.run(3)
-    assert model.engine.flights.prepared is first
+    assert model.session.prepared is first
     assert isinstance(first, Prepared) and not first.as_host

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lzero.policy import InverseScalarTransform
-
 from lzero_kv.lightzero.inference.scalars import expected_scalars
 
 RTOL = {torch.float32: 2e-4, torch.float64: 1e-11}

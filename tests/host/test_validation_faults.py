@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.lightzero.inference.nodes import SearchNodes
+from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.roots import RootInference
 from lzero_kv.telemetry.counters import Fault
 from lzero_kv.validation import findings
@@ -75,7 +75,7 @@ def test_a_planted_fault_is_an_error_that_names_it(
 
 @pytest.mark.parametrize(
     'name',
-    ['root for a node', 'stale entry', 'learned positions off', 'rotary positions off', 'lost at roots'],
+    ['another path', 'stale entry', 'learned positions off', 'rotary positions off', 'lost at roots'],
 )
 def test_it_is_found_where_windows_are_shifted_too(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -110,7 +110,7 @@ def test_it_can_be_logged_instead_and_the_run_goes_on(
 
 
 def test_a_fault_in_reanalysis_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    PLANTS['another node'].plant(monkeypatch)
+    PLANTS['another path'].plant(monkeypatch)
     policy = validated_policy('store', tmp_path, environments=4, num_simulations=6)
     with pytest.raises(ValidationError) as raised:
         reanalyze(policy, 1)
@@ -121,11 +121,11 @@ def test_a_fault_in_reanalysis_is_found(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize('window, times', [('rebuild', 0.5), ('shift', 0.1)])
-@pytest.mark.parametrize('owner', [RootInference, SearchNodes])
+@pytest.mark.parametrize('owner', [RootInference, Search])
 def test_a_perturbation_below_the_tolerance_is_rounding_to_the_recomputation(
     owner: type, window: str, times: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With keys and values of its own the stock model has no equal bits to ask for. Half the tolerance, and less
+    """With keys and values of its own the stock model has no equal bits. Half the tolerance, and less
     where shifted windows pass it on from step to step: it grows on its way through the layers."""
     perturbed(owner, times)(monkeypatch)
     policy = validated_policy('model', tmp_path, kv_cache=dict(window=window))
@@ -134,7 +134,7 @@ def test_a_perturbation_below_the_tolerance_is_rounding_to_the_recomputation(
     assert counters_of(policy).total.largest_cache > 5e-5, 'it was planted'
 
 
-@pytest.mark.parametrize('owner', [RootInference, SearchNodes])
+@pytest.mark.parametrize('owner', [RootInference, Search])
 def test_a_perturbation_below_the_tolerance_is_seen_where_both_hold_the_same_entry(
     owner: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -158,7 +158,7 @@ def test_after_an_error_the_run_can_go_on_from_rebuilt_histories(
     episodes = Episodes(policy, range(3), record=False)
     episodes.run(2)
     with monkeypatch.context() as patch:
-        PLANTS['rows swapped at nodes'].plant(patch)
+        PLANTS['lost at roots'].plant(patch)
         with pytest.raises(ValidationError):
             episodes.step()
     before = counters_of(policy).snapshot()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lzero_kv.validation import findings, histories
-from lzero_kv.validation.findings import Finding, load_finding, save_finding
+from lzero_kv.validation.findings import Finding, load_finding, recomputed, save_finding
 from lzero_kv.validation.tolerance import Tolerance
 from testing.episodes import Episodes
 from testing.reanalysis import reanalyze

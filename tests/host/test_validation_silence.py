@@ -62,13 +62,10 @@ def test_nothing_is_found_where_nothing_is_wrong(family: str, window: str, mode:
 
 
 @BOTH_MODES
-@pytest.mark.parametrize('window', WINDOWS)
 @pytest.mark.parametrize('choice', ['lru', 'priority'])
-def test_evicted_nodes_that_are_computed_again_are_right(
-    choice: str, window: str, mode: str, tmp_path: Path
-) -> None:
+def test_evicted_windows_that_are_computed_again_are_right(choice: str, mode: str, tmp_path: Path) -> None:
     """Computed again, they are equal up to rounding; only what is still stored must equal to the last bit."""
-    tight = dict(window=window, recurrent_slots=7, policy=choice)
+    tight = dict(window_slots=3, policy=choice)
     policy = validated_policy(mode, tmp_path, num_simulations=10, kv_cache=tight)
     Episodes(policy, range(3), record=False).run(3)
     counters = counters_of(policy)

@@ -112,7 +112,7 @@ class Workers:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        roots = world_model_of(self.policy).engine.roots
+        roots = world_model_of(self.policy).session.roots
         infer = roots.infer
 
         def watched_infer(env_ids: Any, *arguments: Any) -> Any:

@@ -30,6 +30,7 @@ def hosts_loaded_by(statement: str) -> list[str]:
         'import lzero_kv.telemetry.tensorboard, lzero_kv.telemetry.table',
         'import lzero_kv.cli',
         'import lzero_kv.budget',
+        'import lzero_kv.cache.manager, lzero_kv.config',
     ],
 )
 def test_no_host_is_loaded(statement: str) -> None:

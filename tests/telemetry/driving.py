@@ -20,7 +20,7 @@ WORLD_MODEL = SimpleNamespace(num_layers=LAYERS, num_heads=HEADS, embed_dim=EMBE
 
 def make_manager(nodes: int | None = 11, **choices: object) -> KVCacheManager:
     """A manager whose recurrent pool holds `nodes` entries: fewer than a search makes, so that it evicts."""
-    config = KVCacheConfig(recurrent_slots=nodes, **choices)
+    config = KVCacheConfig(window_slots=nodes, **choices)
     return KVCacheManager(WORLD_MODEL, ENVIRONMENTS, cache_config=config, num_simulations=SIMULATIONS)
 
 
@@ -65,5 +65,5 @@ def write_stock_experiment(experiment: Path) -> Path:
 
 def _store(manager: KVCacheManager, keys: list[RootKey] | list[NodeKey]) -> None:
     count = len(keys)
-    kv = torch.zeros(count, 2 * LAYERS, TOKENS, EMBED)
+    kv = torch.zeros(count, 2 * LAYERS, HEADS, TOKENS, EMBED // HEADS)
     manager.store(keys, kv, np.full(count, 2, dtype=np.int64), np.full(count, 2, dtype=np.int64))

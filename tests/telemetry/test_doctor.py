@@ -79,21 +79,21 @@ def test_a_config_for_which_the_plugin_engages(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'policy=lfu, max_bytes=1000000' in done.stdout
     assert re.search(r'│ ok +│ validation +│ model ', done.stdout)
-    assert re.search(r'│ ok +│ engine +│ (eager on cpu|cudagraph on cuda) \(auto\) ', done.stdout)
+    assert re.search(r'│ ok +│ backend +│ eager on (cpu|cuda) \(auto\) ', done.stdout)
     assert done.stdout.splitlines()[-1] == f'The plugin would engage for {path}.'
     assert not (tmp_path / 'trained').exists()
 
 
-@pytest.mark.parametrize('engine', ['compile', 'cudagraph'])
-def test_the_engine_that_a_config_chooses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: str
+@pytest.mark.parametrize('backend', ['compile', 'cudagraph'])
+def test_the_backend_that_a_config_chooses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str
 ) -> None:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    path = write_config(tmp_path, world_model=f"{FLAG}, kv_cache=dict(engine='{engine}')")
+    path = write_config(tmp_path, world_model=f"{FLAG}, kv_cache=dict(backend='{backend}')")
     code, output = diagnose(capsys, path)
-    assert code == 0 and f'{engine} on {device}' in output
-    warned = 'warn engine: there is no CUDA device' in output
-    assert warned == (engine == 'cudagraph' and device == 'cpu')
+    assert code == 0 and f'{backend} on {device}' in output
+    warned = 'warn backend: there is no CUDA device' in output
+    assert warned == (backend == 'cudagraph' and device == 'cpu')
 
 
 @pytest.mark.parametrize(

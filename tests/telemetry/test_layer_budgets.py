@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kv.budget import BudgetReading, LayerLoss, Preference
+from lzero_kv.budget import BudgetSnapshot, LayerLoss, Preference
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cli.report import report
@@ -23,7 +23,7 @@ from lzero_kv.telemetry.tensorboard import TensorBoardSink
 CONTEXT = 13
 
 
-def reading(point: int, **changes: Any) -> BudgetReading:
+def snapshot(point: int, **changes: Any) -> BudgetSnapshot:
     """Three layers; what was dropped grows from point to point, and the second layer reads no attention."""
     fields: dict[str, Any] = dict(
         context=CONTEXT,
@@ -33,7 +33,7 @@ def reading(point: int, **changes: Any) -> BudgetReading:
         kept=(np.array([0, 3, 3, 12]), np.array([0, 1]), np.array([5])),
         root=(np.array([0, 3, 12]), np.array([0, 1]), np.array([], dtype=np.int64)),
     )
-    return BudgetReading(**fields | changes)
+    return BudgetSnapshot(**fields | changes)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def log(tmp_path: Path) -> Path:
     writer = SummaryWriter(str(tmp_path / 'log' / 'serial'))
     sink = TensorBoardSink(writer)
     for point in (1, 2, 3):
-        sink.write({'acting': manager}, env_step=40 * point, train_iter=5 * point, budget=reading(point))
+        sink.write({'acting': manager}, env_step=40 * point, train_iter=5 * point, budget=snapshot(point))
     writer.close()
     return tmp_path
 
@@ -111,9 +111,9 @@ def test_only_layers_are_layers(pool: str) -> None:
 
 
 def test_counting_that_begins_anew() -> None:
-    old, new = reading(3), reading(1)
+    old, new = snapshot(3), snapshot(1)
     assert new.since(old).losses == new.losses
-    assert reading(3).since(reading(2)).losses[0] == pytest.approx(LayerLoss(10, 4, 0.8))
+    assert snapshot(3).since(snapshot(2)).losses[0] == pytest.approx(LayerLoss(10, 4, 0.8))
 
 
 def test_a_histogram_has_a_bucket_for_each_place() -> None:

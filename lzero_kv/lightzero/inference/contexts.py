@@ -29,25 +29,40 @@ class RootContext:
     next_position: int
     tokens: deque[torch.Tensor] = field(default_factory=deque)
 
+    def copy(self) -> RootContext:
+        """A context of its own with the same contents."""
+        return RootContext(
+            self.observations.copy(),
+            self.actions.copy(),
+            self.digest,
+            self.next_position,
+            self.tokens.copy(),
+        )
+
 
 class RootContexts:
-    """The :class:`RootContext` of every environment in the middle of an episode.
+    """The newest contexts of every environment in the middle of an episode.
 
     Args:
         observations: how many observations a full window holds.
+        roots: contexts kept for each environment. With more than one, a caller may go on from an earlier
+            root of the same episode.
     """
 
-    def __init__(self, observations: int) -> None:
+    def __init__(self, observations: int, roots: int) -> None:
         self._observations = observations
-        self._contexts: dict[int, RootContext] = {}
+        self._roots = roots
+        self._contexts: dict[int, list[RootContext]] = {}
 
     def get(self, env_id: int, digest: int) -> RootContext | None:
-        """The context of an environment, if its newest observation is the one with ``digest``."""
-        context = self._contexts.get(env_id)
-        return context if context is not None and context.digest == digest else None
+        """The newest context of an environment whose newest observation is the one with ``digest``."""
+        for context in reversed(self._contexts.get(env_id, [])):
+            if context.digest == digest:
+                return context
+        return None
 
     def start(self, env_id: int, observation: torch.Tensor, digest: int, next_position: int) -> RootContext:
-        """Begin an environment's window with one observation."""
+        """Begin an environment's episode with one observation."""
         context = RootContext(
             deque([observation], maxlen=self._observations),
             deque(maxlen=self._observations - 1),
@@ -55,12 +70,19 @@ class RootContexts:
             next_position,
             deque(maxlen=2 * self._observations - 1),
         )
-        self._contexts[env_id] = context
+        self._contexts[env_id] = [context]
         return context
 
-    def extend(self, env_id: int, action: Any, observation: torch.Tensor, digest: int) -> RootContext:
-        """Append one step; the oldest leaves a full window."""
-        context = self._contexts[env_id]
+    def extend(
+        self, env_id: int, before: int, action: Any, observation: torch.Tensor, digest: int
+    ) -> RootContext:
+        """Append one step to the context with the digest ``before``; the oldest step leaves a full window."""
+        context = self.get(env_id, before)
+        if context is None:
+            raise KeyError(f'environment {env_id} has no root with digest {before}')
+        if self._roots > 1:
+            context = context.copy()
+            self._contexts[env_id] = [*self._contexts[env_id], context][-self._roots :]
         context.actions.append(action)
         context.observations.append(observation)
         context.digest = digest
@@ -69,13 +91,10 @@ class RootContexts:
 
     def forget_tokens(self) -> None:
         """Drop all embeddings: the weights that made them changed. Raw observations and actions stay."""
-        for context in self._contexts.values():
-            context.tokens.clear()
+        for contexts in self._contexts.values():
+            for context in contexts:
+                context.tokens.clear()
 
     def discard(self, env_id: int) -> None:
         """Forget an environment whose episode ended."""
         self._contexts.pop(env_id, None)
-
-    def clear(self) -> None:
-        """Forget every environment."""
-        self._contexts.clear()

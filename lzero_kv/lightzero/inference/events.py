@@ -1,4 +1,4 @@
-"""What inference tells those who watch it. Nobody watching costs nothing."""
+"""Events of inference, for observers. Without observers they cost nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lzero_kv.lightzero.inference.heads import StepOutputs
+from .heads import StepOutputs
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,20 @@ class Histories:
     """Keys and values of a batch of histories, as one step was handed them or left them.
 
     Attributes:
-        kv: ``[B, 2 * layers, T, embed]``, right-aligned; a copy.
-        lengths: int64 ``[B]``, tokens of each row; 0 for none.
-        present: bool ``[B]``, rows that came out of a pool (the others were computed again), or that went
-            into one (the others are computed when they are asked for: their part of ``kv`` is not theirs).
+        kv: for each row a copy ``[2 * layers, length, embed]``.
+        present: bool ``[B]``. Handed: rows whose keys and values were there, or never were stored before (the
+            others were lost and computed again). Left: rows whose keys and values are there (the others are
+            computed when they are asked for, and their part of ``kv`` is not theirs).
     """
 
-    kv: torch.Tensor
-    lengths: np.ndarray
+    kv: Sequence[torch.Tensor]
     present: np.ndarray
+    rounded: bool = False
+    """Whether the next step is handed these numbers up to rounding only: it adds what shifted positions add."""
 
     def row(self, row: int) -> torch.Tensor:
         """``[2 * layers, length, embed]`` of one row."""
-        return self.kv[row, :, self.kv.shape[2] - int(self.lengths[row]) :]
+        return self.kv[row]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SearchBegun:
         from_roots: whether the roots are those of the latest root inference, else each history is its latent
             state alone.
         next_positions: int64 ``[B]``, logical position of each root's next token.
-        capacity: nodes that the recurrent pool holds.
+        capacity: derived windows that the pool may come to hold.
     """
 
     latents: np.ndarray
@@ -101,12 +102,12 @@ class NodesExpanded:
     outputs: StepOutputs
 
 
-NO_HISTORIES = Histories(torch.empty(0), np.empty(0, np.int64), np.empty(0, bool))
+NO_HISTORIES = Histories((), np.empty(0, bool))
 """Where no observer needs them."""
 
 
 class Observer:
-    """Base of those who watch a world model; every method does nothing."""
+    """Base of observers of a world model; every method does nothing."""
 
     needs_histories = False
     """Whether the events have to carry copies of keys and values."""
@@ -130,7 +131,7 @@ class Observer:
         """The keys and values of all roots are dropped."""
 
     def nodes_cleared(self) -> None:
-        """Somebody outside dropped the nodes of the latest search."""
+        """Code outside dropped the nodes of the latest search."""
 
     def contexts_lost(self) -> None:
         """All environments' histories are forgotten: new pools, for another dtype, device or size."""

@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lzero.policy import InverseScalarTransform
 
 from lzero_kv.cache.transfer import to_device
-from lzero_kv.lightzero.inference.weights import Prepared
+
+from .weights import InferenceWeights
+
+EPSILON = 0.001
+"""Of the host's value transform."""
 
 
 class StepOutputs(NamedTuple):
@@ -31,18 +36,30 @@ class StepOutputs(NamedTuple):
     value: torch.Tensor
 
 
-def predict_policy_value(prepared: Prepared, hidden: torch.Tensor) -> StepOutputs:
+def predict_policy_value(weights: InferenceWeights, hidden: torch.Tensor) -> StepOutputs:
     """Policy and value at an observation token, ``hidden`` ``[B, embed]``."""
-    policy = prepared.policy(hidden)
+    policy: Any = hidden
+    for layer in weights.policy:
+        policy = layer(policy)
     if isinstance(policy, dict):
         policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
-    return StepOutputs(hidden[:, None], None, None, policy[:, None], prepared.value(hidden)[:, None])
+    value = hidden
+    for layer in weights.value:
+        value = layer(value)
+    return StepOutputs(hidden[:, None], None, None, policy[:, None], value[:, None])
 
 
-def predict_reward_latent(prepared: Prepared, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predict_reward_latent(
+    weights: InferenceWeights, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Reward logits ``[B, support]`` and next latent state ``[B, embed]`` at an action token, ``hidden``
     ``[B, embed]``."""
-    return prepared.reward(hidden), prepared.latent(hidden)
+    reward = latent = hidden
+    for layer in weights.reward:
+        reward = layer(reward)
+    for layer in weights.latent:
+        latent = layer(latent)
+    return reward, latent
 
 
 def action_embeddings(
@@ -105,3 +122,21 @@ def check_actions(world_model: Any, actions: torch.Tensor, rows: int) -> None:
     outside = actions[(actions < 0) | (actions >= size)].tolist()
     if outside:
         raise ValueError(f'expected actions in [0, {size}), got {outside}')
+
+
+def expected_scalars(transform: Any, logits: tuple[torch.Tensor, torch.Tensor]) -> list[np.ndarray]:
+    """Scalars ``[B]`` of two batches of logits, each ``[B, 1, support]``; one copy to the host for both.
+
+    The expectation over the support, then the inverse of MuZero's value transform (Pohlen et al. 2018,
+    arXiv 1805.11593, proposition A.2), in the host's order of operations. The host takes logits for
+    probabilities when those of every row happen to sum to 1; here they are always logits.
+
+    Args:
+        transform: the search's ``inverse_scalar_transform_handle``; one of another kind is called as it is.
+    """
+    if type(transform) is not InverseScalarTransform or not transform.categorical_distribution:
+        return [transform(part.squeeze(1)).cpu().numpy().reshape(-1) for part in logits]
+    both = torch.cat(logits).squeeze(1).softmax(dim=1).mul_(transform.value_support).sum(1).cpu().numpy()
+    root = (np.sqrt(1 + 4 * EPSILON * (np.abs(both) + 1 + EPSILON)) - 1) / (2 * EPSILON)
+    scalars = np.sign(both) * (root * root - 1)
+    return [scalars[: len(logits[0])], scalars[len(logits[0]) :]]

@@ -3,7 +3,7 @@ episode."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,34 +11,72 @@ import torch
 from lzero_kv.cache.transfer import to_device
 
 
+class Placed(NamedTuple):
+    """The positions of a batch of tokens.
+
+    Attributes:
+        added: ``[..., embed]``, learned positions; None where positions are rotary.
+        rotation: complex ``[..., head_dim / 2]``, rotary factors; None where positions are learned.
+    """
+
+    added: torch.Tensor | None
+    rotation: torch.Tensor | None
+
+    def column(self, token: int) -> Placed:
+        """The positions ``[B, 1, ...]`` of one token of every row."""
+        return Placed(
+            None if self.added is None else self.added[:, token : token + 1],
+            None if self.rotation is None else self.rotation[:, token : token + 1],
+        )
+
+    def add_to(self, x: torch.Tensor) -> torch.Tensor:
+        """Embeddings with their learned positions; as they are where positions are rotary."""
+        return x if self.added is None else x + self.added
+
+
 class LearnedPositions:
     """Learned absolute positions: a token's position is its place in the window, 0 for the oldest."""
 
+    rotary = False
+
     def __init__(self, world_model: Any) -> None:
         self._embedding = world_model.pos_emb
+        self._transformer = world_model.transformer
 
-    def place(
-        self, x: torch.Tensor, places: np.ndarray, logical: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add the learned position to embeddings ``[..., embed]`` that stand at window ``places`` (int64
-        ``[...]``)."""
-        return x + self._embedding(to_device(np.maximum(places, 0), x.device)), None
+    def at(self, places: np.ndarray, logical: np.ndarray) -> Placed:
+        """The learned positions of window ``places`` (int64 ``[...]``)."""
+        weight = self._embedding.weight
+        return Placed(self._embedding(to_device(np.maximum(places, 0), weight.device)), None)
+
+    def projected(self, places: int) -> torch.Tensor:
+        """What the position alone adds to keys and values by the present weights, ``[places, layers, 2,
+        heads, head_dim]``.
+
+        The host's correction of a token that moves to another place is the difference of two rows. The
+        projection leaves out that a position goes through a LayerNorm and earlier layers, so the correction
+        is an approximation (``window='rebuild'`` is exact).
+        """
+        weight = self._embedding.weight[:places]
+        blocks = [
+            torch.stack([block.attn.key(weight), block.attn.value(weight)], dim=1)
+            for block in self._transformer.blocks
+        ]
+        heads = self._transformer.blocks[0].attn.num_heads
+        return torch.stack(blocks, dim=1).unflatten(-1, (heads, -1))
 
 
 class RotaryPositions:
     """Rotary positions: a token's position is counted from the start of its episode and never changes."""
 
-    def __init__(self, world_model: Any) -> None:
-        self._transformer = world_model.transformer
-        self._config = world_model.config
-        self._factors = self._transformer.freqs_cis
+    rotary = True
 
-    def place(
-        self, x: torch.Tensor, places: np.ndarray, logical: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embeddings as they are, and the rotary factors (complex ``[..., head_dim / 2]``) of ``logical``
-        positions."""
-        return x, self._at(logical)
+    def __init__(self, world_model: Any) -> None:
+        self._config = world_model.config
+        self._factors = world_model.transformer.freqs_cis
+
+    def at(self, places: np.ndarray, logical: np.ndarray) -> Placed:
+        """The rotary factors of ``logical`` positions (int64 ``[...]``)."""
+        return Placed(None, self._at(logical))
 
     def factors(self, logical: np.ndarray) -> torch.Tensor:
         """Cosine and sine ``[..., head_dim / 2, 2]`` of ``logical`` positions (int64 ``[...]``)."""

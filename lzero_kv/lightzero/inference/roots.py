@@ -5,26 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lzero_kv.cache.keys import NO_SLOT, NodeKey, RootKey, digest_rows
-from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.transfer import to_device
-from lzero_kv.lightzero.inference.contexts import RootContext, RootContexts
-from lzero_kv.lightzero.inference.events import NO_HISTORIES, RootsInferred
-from lzero_kv.lightzero.inference.flight import Flight
-from lzero_kv.lightzero.inference.flights import Flights
-from lzero_kv.lightzero.inference.heads import StepOutputs, action_embeddings, predict_policy_value
+from lzero_kv.cache.window import TOKENS_PER_STEP
+
+from .attention import WindowsBeside, additive_mask, decode
+from .contexts import RootContext, RootContexts
+from .events import NO_HISTORIES, Histories, RootsInferred
+from .heads import StepOutputs, action_embeddings, predict_policy_value
+from .rows import ResidentRows
+
+if TYPE_CHECKING:
+    from .session import InferenceSession
 
 NO_ACTION = -1
 
 
 @dataclass(frozen=True)
 class RootBatch:
-    """The roots of the latest root inference, which a search starts from.
+    """The roots that a search starts from.
 
     Attributes:
         keys: one per row.
@@ -32,8 +36,8 @@ class RootBatch:
         tokens: ``[B, T, embed]`` raw embeddings of each root's window, right-aligned, zero in front.
         lengths: int64 ``[B]``, how many of them belong to the root.
         next_positions: int64 ``[B]``, logical position of each root's next token.
-        kv: ``[B, 2 * layers, T, embed]`` keys and values of roots that are not stored under their keys; None
-            where they are.
+        held: int64 ``[B, 1 or layers]``, tokens that the layers hold of each root.
+        stored: whether root inference stored their keys and values; else the search computes them.
     """
 
     keys: list[RootKey] | list[NodeKey]
@@ -41,17 +45,158 @@ class RootBatch:
     tokens: torch.Tensor
     lengths: np.ndarray
     next_positions: np.ndarray
-    kv: torch.Tensor | None = None
+    held: np.ndarray
+    stored: bool = True
+
+
+class RootStep:
+    """Histories of a batch of environments, from load to store.
+
+    Args:
+        session: of the world model.
+        slots: int64 ``[B]``, where the histories are stored; ``NO_SLOT`` for none, or to be restored.
+
+    Attributes:
+        lengths: int64 ``[B]``, tokens of each history.
+        next_positions: int64 ``[B]``, logical position of each history's next token.
+    """
+
+    def __init__(self, session: InferenceSession, slots: np.ndarray) -> None:
+        self._session = session
+        self._manager = session.manager
+        self._moved: tuple[np.ndarray, torch.Tensor] | None = None
+        geometry, rows = session.geometry, len(slots)
+        memory = session.memory(ResidentRows.elements(geometry, rows, TOKENS_PER_STEP))
+        self._resident = ResidentRows(geometry, self._manager, memory, rows, TOKENS_PER_STEP)
+        self.lengths = np.zeros(rows, np.int64)
+        self.next_positions = np.zeros(rows, np.int64)
+        present = np.flatnonzero(slots != NO_SLOT)
+        if len(present):
+            self.lengths[present] = self._manager.lengths(slots[present])
+            self.next_positions[present] = self._manager.next_positions(slots[present])
+            self._resident.load(present, slots[present], int(self.lengths.max()))
+
+    def restore(
+        self, rows: np.ndarray, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> None:
+        """Compute histories that are not stored.
+
+        Args:
+            rows: int64 ``[N]``.
+            tokens: ``[N, kept, embed]`` raw embeddings, right-aligned.
+            lengths, next_positions: int64 ``[N]``.
+        """
+        kv = self._session.prefilled(tokens, lengths, next_positions)
+        window = self._resident.buffer[..., : self._session.window.kept, :]
+        window.index_copy_(0, to_device(rows, kv.device), kv)
+        self.lengths[rows], self.next_positions[rows] = lengths, next_positions
+
+    def append(
+        self,
+        actions: torch.Tensor | None,
+        observations: torch.Tensor,
+        first: np.ndarray,
+        positions: np.ndarray,
+        windows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Append an action and the observation behind it to every row, in one pass.
+
+        Args:
+            actions: ``[B, embed]`` raw embeddings; None where no row has one.
+            observations: ``[B, embed]`` raw embeddings.
+            first: bool ``[B]``: rows that begin with their observation and have no action.
+            positions: int64 ``[B]``, logical positions of the observations in those rows.
+            windows: ``[B, kept, embed]`` raw embeddings of the windows after this step. Those that overflow
+                are computed from them in the same pass, where windows are exact.
+
+        Returns:
+            ``[B, embed]``, the transformer's output of the observations.
+        """
+        session = self._session
+        places = np.stack([self.lengths, self.lengths + ~first], axis=1)
+        ahead = self.next_positions
+        logical = np.stack([ahead, np.where(first, positions, ahead + 1)], axis=1)
+        new, x = TOKENS_PER_STEP, observations[:, None]
+        if actions is None:
+            new, places, logical = 1, places[:, 1:], logical[:, 1:]
+        else:
+            x = torch.stack([actions, observations], dim=1)
+        held = int(self.lengths.max())
+        columns = np.arange(held + new)
+        behind = (
+            np.arange(held, held + new)[:, None] - columns
+        )  # how far in front of the token a column stands
+        visible = (behind >= 0) & (behind <= places[:, :, None])
+        mask = additive_mask(visible[:, None], x)
+        end = self._resident.buffer.shape[4]
+        placed = session.positions.at(places, logical)
+        beside = self._windows_that_move(first, logical[:, -1] + 1, windows)
+        hidden = decode(
+            session.weights,
+            self._resident.columns(self._resident.buffer, [end - new - held], end, new, mask),
+            placed.add_to(x),
+            placed.rotation,
+            windows=beside,
+        )
+        self.lengths, moved = session.window.advance(places[:, -1] + 1)
+        self.next_positions = logical[:, -1] + 1
+        shift = session.shift_table()
+        if beside is not None:
+            self._moved = np.flatnonzero(moved), beside.out
+        elif shift is not None and moved.any():
+            kept = session.window.kept
+            added = (shift[:kept] - shift[TOKENS_PER_STEP : kept + TOKENS_PER_STEP]).permute(1, 2, 3, 0, 4)
+            rows = np.flatnonzero(moved)
+            kv = self._resident.buffer.index_select(0, to_device(rows, added.device))
+            self._moved = rows, kv[..., TOKENS_PER_STEP:, :] + added
+        return hidden
+
+    def _windows_that_move(
+        self, first: np.ndarray, next_positions: np.ndarray, windows: torch.Tensor
+    ) -> WindowsBeside | None:
+        """The windows that this step overflows, where they are exact; computed in a tensor of their own."""
+        session = self._session
+        moving = np.flatnonzero(session.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))[1])
+        if not session.exact or not len(moving):
+            return None
+        tokens = windows.index_select(0, to_device(moving, windows.device))
+        out = torch.empty_like(self._resident.buffer[: len(moving), ..., TOKENS_PER_STEP:, :])
+        lengths = np.full(len(moving), tokens.shape[1])
+        return session.windows_beside(tokens, lengths, next_positions[moving], out, None)
+
+    @property
+    def held(self) -> np.ndarray:
+        """int64 ``[B, 1 or layers]``: tokens that the layers hold of each history."""
+        return self.lengths[:, None]
+
+    def store(self, keys: Sequence[RootKey]) -> None:
+        """Store all histories under their keys, without what left their windows."""
+        kept = self._resident.buffer[..., TOKENS_PER_STEP:, :]
+        if self._moved is not None:
+            rows, windows = self._moved
+            kept.index_copy_(0, to_device(rows, windows.device), windows)
+        newest = int(self.lengths.max())
+        kv = kept[..., kept.shape[4] - newest :, :].flatten(1, 2)
+        self._manager.store(keys, kv, self.lengths, self.next_positions, newest=newest)
+
+    def histories(self, behind: int) -> list[torch.Tensor]:
+        """Copies of the histories, whose newest tokens stand ``behind`` columns from the end."""
+        end = self._resident.buffer.shape[4] - behind
+        return [
+            row[..., end - length : end, :].flatten(0, 1).transpose(1, 2).flatten(2).clone()
+            for row, length in zip(self._resident.buffer, self.lengths.tolist(), strict=True)
+        ]
 
 
 class RootInference:
     """Serves ``forward_initial_inference`` of collection and evaluation."""
 
-    def __init__(self, world_model: Any, manager: KVCacheManager, flights: Flights) -> None:
-        self._world_model = world_model
-        self._manager = manager
-        self._flights = flights
-        self.contexts = RootContexts(flights.window.observations)
+    def __init__(self, session: InferenceSession) -> None:
+        self._session = session
+        self._world_model = session.world_model
+        self._manager = session.manager
+        self._several = session.manager.cache_config.root_slots > 1
+        self.contexts = RootContexts(session.window.observations, session.manager.cache_config.root_slots)
 
     def infer(
         self,
@@ -77,35 +222,35 @@ class RootInference:
         """
         first = np.array([is_first_step(action) for action in last_actions])
         self._check(env_ids, last_observations, last_actions, observations, first)
-        self._flights.begin_roots()
+        self._session.begin_roots()
         latents = self._encode(observations, env_ids)
         digests = digest_rows(observations)
         last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[: len(first)])
         actions = None if first.all() else action_embeddings(self._world_model, last_actions, first)
-        flight, found = self._load(env_ids, last_digests, first, last_observations, timesteps)
-        observers = self._world_model.observers
+        step, found = self._load(env_ids, last_digests, first, last_observations, timesteps)
+        observers = self._session.observers
         copied = any(observer.needs_histories for observer in observers)
-        served = flight.histories(found) if copied else NO_HISTORIES
-        shift = self._flights.window_shift()
-        if self._flights.host_padding and not first.all():
-            flight.pad_as_host(~first)
-        tokens = self._grown_windows(env_ids, last_digests, first, actions, latents)
-        moving = self._flights.moving(flight.lengths, first)
-        positions = 2 * np.maximum(timesteps, 0)
-        stays = tokens[to_device(moving, tokens.device)]
-        hidden = flight.append_step(actions, latents[:, 0], first, positions, moving, stays)
+        served = Histories(step.histories(TOKENS_PER_STEP), found) if copied else NO_HISTORIES
+        windows = self._grown_windows(env_ids, last_digests, first, actions, latents)
+        moved = step.lengths + np.where(first, 1, TOKENS_PER_STEP) > self._session.window.kept
+        hidden = step.append(actions, latents[:, 0], first, 2 * np.maximum(timesteps, 0), windows)
         self._check_finite(hidden, env_ids)
-        outputs = predict_policy_value(self._flights.prepared, hidden)
-        self._remember(env_ids, first, last_actions, observations, digests, flight, actions, latents)
+        outputs = predict_policy_value(self._session.weights, hidden)
+        self._remember(
+            env_ids, first, last_digests, last_actions, observations, digests, step, actions, latents
+        )
         keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
-        for env_id in env_ids:
-            self._manager.init_pools[env_id].clear()  # a root's predecessor is never asked for again
-        for row in moving:
-            self._manager.count_window(self._flights.window.kept, env_id=env_ids[row])
-        flight.slide(shift)
-        flight.store(keys)
+        for row, env_id in enumerate(env_ids):
+            if first[row] or not self._several:
+                self._manager.init_pools[env_id].clear()  # what came before is not asked for again
+            if moved[row] and self._session.exact:
+                self._manager.count_window(int(step.lengths[row]), env_id=env_id)
+        step.store(keys)
         if observers:
-            stored = flight.histories(np.ones(len(first), dtype=bool)) if copied else NO_HISTORIES
+            stored = NO_HISTORIES
+            if copied:
+                rounded = self._session.shift_table() is not None
+                stored = Histories(step.histories(0), np.ones(len(first), dtype=bool), rounded)
             event = RootsInferred(
                 env_ids,
                 first,
@@ -121,7 +266,8 @@ class RootInference:
             )
             for observer in observers:
                 observer.roots_inferred(event)
-        return RootBatch(keys, latents, tokens, flight.lengths, flight.next_positions), outputs
+        roots = RootBatch(keys, latents, windows, step.lengths, step.next_positions, step.held)
+        return roots, outputs
 
     def _check(
         self,
@@ -175,7 +321,7 @@ class RootInference:
         first: np.ndarray,
         last_observations: torch.Tensor,
         timesteps: np.ndarray,
-    ) -> tuple[Flight, np.ndarray]:
+    ) -> tuple[RootStep, np.ndarray]:
         """The rows' stored histories, computed again where they are gone; and which were found (bool
         ``[B]``)."""
         slots = np.full(len(first), NO_SLOT, dtype=np.int64)
@@ -186,21 +332,21 @@ class RootInference:
         if len(known):
             slots[known] = self._manager.lookup([RootKey(env_ids[row], last_digests[row]) for row in known])
         missed = [int(row) for row in known if slots[row] == NO_SLOT]
-        flight = self._flights.load(slots, watched=True)
+        step = self._session.root_step(slots)
         if missed:
             contexts = [
                 self._context(env_ids[row], last_digests[row], last_observations[row], int(timesteps[row]))
                 for row in missed
             ]
             self._restore_tokens(contexts)
-            kept = self._flights.window.kept
+            kept = self._session.window.kept
             lengths = np.array([len(context.tokens) for context in contexts], dtype=np.int64)
             positions = np.array([context.next_position for context in contexts], dtype=np.int64)
             tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
-            flight.restore(np.array(missed), tokens, lengths, positions)
+            step.restore(np.array(missed), tokens, lengths, positions)
             for row, length in zip(missed, lengths.tolist(), strict=True):
                 self._manager.count_rebuilt(length, roots=True, env_id=env_ids[row])
-        return flight, slots != NO_SLOT
+        return step, slots != NO_SLOT
 
     def _context(self, env_id: int, digest: int, observation: torch.Tensor, timestep: int) -> RootContext:
         """The window that a missing root is computed from: the environment's, or the last observation
@@ -235,7 +381,7 @@ class RootInference:
     ) -> torch.Tensor:
         """Raw embeddings ``[B, kept, embed]`` of every row's window after this step, right-aligned, zero in
         front."""
-        kept, windows = self._flights.window.kept, []
+        kept, windows = self._session.window.kept, []
         for row, env_id in enumerate(env_ids):
             tokens = [latents[row, 0]]
             context = None if first[row] else self.contexts.get(env_id, last_digests[row])
@@ -248,10 +394,11 @@ class RootInference:
         self,
         env_ids: Sequence[int],
         first: np.ndarray,
+        last_digests: list[int],
         last_actions: Sequence[Any],
         observations: torch.Tensor,
         digests: list[int],
-        flight: Flight,
+        step: RootStep,
         actions: torch.Tensor | None,
         latents: torch.Tensor,
     ) -> None:
@@ -259,10 +406,12 @@ class RootInference:
         for row, env_id in enumerate(env_ids):
             if first[row]:
                 context = self.contexts.start(
-                    env_id, observations[row], digests[row], int(flight.next_positions[row])
+                    env_id, observations[row], digests[row], int(step.next_positions[row])
                 )
             else:
-                context = self.contexts.extend(env_id, last_actions[row], observations[row], digests[row])
+                context = self.contexts.extend(
+                    env_id, last_digests[row], last_actions[row], observations[row], digests[row]
+                )
                 if actions is not None:
                     context.tokens.append(actions[row])
             context.tokens.append(latents[row, 0])

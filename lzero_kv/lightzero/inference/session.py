@@ -1,4 +1,4 @@
-"""What serves a world model's inference while its weights keep their dtype and device: pools, flights, roots,
+"""What serves a world model's inference while its weights keep their dtype and device: pools, weights, roots,
 and the beginnings of searches."""
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from lzero_kv.cache.keys import NodeKey
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.window import TOKENS_PER_STEP, Window
-from lzero_kv.lightzero.inference.budgeted import BudgetedFlights, limiting_budget
-from lzero_kv.lightzero.inference.by_latent import NodesByLatent
-from lzero_kv.lightzero.inference.events import SearchBegun
-from lzero_kv.lightzero.inference.flights import Flights, shares_histories
-from lzero_kv.lightzero.inference.nodes import SearchNodes
-from lzero_kv.lightzero.inference.roots import RootBatch, RootInference
-from lzero_kv.lightzero.inference.static import StaticEngine, StaticNodes
-from lzero_kv.lightzero.inference.trees import SearchTrees
-from lzero_kv.lightzero.inputs import check_finite_latents, same_latents, timesteps_of
 
-MOVED_NODES = 4
-"""Slots for each row where nodes share histories: only windows that moved need one, and few are in use at
-once."""
+from ..inputs import check_finite_latents, same_latents, timesteps_of
+from .attention import WindowsBeside, causal_mask, prefilled
+from .budget import BudgetedRootStep, WindowBudget, limiting_budget
+from .compiled import CompiledSearch, StaticStep
+from .events import Observer, SearchBegun
+from .expand import Search, SearchByLatent
+from .positions import positions_of
+from .roots import RootBatch, RootInference, RootStep
+from .rows import Geometry
+from .weights import InferenceWeights
 
 
 def make_manager(world_model: Any, environments: int, num_simulations: int) -> KVCacheManager:
@@ -40,7 +38,6 @@ def make_manager(world_model: Any, environments: int, num_simulations: int) -> K
     config, window = world_model.cache_config, Window(world_model.context_length)
     weight = world_model.transformer.ln_f.weight
     budget = limiting_budget(config, world_model.num_layers, window)
-    shared = budget is not None or shares_histories(config, window)
     layers, tokens = world_model.num_layers, window.kept
     if budget is not None:  # one run of tokens, which the layers divide among themselves
         layers, tokens = 1, budget.sizes(layers, tokens).total
@@ -57,12 +54,12 @@ def make_manager(world_model: Any, environments: int, num_simulations: int) -> K
             device=weight.device,
         ),
         cache_config=config,
-        num_simulations=MOVED_NODES if shared else num_simulations,
-        scratch=world_model.engine_kind != 'eager',
+        num_simulations=num_simulations,
+        scratch=world_model.backend != 'eager',
     )
 
 
-class Engine:
+class InferenceSession:
     """Made at the first use, never copied or saved.
 
     Args:
@@ -71,121 +68,186 @@ class Engine:
         search_rows: most environments that are searched at once.
 
     Attributes:
+        exact: whether windows that overflow are derived anew.
+        budget: layer budgets of the windows; None where all tokens are kept.
         latest: the roots of the latest root inference.
         by_latent: the search of callers that name parents by their latent states.
     """
 
     def __init__(self, world_model: Any, environments: int, num_simulations: int, search_rows: int) -> None:
-        self._world_model = world_model
+        config = world_model.cache_config
+        self.world_model = world_model
+        self.window = Window(world_model.context_length)
+        self.exact = config.window != 'shift'
+        self.positions = positions_of(world_model)
         self.manager = make_manager(world_model, environments, num_simulations)
-        self.flights = self._make_flights()
-        self.roots = RootInference(world_model, self.manager, self.flights)
-        self.static: StaticEngine | None = None
-        if self.manager.scratch:
-            self.static = StaticEngine(
-                world_model, self.manager, self.flights, world_model.engine_kind, search_rows
-            )
+        self._full = Geometry(
+            self.manager.layout.heads,
+            self.manager.layout.head_dim,
+            (self.window.kept,) * world_model.num_layers,
+        )
+        budget = limiting_budget(config, world_model.num_layers, self.window)
+        self.budget = None if budget is None else WindowBudget(self, budget)
+        self.roots = RootInference(self)
+        self._weights: InferenceWeights | None = None
+        self._shift: torch.Tensor | None = None
+        self._static: StaticStep | None = None
+        if world_model.backend != 'eager':
+            self._static = StaticStep(self, world_model.backend, search_rows)
         self.latest: RootBatch | None = None
-        self.by_latent: NodesByLatent | None = None
+        self.by_latent: SearchByLatent | None = None
 
-    def _make_flights(self) -> Flights:
-        model, manager = self._world_model, self.manager
-        budget = limiting_budget(model.cache_config, model.num_layers, Window(model.context_length))
-        if budget is None:
-            return Flights(model, manager, model.cache_config)
-        return BudgetedFlights(model, manager, model.cache_config, budget)
+    @property
+    def observers(self) -> list[Observer]:
+        """The world model's."""
+        return self.world_model.observers
 
-    def begin_search(self, root_latents: np.ndarray, timestep: Any, num_simulations: int) -> SearchNodes:
+    @property
+    def geometry(self) -> Geometry:
+        """How windows lie in the storage now."""
+        return self._full if self.budget is None else self.budget.geometry
+
+    @property
+    def weights(self) -> InferenceWeights:
+        """Transformer and heads by the weights of the latest :meth:`take_weights`."""
+        if self._weights is None:
+            self._weights = InferenceWeights(self.world_model)
+        return self._weights
+
+    def take_weights(self) -> None:
+        """Notice weights that changed; called where a root inference or a search begins."""
+        if self._weights is not None and self._weights.stale():
+            self._weights = self._shift = None
+
+    def shift_table(self) -> torch.Tensor | None:
+        """What each place adds to keys and values (:meth:`LearnedPositions.projected`), by the present
+        weights; None where windows are exact or positions rotary."""
+        if self.exact or self.positions.rotary:
+            return None
+        if self._shift is None:
+            self._shift = self.positions.projected(self.window.in_flight)
+        return self._shift
+
+    def begin_roots(self) -> None:
+        """A root inference begins: what may change between searches alone changes now."""
+        self.take_weights()
+        if self.budget is not None:
+            self.budget.advance()
+
+    def root_step(self, slots: np.ndarray) -> RootStep | BudgetedRootStep:
+        """Load the histories in ``slots`` (int64 ``[B]``)."""
+        return RootStep(self, slots) if self.budget is None else BudgetedRootStep(self, self.budget, slots)
+
+    def prefilled(
+        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> torch.Tensor:
+        """Keys and values ``[B, layers, 2, heads, T, head_dim]`` of whole histories.
+
+        Args:
+            tokens: ``[B, T, embed]`` raw embeddings, right-aligned.
+            lengths, next_positions: int64 ``[B]``.
+        """
+        return prefilled(self.weights, *self.placed(tokens, lengths, next_positions))
+
+    def placed(
+        self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, torch.Tensor | None]:
+        """Whole histories with their positions, for a prefill; arguments as of :meth:`prefilled`."""
+        columns = np.arange(-tokens.shape[1], 0)
+        places = self.positions.at(lengths[:, None] + columns, next_positions[:, None] + columns)
+        return places.add_to(tokens), lengths, places.rotation
+
+    def windows_beside(
+        self,
+        tokens: torch.Tensor,
+        lengths: np.ndarray,
+        next_positions: np.ndarray,
+        out: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> WindowsBeside:
+        """Whole histories for the pass of other tokens to compute; ``out`` and ``rows`` as of
+        :class:`WindowsBeside`, other arguments as of :meth:`prefilled`."""
+        x, _, rotation = self.placed(tokens, lengths, next_positions)
+        return WindowsBeside(x, rotation, causal_mask(lengths, tokens.shape[1], tokens), out, rows)
+
+    def memory(self, elements: int) -> torch.Tensor:
+        """Working memory of a root inference or a search, one at a time.
+
+        Raises:
+            RuntimeError: it does not fit into ``max_bytes``.
+        """
+        memory = self.manager.search_memory(elements)
+        if memory is None:
+            layout, config = self.manager.layout, self.manager.cache_config
+            raise RuntimeError(
+                f'inference needs {elements * layout.dtype.itemsize:,} bytes beside the pools; raise '
+                f'kv_cache.max_bytes={config.max_bytes}'
+            )
+        return memory
+
+    def begin_search(self, root_latents: np.ndarray, timestep: Any, simulations: int) -> Search:
         """:meth:`KVWorldModel.begin_search`."""
         rows = len(root_latents)
-        self.flights.take_weights()
-        latest = None if self._world_model.reanalyze_phase else self.latest
+        self.take_weights()
+        latest = None if self.world_model.reanalyze_phase else self.latest
         if latest is not None and not same_latents(latest.latents, root_latents):
             latest = None
         if latest is None:
             check_finite_latents(root_latents)
-        self.manager.clear_recur_cache()
-        static = self._static_for(rows, num_simulations)
-        trees = None if static is not None else self._trees(rows, latest, num_simulations)
-        if trees is None:
-            own = 0 if latest is not None else rows
-            self.manager.reserve_recurrent(rows * num_simulations + own, minimum=2 * rows + own)
-        else:
-            self.manager.reserve_recurrent(rows * MOVED_NODES, minimum=rows)
-        roots = latest or self._roots_of_latents(root_latents, timestep, store=trees is None)
-        capacity = self.manager.recur_pool.pool_size
-        begun = SearchBegun(root_latents, timestep, latest is not None, roots.next_positions, capacity)
-        for observer in self._world_model.observers:
+        roots = latest or self._roots_of_latents(root_latents, timestep)
+        static = self._static if self._static is not None and self._static.serves(rows) else None
+        longest = int(roots.lengths.max()) + TOKENS_PER_STEP * simulations
+        derived = rows * simulations if self.exact and longest > self.window.kept else 0
+        windows = derived + (0 if roots.stored else rows)
+        if static is not None:
+            windows = max(windows, static.rows * (simulations + 1))
+        self.manager.begin_search(min(windows, rows), windows, upfront=static is not None)
+        capacity = self.manager.window_bound
+        begun = SearchBegun(root_latents, timestep, roots.stored, roots.next_positions, capacity)
+        for observer in self.observers:
             observer.search_begun(begun)
-        arguments = self._world_model, self.manager, self.flights, roots, num_simulations
-        return SearchNodes(*arguments, trees) if static is None else StaticNodes(static, *arguments)
+        steps = simulations
+        if self.exact and int(roots.lengths.min()) + TOKENS_PER_STEP > self.window.kept:
+            steps = 0  # every child gets a derived window
+        if static is not None:
+            return CompiledSearch(static, self, roots, simulations, steps)
+        while self.exact and steps:
+            # nodes whose steps have no room get windows of their own, which can be evicted
+            memory = self.manager.search_memory(Search.elements(self, rows, simulations, steps))
+            if memory is not None:
+                return Search(self, roots, simulations, memory, steps)
+            steps //= 2
+        memory = self.memory(Search.elements(self, rows, simulations, steps))
+        return Search(self, roots, simulations, memory, steps)
 
-    def _static_for(self, rows: int, num_simulations: int) -> StaticEngine | None:
-        """Who serves a search on static shapes, where every node has a slot; None where nobody does, or where
-        slots for all nodes do not fit and nodes can share their histories."""
-        if self.static is None or not self.static.serves(rows):
-            return None
-        most = self.static.rows * (num_simulations + 1)
-        if self.flights.shares_histories and not self.manager.can_reserve(most):
-            return None
-        return self.static
-
-    def _trees(self, rows: int, latest: RootBatch | None, num_simulations: int) -> SearchTrees | None:
-        """Nodes that share their roots' histories; None where each has a slot of its own."""
-        flights, embed = self.flights, self.manager.layout.embed_dim
-        if not flights.shares_histories:
-            return None
-        now, most = (1, 1) if latest is None else (int(latest.lengths.max()), latest.tokens.shape[1])
-        widths = flights.widths(now)
-        needed, largest = (
-            SearchTrees.elements(embed, rows, each, num_simulations)
-            for each in (widths, flights.widths(most))
-        )
-        memory = self.manager.tree_memory(needed, largest)
-        if memory is not None:
-            return SearchTrees(flights, memory, rows, widths, num_simulations)
-        if isinstance(flights, BudgetedFlights):
-            raise RuntimeError(
-                f'a search of {rows} rows and {num_simulations} simulations under kv_cache.budget needs '
-                f'{needed * self.manager.layout.dtype.itemsize:,} bytes beside the pools; raise '
-                f'kv_cache.max_bytes={self.manager.cache_config.max_bytes}'
-            )
-        return None
-
-    def _roots_of_latents(self, root_latents: np.ndarray, timestep: Any, store: bool) -> RootBatch:
-        """Histories of one observation each, all computed in one batch, and stored unless the caller keeps
-        them."""
+    def _roots_of_latents(self, root_latents: np.ndarray, timestep: Any) -> RootBatch:
+        """Histories of one observation each, which the search's first simulation computes."""
         rows, layout = len(root_latents), self.manager.layout
-        # Long windows of thousands of reanalysed roots would not fit in memory, and hold one token each.
-        width = self.flights.window.kept if self.flights.host_padding else 1
-        latents = torch.as_tensor(root_latents).to(layout.device, layout.dtype).reshape(rows, 1, -1)
-        lengths = np.ones(rows, dtype=np.int64)
-        next_positions = TOKENS_PER_STEP * np.maximum(timesteps_of(timestep, rows), 0) + 1
-        kv = latents.new_zeros(rows, 2 * self.flights.layers, width, layout.embed_dim)
-        self.flights.recompute(latents, lengths, next_positions, kv[:, :, width - 1 :])
-        keys = [NodeKey(row, 0) for row in range(rows)]
-        if store:
-            self.manager.store(keys, kv, lengths, next_positions, newest=width)
-        return RootBatch(keys, latents, latents, lengths, next_positions, None if store else kv)
+        embed = self.world_model.embed_dim
+        latents = torch.as_tensor(root_latents).to(layout.device, layout.dtype).reshape(rows, 1, embed)
+        return RootBatch(
+            [NodeKey(row, 0) for row in range(rows)],
+            latents,
+            latents,
+            np.ones(rows, dtype=np.int64),
+            TOKENS_PER_STEP * np.maximum(timesteps_of(timestep, rows), 0) + 1,
+            np.ones((rows, 1 if self.budget is None else self.geometry.layers), dtype=np.int64),
+            stored=False,
+        )
 
     def forget_weights(self) -> None:
         """Drop all keys and values and what was made of the weights; environments stay in their episodes."""
         self.manager.clear_all()
         self.roots.contexts.forget_tokens()
-        self.flights.forget_weights()
+        self._weights = self._shift = None
 
     def forget_search(self) -> None:
-        """Nobody may go on from the latest roots."""
+        """Searches do not go on from the latest roots."""
         self.latest = self.by_latent = None
 
-    def forget_working_memory(self) -> None:
-        """Drop the reused buffers, after a failure that may have left non-finite numbers in them."""
-        self.flights.forget_buffer()
-        self.manager.forget_trees()
-
     def blank(self) -> None:
-        """Write zeros into all slots."""
-        slab, layout = self.manager.slab, self.manager.layout
-        if slab.bytes:
-            row = torch.zeros(layout.batch_shape(1), dtype=layout.dtype, device=layout.device)
-            slab.store(np.arange(slab.slots), row.expand(slab.slots, *row.shape[1:]))
+        """Write zeros into all slots, after a failure that may have left numbers there that are not
+        finite."""
+        self.manager.forget_search_memory()
+        if self.manager.storage.bytes:
+            self.manager.storage.tensor.zero_()

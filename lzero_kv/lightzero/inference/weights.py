@@ -1,24 +1,25 @@
-"""The host's transformer and heads, made ready for inference on a few rows.
+"""Transformer and heads of a world model, made ready for inference on a few rows.
 
-The host's modules stay the only home of the weights. What inference runs are plain functions over copies of
-them: the three projections of a layer are one matrix product, and on a CPU large single precision matrices
-are laid out once in the order in which oneDNN reads them, instead of at every product. With eight rows that
-order is worth more than anything else: a product is bound by reading its weights.
+The host's modules stay the only home of the weights. Inference runs plain functions over copies of them: the
+three projections of a layer are one matrix product, and on a CPU large single precision matrices are laid out
+once in the order in which oneDNN reads them, instead of at every product. With eight rows that order is worth
+more than anything else: a product is bound by reading its weights.
 
-The copies are made again when the weights change; see :meth:`Prepared.stale`.
+The copies are made again when the weights change; see :meth:`InferenceWeights.stale`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-Layer = Callable[[torch.Tensor], torch.Tensor]
-"""``[N, in]`` to ``[N, out]``."""
+Layer = Callable[[torch.Tensor], Any]
+"""``[N, in]`` to ``[N, out]``. A partial of an operator where it can be: one call, no frame of Python."""
 
 PACKED_ELEMENTS = 1 << 17
 """Weights from this size on are packed. Below it, measured with AVX-512, a call of oneDNN costs more than its
@@ -27,76 +28,63 @@ order saves."""
 _ROWS_EXPECTED = 8
 
 
-class PreparedBlock:
+class BlockWeights:
     """One block of the transformer.
 
     Attributes:
         norm1, norm2: layer norms, ``[N, embed]`` to ``[N, embed]``.
         qkv: ``[N, embed]`` to ``[N, 3 * embed]``: query, key and value side by side.
         project: the projection behind attention.
-        mlp: the feed-forward part, without its residual.
+        mlp: layers of the feed-forward part, without its residual.
         gates: the two gates of a gated block (GTrXL, Parisotto et al. 2020), None for plain residuals.
     """
 
-    def __init__(self, block: Any, as_host: bool, packed: bool) -> None:
+    def __init__(self, block: Any, packed: bool) -> None:
         attention = block.attn
         self._projections = [attention.query, attention.key, attention.value]
-        self._joined = None if as_host else joined(self._projections)
+        self._joined = joined(self._projections)
         self.gates = (block.gate1, block.gate2) if block.gru_gating else None
-        self.norm1: Layer = block.ln1 if as_host else layer_norm(block.ln1)
-        self.norm2: Layer = block.ln2 if as_host else layer_norm(block.ln2)
+        self.norm1: Layer = layer_norm(block.ln1)
+        self.norm2: Layer = layer_norm(block.ln2)
         self.qkv = (
             one_by_one(self._projections) if self._joined is None else affine(*self._joined, packed=packed)
         )
-        self.project: Layer = attention.proj if as_host else sequence([attention.proj], packed)
-        self.mlp: Layer = block.mlp if as_host else sequence(block.mlp, packed)
+        (self.project,) = layers_of([attention.proj], packed)
+        self.mlp = layers_of(block.mlp, packed)
 
     def refresh(self) -> None:
         """Copy the weights of query, key and value again, to where they were."""
         if self._joined is not None:
             joined(self._projections, out=self._joined)
 
-    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The block's output for inputs ``x`` and what attention made of them, both ``[..., embed]``."""
-        attended = self.project(attended)
-        if self.gates is not None:
-            x = self.gates[0](x, attended)
-            return self.gates[1](x, self.mlp(self.norm2(x)))
-        x = x + attended
-        return x + self.mlp(self.norm2(x))
 
-
-class Prepared:
+class InferenceWeights:
     """Transformer and heads of a world model as functions, by the weights of this moment.
 
     Args:
         world_model: the host's ``WorldModel``.
-        as_host: run the host's own modules, one after another, so that results equal the host's to the last
-            bit.
         packed: whether large matrices may be laid out anew. Where not, everything but query, key and value
             reads the host's own tensors.
 
     Attributes:
         blocks: one for each layer.
         norm: the transformer's last norm.
-        reward, latent, policy, value: heads, ``[N, embed]`` to their logits; the policy of continuous actions
-            gives a dict.
+        reward, latent, policy, value: layers of the heads, ``[N, embed]`` to their logits; the policy of
+            continuous actions gives a dict.
         heads: number of attention heads.
-        as_host: as given.
     """
 
-    def __init__(self, world_model: Any, as_host: bool, packed: bool = True) -> None:
+    def __init__(self, world_model: Any, packed: bool = True) -> None:
         transformer = world_model.transformer
-        self.as_host = as_host
         self.packed = packed
-        self.heads = transformer.blocks[0].attn.num_heads
+        self.heads = int(transformer.blocks[0].attn.num_heads)
         self._parameters = list(world_model.parameters())
-        self._weights = self._fingerprint()
+        self._seen = self._fingerprint()
         with torch.no_grad():
-            self.blocks = [PreparedBlock(block, as_host, packed) for block in transformer.blocks]
-            self.norm: Layer = transformer.ln_f if as_host else layer_norm(transformer.ln_f)
+            self.blocks = [BlockWeights(block, packed) for block in transformer.blocks]
+            self.norm: Layer = layer_norm(transformer.ln_f)
             self.reward, self.latent, self.policy, self.value = (
-                head.head_module if as_host else sequence(head.head_module, packed)
+                layers_of(head.head_module, packed)
                 for head in (
                     world_model.head_rewards,
                     world_model.head_observations,
@@ -117,78 +105,77 @@ class Prepared:
             raise RuntimeError('expected weights that are where they were, got packed or moved ones')
         for block in self.blocks:
             block.refresh()
-        self._weights = self._fingerprint()
+        self._seen = self._fingerprint()
 
     def in_place(self) -> bool:
         """Whether all parameters lie in the memory where they were."""
-        return [place for place, _ in self._fingerprint()] == [place for place, _ in self._weights]
+        return [place for place, _ in self._fingerprint()] == [place for place, _ in self._seen]
 
     def stale(self) -> bool:
-        """Whether a parameter was written to, or replaced, since this was made.
+        """Whether a parameter was written to, or replaced, since these weights were taken.
 
-        A write that goes around autograd's version counter (``parameter.data``) is not seen here; those who
-        write like that clear the caches, as the host does after every update.
+        A write that goes around autograd's version counter (``parameter.data``) is not seen here; code that
+        writes like that clears the caches, as the host does after every update.
         """
-        return self._fingerprint() != self._weights
+        return self._fingerprint() != self._seen
 
     def _fingerprint(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
 
 
-def sequence(modules: Sequence[nn.Module] | nn.Module, packed: bool = True) -> Any:
-    """A sequence of modules as one function: linear layers with the GELU behind them in one call, dropout
-    left out (inference is never in training mode), everything else as it is."""
+def layers_of(modules: Iterable[nn.Module] | nn.Module, packed: bool = True) -> tuple[Layer, ...]:
+    """The layers of a sequence of modules: linear layers with the GELU behind them in one call, dropout left
+    out (inference is never in training mode), everything else as it is."""
     if isinstance(modules, nn.Module) and not isinstance(modules, nn.Sequential):
-        return modules
-    rest, layers = [m for m in modules if not isinstance(m, nn.Dropout)], []
+        return (modules,)
+    rest, layers = [m for m in modules if not isinstance(m, nn.Dropout)], list[Layer]()
     while rest:
         module = rest.pop(0)
         if not is_plain(module):
             layers.append(module)
             continue
         gelu = None
-        if rest and isinstance(rest[0], nn.GELU):
-            gelu = rest[0].approximate
-            rest.pop(0)
+        if packed and packs(module.weight) and rest and isinstance(rest[0], nn.GELU):
+            gelu = rest.pop(0).approximate
         layers.append(affine(module.weight, module.bias, gelu, packed=packed))
-    if len(layers) == 1:
-        return layers[0]
-
-    def run(x: torch.Tensor) -> Any:
-        for layer in layers:
-            x = layer(x)
-        return x
-
-    return run
+    return tuple(layers)
 
 
 def affine(
     weight: torch.Tensor, bias: torch.Tensor, gelu: str | None = None, *, packed: bool = True
 ) -> Layer:
-    """``x @ weight.T + bias`` and, with ``gelu`` ('none' or 'tanh'), the GELU of it; where that pays and
-    ``packed`` allows it, by a packed copy of the weights."""
+    """``x @ weight.T + bias``; where that pays and ``packed`` allows it, by a packed copy of the weights, and
+    then with the GELU behind it (``gelu`` 'none' or 'tanh')."""
     weight, bias = weight.detach(), bias.detach()
-    if packed and _packs(weight):
-        # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED)
-        pointwise = torch.ops.mkldnn._linear_pointwise.default
-        after, kind = ('none', '') if gelu is None else ('gelu', gelu)
-        return lambda x: pointwise(x, packed, bias, after, [], kind)
-    if gelu is None:
-        return lambda x: F.linear(x, weight, bias)
-    return lambda x: F.gelu(F.linear(x, weight, bias), approximate=gelu)
+    if not (packed and packs(weight)):
+        return partial(F.linear, weight=weight, bias=bias)
+    # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.
+    after, kind = ('none', '') if gelu is None else ('gelu', gelu)
+    return partial(
+        torch.ops.mkldnn._linear_pointwise.default,
+        W=torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED),
+        B=bias,
+        attr=after,
+        scalars=[],
+        algorithm=kind,
+    )
 
 
 def layer_norm(norm: nn.LayerNorm) -> Layer:
     """A layer norm without its module's call."""
     if type(norm) is not nn.LayerNorm:
         return norm
-    shape, weight, bias, eps = list(norm.normalized_shape), norm.weight, norm.bias, norm.eps
-    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    return partial(
+        torch.layer_norm,
+        normalized_shape=list(norm.normalized_shape),
+        weight=norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
+    )
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a linear layer with a bias that nobody has put a hook on."""
+    """Whether a module is a linear layer with a bias and without hooks."""
     return (
         type(module) is nn.Linear
         and module.bias is not None
@@ -217,7 +204,8 @@ def one_by_one(modules: Sequence[nn.Module]) -> Layer:
     return lambda x: torch.cat([module(x) for module in modules], dim=-1)
 
 
-def _packs(weight: torch.Tensor) -> bool:
+def packs(weight: torch.Tensor) -> bool:
+    """Whether a packed copy of a weight is quicker than the weight."""
     return (
         weight.device.type == 'cpu'
         and weight.dtype == torch.float32

@@ -1,0 +1,224 @@
+"""Tokens of one layer under a budget, and attention over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lzero_kv.budget.attention import AttentionRecord
+from lzero_kv.budget.selection import Kept, Selection, select
+from lzero_kv.budget.tokens import Tokens, gather_tokens, real_columns
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer of a batch, with what a selection reads of them.
+
+    ``B`` rows, ``H`` key-value heads, ``G`` groups of them that keep the same tokens (1 or ``H``), ``n``
+    columns. Right-aligned: the newest token lies in the last column; columns in front of a row's ``lengths``
+    newest tokens are finite and mean nothing. Methods change the layer in place.
+    """
+
+    keys: torch.Tensor
+    """``[B, H, n, head_dim]``; under rotary positions with the rotation of their own position."""
+    values: torch.Tensor
+    """``[B, H, n, head_dim]``."""
+    positions: torch.Tensor
+    """int64 ``[B, G, n]``: logical positions; a token keeps its own when others are dropped."""
+    lengths: torch.Tensor
+    """int64 ``[B, G]``: tokens of each row."""
+    record: AttentionRecord
+    """Attention that the tokens were given; its ``window`` newest tokens are never dropped."""
+    sinks: int = 0
+    """First tokens, never dropped."""
+    step: int = 1
+    """Tokens that are kept or dropped together."""
+    scores: torch.Tensor | None = None
+    """``[B, G, n]``: scores to choose by in the place of a selection's, until tokens are appended."""
+
+    @classmethod
+    def of_prompt(
+        cls,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        lengths: torch.Tensor,
+        record: AttentionRecord,
+        sinks: int = 0,
+        step: int = 1,
+    ) -> LayerCache:
+        """Layer of a prompt; ``lengths`` int64 ``[B]``, other arguments as the fields."""
+        of_groups = lengths[:, None].repeat(1, record.groups)
+        positions = Tokens.of_prompt(of_groups, keys.shape[2], window=record.window).positions
+        return cls(keys, values, positions, of_groups, record, sinks, step)
+
+    @property
+    def columns(self) -> int:
+        """Columns, ``n``."""
+        return self.keys.shape[2]
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens as a selection sees them."""
+        return Tokens(self.positions, self.lengths, self.record.window, self.sinks, self.step)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys, values, positions, lengths, record and scores."""
+        return sum(tensor.nbytes for _, _, tensor in self._tensors())
+
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
+    ) -> None:
+        """Add a block of tokens in new columns behind.
+
+        Arguments:
+            keys, values: ``[B, H, Q, head_dim]``.
+            positions: int64 ``[B, Q]``; None for those that follow the newest token of each row.
+            added: int64 ``[B]``: tokens of the block that a row gets, its last ones; None for all. Less than
+                ``Q`` is for rows that are empty: what they do not get becomes padding.
+        """
+        block = keys.shape[2]
+        if positions is None:
+            positions = self.positions[:, 0, -1:] + 1 + torch.arange(block, device=keys.device)
+        self.scores = None
+        self.keys = torch.cat([self.keys, keys], dim=2)
+        self.values = torch.cat([self.values, values], dim=2)
+        of_groups = positions[:, None].expand(-1, self.positions.shape[1], -1)
+        self.positions = torch.cat([self.positions, of_groups], dim=2)
+        self.lengths = self.lengths + (block if added is None else added[:, None])
+
+    def observe(self, attention: torch.Tensor, *, token_by_token: bool = False) -> None:
+        """Record the attention of the newest tokens.
+
+        Arguments:
+            attention: ``[B, heads, Q, n]``, probabilities as of :meth:`AttentionRecord.observe`; with fewer
+                columns than ``n`` those of tokens before the newest, which are observed later.
+            token_by_token: accumulate as if every token of the block were observed by itself.
+        """
+        later = self.columns - attention.shape[3]
+        self.record.observe(attention, (self.lengths - later).clamp(min=0), token_by_token=token_by_token)
+
+    def choose(self, slots: int, selection: Selection) -> Kept:
+        """The tokens that stay in ``slots`` columns.
+
+        Raises:
+            ValueError: window and sinks do not fit into ``slots``.
+        """
+        scores = selection.scores(self.record, self.tokens) if self.scores is None else self.scores
+        return select(scores, self.tokens, slots)
+
+    def newest(self, columns: int) -> Kept:
+        """The last columns, where it is known that no row has more tokens: nothing is scored."""
+        indices = torch.arange(self.columns - columns, self.columns, device=self.keys.device)
+        return Kept(indices.expand(*self.lengths.shape, -1), self.lengths)
+
+    def keep(self, kept: Kept) -> None:
+        """Drop all other tokens.
+
+        Raises:
+            RuntimeError: tokens were appended and their attention was not observed; nothing is changed.
+        """
+        observed = self.record.columns
+        if observed is not None and observed != self.columns:
+            raise RuntimeError(
+                f'the attention of the newest {self.columns - observed} tokens is awaited; call observe '
+                f'before tokens are dropped'
+            )
+        self.keys = gather_tokens(self.keys, kept.indices)
+        self.values = gather_tokens(self.values, kept.indices)
+        self.positions = gather_tokens(self.positions, kept.indices)
+        self.lengths = kept.lengths
+        self.record.keep(kept.indices)
+        if self.scores is not None:
+            self.scores = gather_tokens(self.scores, kept.indices)
+
+    def shrink(self, slots: int, selection: Selection) -> None:
+        """Drop the tokens that are over ``slots``, those with the lowest scores.
+
+        Raises:
+            ValueError: window and sinks do not fit into ``slots``; nothing is changed.
+        """
+        if self.columns > slots:
+            self.keep(self.choose(slots, selection))
+
+    def pad(self, columns: int) -> None:
+        """Put empty columns in front until there are ``columns``."""
+        front = columns - self.columns
+        if front <= 0:
+            return
+        for owner, name, tensor in self._tensors():
+            if name not in ('lengths', 'queries'):
+                behind = (0, 0) if name in ('keys', 'values') else ()
+                setattr(owner, name, F.pad(tensor, (*behind, front, 0)))
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row ``b`` becomes what row ``rows[b]`` was (int64 ``[N]``): the beams that go on."""
+        for owner, name, tensor in self._tensors():
+            setattr(owner, name, tensor.index_select(0, rows))
+
+    def put_rows(self, rows: torch.Tensor, other: LayerCache) -> None:
+        """Replace rows (int64 ``[N]``) by those of ``other``, in the memory of this layer's tensors: none may
+        be expanded. A record that observed nothing takes nothing.
+
+        Raises:
+            ValueError: ``other`` has not ``N`` rows of the same shape, or its record observed less; nothing
+                is changed.
+        """
+        pairs = []
+        for owner, name, tensor in self._tensors():
+            new = getattr(other if owner is self else other.record, name)
+            expected = [len(rows), *tensor.shape[1:]], tensor.dtype
+            got = (None, None) if new is None else ([*new.shape], new.dtype)
+            if got != expected:
+                raise ValueError(
+                    f'{name} must be {expected[0]} of {expected[1]}, got {got[0]} of {got[1]}; bring both '
+                    f'layers to the same columns with pad or shrink, and let both observe'
+                )
+            pairs.append((tensor, new))
+        for tensor, new in pairs:
+            tensor.index_copy_(0, rows, new)
+
+    def _tensors(self) -> Iterator[tuple[LayerCache | AttentionRecord, str, torch.Tensor]]:
+        """Every tensor with one entry a row: whose it is, its name, itself."""
+        own = ((self, name) for name in ('keys', 'values', 'positions', 'lengths', 'scores'))
+        recorded = ((self.record, name) for name in ('accumulated', 'recent', 'queries'))
+        for owner, name in (*own, *recorded):
+            if (tensor := getattr(owner, name)) is not None:
+                yield owner, name, tensor
+
+
+def attend(queries: torch.Tensor, layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the newest tokens over a layer that holds them already.
+
+    A query sees the tokens up to its own and no padding. Slow and plain: a host has its own kernel, and needs
+    the probabilities of a few queries alone.
+
+    Arguments:
+        queries: ``[B, heads, Q, head_dim]``; neighbouring heads share a key-value head.
+        layer: the layer, its last ``Q`` columns are the queries' own.
+
+    Returns:
+        Output ``[B, heads, Q, head_dim]`` and probabilities ``[B, heads, Q, n]``, float32 at least. Those of
+        queries that are padding are finite and mean nothing.
+    """
+    heads, block, head_dim = queries.shape[1:]
+    columns = layer.columns
+    keys = layer.keys.repeat_interleave(heads // layer.keys.shape[1], dim=1)
+    values = layer.values.repeat_interleave(heads // layer.values.shape[1], dim=1)
+    real = real_columns(layer.lengths, columns).repeat_interleave(heads // layer.lengths.shape[1], dim=1)
+    column = torch.arange(columns, device=queries.device)
+    causal = column <= column[columns - block :, None]
+    logits = queries @ keys.transpose(2, 3) / head_dim**0.5
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # the smallest number instead of -inf: a query that is padding sees nothing and must not become NaN
+    visible = real[:, :, None] & causal
+    logits = logits.to(dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    probabilities = logits.softmax(-1)
+    return probabilities.to(values.dtype) @ values, probabilities

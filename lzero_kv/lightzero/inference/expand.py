@@ -1,0 +1,409 @@
+"""One simulation of a search: parents placed beside their rows, two tokens, heads, children stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lzero_kv.cache.eviction import EvictionStrategy
+from lzero_kv.cache.keys import NO_SLOT, NodeKey, digest_rows
+from lzero_kv.cache.transfer import to_device
+from lzero_kv.cache.window import TOKENS_PER_STEP
+
+from .attention import WindowsBeside, decode
+from .events import NO_HISTORIES, Histories, NodesExpanded
+from .heads import (
+    StepOutputs,
+    action_embeddings,
+    check_actions,
+    predict_policy_value,
+    predict_reward_latent,
+)
+from .rows import ResidentRows, column_mask, visible_columns
+from .tree import ROOT, Parents, SearchTree
+
+if TYPE_CHECKING:
+    from .roots import RootBatch
+    from .session import InferenceSession
+
+NOWHERE = -1
+"""No node: what stands beside a row before anything was placed there."""
+
+
+class Search:
+    """Expands nodes of a batch of search trees, one for each row and simulation.
+
+    Args:
+        session: of the world model.
+        roots: where the trees begin.
+        simulations: children each row will get at most.
+        memory: flat, at least :meth:`elements` finite numbers of no meaning.
+        stored_steps: simulations whose steps have a place in it.
+    """
+
+    def __init__(
+        self,
+        session: InferenceSession,
+        roots: RootBatch,
+        simulations: int,
+        memory: torch.Tensor,
+        stored_steps: int,
+    ) -> None:
+        rows, geometry = len(roots.lengths), session.geometry
+        self._session = session
+        self._manager = session.manager
+        self._weights = session.weights
+        self._roots = roots
+        self._rows = np.arange(rows)
+        self.tree = SearchTree(
+            roots.tokens,
+            roots.lengths,
+            roots.next_positions,
+            simulations,
+            session.window.kept,
+            session.exact,
+            stored_steps,
+        )
+        self.room = self.columns_behind(simulations, session.window.kept)
+        size = ResidentRows.elements(geometry, rows, self.room)
+        self._resident = ResidentRows(geometry, self._manager, memory, rows, self.room)
+        self._shift = session.shift_table()
+        self._shown = self._resident.buffer
+        if self._shift is not None:
+            self._shown = memory[size : 2 * size].view_as(self._shown)
+            size *= 2
+        # the two tokens of each stored node, by simulation and row
+        shape = geometry.layers, 2, geometry.heads, TOKENS_PER_STEP, geometry.head_dim
+        self._steps = memory[size:][: stored_steps * rows * TOKENS_PER_STEP * geometry.column].view(
+            -1, *shape
+        )
+        self._stored_steps = stored_steps
+        self._placed = np.full(rows, NOWHERE, np.int64)  # the nodes whose windows stand beside the rows
+        # for each layer, or all of them, tokens of the nodes' windows; of derived ones known once they are there
+        self._held = np.zeros((simulations + 1, rows, roots.held.shape[1]), np.int64)
+        self._held[ROOT] = roots.held
+        self._derived_before = np.zeros((simulations + 1, rows), dtype=bool)
+        self._derived_before[ROOT] = roots.stored
+        self._visits = np.ones((simulations + 1, rows), np.int64)
+        self._by_priority = self._manager.recur_pool.eviction_strategy is EvictionStrategy.PRIORITY
+
+    @staticmethod
+    def columns_behind(simulations: int, kept: int) -> int:
+        """Columns behind a window: the longest path and two new tokens."""
+        return TOKENS_PER_STEP * (SearchTree.longest_path(simulations, kept) + 1)
+
+    @classmethod
+    def elements(cls, session: InferenceSession, rows: int, simulations: int, stored_steps: int) -> int:
+        """Numbers of memory that a search takes."""
+        geometry = session.geometry
+        room = cls.columns_behind(simulations, session.window.kept)
+        beside = ResidentRows.elements(geometry, rows, room) * (1 if session.shift_table() is None else 2)
+        return beside + stored_steps * rows * TOKENS_PER_STEP * geometry.column
+
+    @property
+    def expanded(self) -> int:
+        """Simulations so far."""
+        return self.tree.expanded
+
+    def expand(self, parents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
+        """Add one child to every row's tree.
+
+        Args:
+            parents: int64 ``[B]``, simulation number of each row's parent (0: its root).
+            actions: int64 ``[B]``, or ``[B, action_space_size]`` where actions are continuous.
+
+        Raises:
+            ValueError: a parent that does not exist yet, or too many simulations. Nothing is stored.
+        """
+        of = self.tree.of(parents)
+        action = action_embeddings(self._session.world_model, actions)
+        found, windows, slots = self._place_windows(of)
+        path = self._place_path(of)
+        begins, masks, end = self._look(of, path.shape[1])
+        ahead = np.stack([of.lengths, of.lengths + 1], axis=1)
+        placed = self._session.positions.at(ahead, of.next_positions[:, None] + (0, 1))
+        correction = self._correct(of, begins[0], end)
+        hidden = action
+        for token in range(TOKENS_PER_STEP):
+            end += 1
+            place = placed.column(token)
+            columns = self._resident.columns(self._shown, begins, end, 1, masks[token])
+            hidden = decode(
+                self._weights,
+                columns,
+                place.add_to(hidden[:, None]),
+                place.rotation,
+                windows=None if token else windows,
+            )
+            if not token:
+                reward, latent = predict_reward_latent(self._weights, hidden)
+                hidden = latent
+        if slots is not None:
+            self._store_windows(*slots)
+        outputs = predict_policy_value(self._weights, hidden)
+        outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
+        derived = self._add(of, action, latent, end, correction)
+        if self._session.observers:
+            self._tell(of, actions, found, derived, outputs, end)
+        return outputs
+
+    def _place_windows(
+        self, of: Parents
+    ) -> tuple[np.ndarray, WindowsBeside | None, tuple[np.ndarray, np.ndarray, int] | None]:
+        """Bring the parents' windows beside their rows.
+
+        Returns:
+            bool ``[B]``: windows that were there, or never stored before; those that the pass of the action
+            has to compute; and their rows, slots and width.
+        """
+        rows, nodes, manager = self._rows, of.windows, self._manager
+        cached = nodes != ROOT if self._roots.stored else nodes >= ROOT
+        slots = np.full(len(rows), NO_SLOT, np.int64)
+        if cached.any():
+            asked = np.flatnonzero(cached)
+            slots[asked] = manager.lookup(
+                [NodeKey(*key) for key in zip(asked.tolist(), nodes[asked].tolist(), strict=True)]
+            )
+        moved = nodes != self._placed
+        begins = np.flatnonzero(moved & ~cached)
+        if len(begins):
+            slots[begins] = manager.slots([self._roots.keys[row] for row in begins.tolist()])
+        missing = (slots == NO_SLOT) & (moved | cached)
+        at = np.flatnonzero(moved & ~missing)
+        self._placed = nodes
+        if len(at):
+            self._resident.load(at, slots[at], int(self.tree.lengths(at, nodes[at]).max()))
+            self._without_positions(at)
+        if not missing.any():
+            return ~missing, None, None
+        at = np.flatnonzero(missing)
+        nodes = nodes[at]
+        before, lengths = self._derived_before[nodes, at], self.tree.lengths(at, nodes)
+        next_positions = self.tree.next_positions(at, nodes)
+        stays = cached[at]
+        keys = [NodeKey(*key) for key in zip(at[stays].tolist(), nodes[stays].tolist(), strict=True)]
+        slots = manager.reserve(keys, lengths[stays], next_positions[stays])
+        manager.count_window(int(lengths[~before].sum()))
+        manager.count_rebuilt(int(lengths[before].sum()), roots=False)
+        self._derived_before[nodes, at] = True
+        width = int(lengths.max())
+        tokens = self.tree.window_tokens(at, nodes, width)
+        found = ~missing
+        found[at[~before]] = True
+        budget = self._session.budget
+        if budget is not None:
+            self._held[nodes, at] = budget.derive(
+                self._resident, at, tokens, lengths, next_positions, stays, slots
+            )
+            return found, None, None
+        self._held[nodes, at] = lengths[:, None]
+        if not self._session.exact:  # roots that are not stored, computed by themselves: no other window moves
+            kv = self._session.prefilled(tokens, lengths, next_positions)
+            window = self._session.geometry.window
+            place = self._resident.buffer[..., window - width : window, :]
+            place.index_copy_(0, to_device(at, kv.device), kv)
+            self._store_windows(at[stays], slots, width)
+            self._without_positions(at)
+            return found, None, None
+        index = None if len(at) == len(rows) else to_device(at, tokens.device)
+        window = self._session.geometry.window
+        out = self._resident.buffer[..., window - width : window, :]
+        beside = self._session.windows_beside(tokens, lengths, next_positions, out, index)
+        return found, beside, (at[stays], slots, width)
+
+    def _store_windows(self, rows: np.ndarray, slots: np.ndarray, width: int) -> None:
+        if len(rows):
+            self._resident.store(rows, slots, width)
+
+    def _place_path(self, of: Parents) -> np.ndarray:
+        """Bring the steps between windows and parents beside the rows; returns :meth:`SearchTree.path`."""
+        path = self.tree.path(of)
+        if path.shape[1]:
+            at = np.maximum(path - 1, 0) * len(self._rows) + self._rows[:, None]
+            self._resident.load_path(self._steps, at)
+        return path
+
+    def _look(self, of: Parents, depth: int) -> tuple[list[int], list[torch.Tensor | None], int]:
+        """The first columns that are looked at, the masks of the action and of the observation, and the column
+        behind the path."""
+        path, columns = of.on_path, TOKENS_PER_STEP * depth
+        prefix = (of.lengths - path)[:, None]
+        if self._session.exact:
+            prefix = self._held[of.windows, self._rows]
+            if (prefix == prefix[:, :1]).all():
+                prefix = prefix[:, :1]  # one mask serves all layers
+        visible = visible_columns(prefix, path, columns, TOKENS_PER_STEP)
+        mask = column_mask(visible, self._shown)
+        masks = [None if mask is None else mask[..., :-1], mask]
+        window = self._session.geometry.window
+        begins = (window - prefix.max(0)).tolist()
+        return begins, masks, window + columns
+
+    def _add(
+        self,
+        of: Parents,
+        action: torch.Tensor,
+        latent: torch.Tensor,
+        end: int,
+        correction: torch.Tensor | None,
+    ) -> np.ndarray:
+        """Add the children; store their steps; returns :meth:`SearchTree.add`."""
+        tree, number = self.tree, self.tree.expanded + 1
+        if self._session.exact:
+            column = tree.next_column
+            tree.tokens[:, column] = action
+            tree.tokens[:, column + 1] = latent
+        derived = tree.add(of)
+        if not derived.all():
+            begin = (number - 1) * len(self._rows)
+            steps = self._steps[begin : begin + len(self._rows)]
+            own = self._shown[..., end - TOKENS_PER_STEP : end, :]
+            if correction is None:
+                steps.copy_(own)
+            else:
+                torch.sub(own, correction[..., -TOKENS_PER_STEP:, :], out=steps)
+        if self._by_priority:
+            self._visit(number)
+        return derived
+
+    # window='shift' with learned positions: keys and values are stored without what their position adds
+
+    def _without_positions(self, rows: np.ndarray) -> None:
+        """Take from windows that were just placed what their positions added."""
+        if self._shift is None:
+            return
+        lengths, window = self._roots.lengths[rows], self._session.geometry.window
+        widest = int(lengths.max())
+        added = self._added(np.arange(-widest, 0) + lengths[:, None])
+        place = self._resident.buffer[..., window - widest : window, :]
+        if len(rows) == len(place):
+            place.sub_(added)
+        else:
+            place.index_add_(0, to_device(rows, place.device), added, alpha=-1)
+
+    def _added(self, places: np.ndarray) -> torch.Tensor:
+        """What window ``places`` (int64 ``[B, n]``) add: ``[B, layers, 2, heads, n, head_dim]``."""
+        assert self._shift is not None
+        at = to_device(np.maximum(places, 0).reshape(-1), self._shift.device)
+        return self._shift.index_select(0, at).unflatten(0, places.shape).permute(0, 2, 3, 4, 1, 5)
+
+    def _correct(self, of: Parents, begin: int, end: int) -> torch.Tensor | None:
+        """Show what stands beside the rows at the places where it stands now; returns what the places add, of
+        the two new tokens too."""
+        if self._shift is None:
+            return None
+        window = self._session.geometry.window
+        behind = np.arange(window - end, TOKENS_PER_STEP) + of.lengths[:, None]
+        inside = np.arange(begin - window, 0) + (of.lengths - of.on_path)[:, None]
+        added = self._added(np.concatenate([inside, behind], axis=1))
+        seen = slice(begin, end)
+        torch.add(
+            self._resident.buffer[..., seen, :],
+            added[..., :-TOKENS_PER_STEP, :],
+            out=self._shown[..., seen, :],
+        )
+        return added
+
+    def _visit(self, number: int) -> None:
+        """Tell the pool how often each derived window's node was passed, from the new children's parents up."""
+        parents, touched = self.tree.parents, dict[NodeKey, int]()
+        nodes = parents[number]
+        while (inner := nodes != ROOT).any():
+            for row in np.flatnonzero(inner).tolist():
+                node = int(nodes[row])
+                self._visits[node, row] += 1
+                touched[NodeKey(row, node)] = int(self._visits[node, row])
+            nodes = np.where(inner, parents[nodes, self._rows], ROOT)
+        present = [key for key in touched if key in self._manager.recur_pool]
+        self._manager.recur_pool.set_priorities(present, [touched[key] for key in present])
+
+    def _tell(
+        self,
+        of: Parents,
+        actions: torch.Tensor,
+        found: np.ndarray,
+        derived: np.ndarray,
+        outputs: StepOutputs,
+        end: int,
+    ) -> None:
+        """Tell the world model's observers."""
+        served = stored = NO_HISTORIES
+        if any(observer.needs_histories for observer in self._session.observers):
+            served = Histories(self._histories(of, end - TOKENS_PER_STEP, 0), found)
+            stored = Histories(
+                self._histories(of, end, TOKENS_PER_STEP), ~derived, rounded=self._shift is not None
+            )
+        event = NodesExpanded(self.tree.expanded, of.nodes, actions, served, stored, outputs)
+        for observer in self._session.observers:
+            observer.nodes_expanded(event)
+
+    def _histories(self, of: Parents, end: int, new: int) -> list[torch.Tensor]:
+        """Copies of what stands beside the rows in front of column ``end``, ``new`` tokens of the children
+        among them, as the next step is handed it."""
+        window, kept = self._session.geometry.window, self._session.window.kept
+        histories = []
+        for row, (length, path) in enumerate(zip(of.lengths.tolist(), of.on_path.tolist(), strict=True)):
+            beside = self._shown[row].flatten(0, 1)
+            ahead = beside[:, :, window - (length - path) : window]
+            kv = torch.cat([ahead, beside[:, :, end - new - path : end]], dim=2)
+            if kv.shape[2] > kept:
+                kv = kv[:, :, TOKENS_PER_STEP:]
+                if self._shift is not None:
+                    moves = self._shift[:kept] - self._shift[TOKENS_PER_STEP : kept + TOKENS_PER_STEP]
+                    kv = kv + moves.permute(1, 2, 3, 0, 4).flatten(0, 1)
+            histories.append(kv.transpose(1, 2).flatten(2).clone())
+        return histories
+
+
+class SearchByLatent:
+    """A search whose parents are named by (row, digest of the latent state), for callers without a tree.
+
+    Where one row has several nodes with the same latent state, the newest answers: nothing tells them apart.
+    A latent state that the search never produced is refused.
+
+    Args:
+        search: a search that has just begun.
+        root_latents: ``[B, 1, embed]``.
+    """
+
+    def __init__(self, world_model: Any, search: Search, root_latents: np.ndarray) -> None:
+        self._search = search
+        self._world_model = world_model
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._name(root_latents, ROOT)
+
+    def expand(self, latents: np.ndarray, actions: torch.Tensor) -> StepOutputs:
+        """Add a child to the node of each row that has this latent state.
+
+        Args:
+            latents: ``[B, 1, embed]``.
+            actions: as in :meth:`Search.expand`.
+
+        Raises:
+            ValueError: a latent state belongs to no node of its row, or there is not one possible action for
+                each row. Nothing is changed.
+            RuntimeError: the model predicts nan or inf.
+        """
+        check_actions(self._world_model, actions, len(latents))
+        digests = list(enumerate(digest_rows(latents)))
+        unknown = [row for row, digest in digests if (row, digest) not in self._numbers]
+        if unknown:
+            raise ValueError(
+                f'expected latent states of this search (its roots or what recurrent inference returned), '
+                f'got others in rows {unknown}; begin a new search with simulation_index=0'
+            )
+        parents = np.array([self._numbers[row, digest] for row, digest in digests], dtype=np.int64)
+        outputs = self._search.expand(parents, actions)
+        told = (outputs.hidden, outputs.latent, outputs.reward)
+        if not all(part is None or torch.isfinite(part).all() for part in told):
+            raise RuntimeError(
+                'expected finite predictions, got nan or inf; check the weights of the world model'
+            )
+        assert outputs.latent is not None  # None at roots alone
+        self._name(outputs.latent, self._search.expanded)
+        return outputs
+
+    def _name(self, latents: np.ndarray | torch.Tensor, number: int) -> None:
+        self._numbers.update(dict.fromkeys(enumerate(digest_rows(latents)), number))
