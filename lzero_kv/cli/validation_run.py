@@ -106,7 +106,8 @@ def compared(counters: ValidationCounters | None, progress: Progress, request: R
     if not counters.total.compared:
         raise RuntimeError(
             f'nothing was compared in {progress.steps:,} environment steps and {counters.searches:,} '
-            f'searches; write a larger --env-steps than {request.env_steps:,} or a --rate above {request.rate:g}'
+            f'searches; write a larger --env-steps than {request.env_steps:,} or a --rate above '
+            f'{request.rate:g}'
         )
     return counters
 

@@ -267,7 +267,7 @@ BUDGET_METRICS: dict[str, Metric] = {
             Kind.RATIO,
             Unit.FRACTION,
             "Part of the newest token's attention that went to tokens which were then dropped; no point "
-            'where nothing was dropped, or nobody looked.',
+            'where nothing was dropped or attention was not recorded.',
         ),
     )
 }

@@ -35,7 +35,7 @@ class Finding:
 
     Attributes:
         kind: ``'roots'``, ``'nodes'`` or ``'reanalysis'``.
-        env_id: number of the environment at the manager; in reanalysis, the row of the batch.
+        env_id: number of the environment in the pools; in reanalysis, the row of the batch.
         row: row of the batch.
         node: the parent of the recurrent inference, by simulation (0: the root); None at root inference.
         part: what differs most: ``'keys and values'``, ``'policy'``, ``'value'``, ``'reward'``,
@@ -43,7 +43,7 @@ class Finding:
         cache: the cache's distance from the recomputation.
         stock: the stock cache's distance from the recomputation; None where it gave no answer.
         between: distance between the two.
-        cache_key: name of the history at the manager.
+        cache_key: the cache's name of the history.
         stock_key: key that the stock cache looked for, or says why there is none.
         fault: what the cache served instead; None for an unexplained difference.
         causes: what is proven about the stock cache, which does not account for the difference.

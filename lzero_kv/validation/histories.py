@@ -5,18 +5,32 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lzero_kv.cache.keys import digest_rows
 from lzero_kv.validation.oracle import Answer, Oracle, Token, TokenWindow
-from lzero_kv.validation.stock import HistoryName
 
 REPLAYED = 32
 """Steps of a shifted window that are recomputed from a saved finding at most; episodes may have thousands."""
 REMEMBERED = 4
 """Earlier roots of an environment among which a stale entry is recognised."""
+
+
+class HistoryName(NamedTuple):
+    """Which history an entry is of."""
+
+    env_id: int
+    """Number of the environment in the pools; in reanalysis, the row of the batch."""
+    root: int
+    """Number of the root inference, counted for all environments together."""
+    node: int
+    """Simulation that made the node; 0: the root itself."""
+
+    def __str__(self) -> str:
+        node = f', node {self.node}' if self.node else ''
+        return f'environment {self.env_id}, root {self.root}{node}'
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ def validation_page(report: ValidationReport, picture: str) -> str:
     parts = [
         f'# Validation of lzero_kv: {name}',
         f'**{report.verdict}**',
-        "Every row was answered by the cache manager and by LightZero's own cache, and, where the "
-        'two differ, by a recomputation of the history without any cache, which says who is right.',
+        "Every row was answered by the cache, by LightZero's own (stock) cache, and by a recomputation of "
+        'the history without any cache, which says which of the two is right.',
         f'![rows compared and causes]({picture})',
         '## What ran',
         _what_ran(report),

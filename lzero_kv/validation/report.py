@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .counters import Counters, ValidationCounters
+from lzero_kv.telemetry.counters import Counters, ValidationCounters
 
 
 @dataclass(frozen=True)

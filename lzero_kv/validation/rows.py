@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lzero_kv.telemetry.counters import Cause
-from lzero_kv.validation.histories import Course
-from lzero_kv.validation.stock import HistoryName
+from lzero_kv.validation.histories import Course, HistoryName
 
 Logits = dict[str, torch.Tensor]
 """Answers by name: ``policy``, ``value``, ``reward``, ``latent``."""

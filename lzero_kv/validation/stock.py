@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,21 +13,7 @@ from lzero.model.unizero_world_models.world_model import WorldModel
 
 from lzero_kv.cache.keys import digest_rows
 from lzero_kv.telemetry.counters import Cause
-
-
-class HistoryName(NamedTuple):
-    """Which history an entry is of."""
-
-    env_id: int
-    """Number of the environment at the manager; in reanalysis, the row of the batch."""
-    root: int
-    """Number of the root inference, counted for all environments together."""
-    node: int
-    """Simulation that made the node; 0: the root itself."""
-
-    def __str__(self) -> str:
-        node = f', node {self.node}' if self.node else ''
-        return f'environment {self.env_id}, root {self.root}{node}'
+from lzero_kv.validation.histories import HistoryName
 
 
 @dataclass

@@ -17,11 +17,13 @@ from lzero_kv.validation.causes import StepReplay
 from lzero_kv.validation.compare import Comparison
 from lzero_kv.validation.faults import FaultFinder
 from lzero_kv.validation.findings import FindingLog
-from lzero_kv.validation.histories import Course, TrueHistories
+from lzero_kv.validation.histories import Course, HistoryName, TrueHistories
+from lzero_kv.validation.mode import NodeBatch, RootBatch
+from lzero_kv.validation.mode_model import StockModel
+from lzero_kv.validation.mode_store import StockStore
 from lzero_kv.validation.oracle import Answer, Oracle, Token, TokenWindow
 from lzero_kv.validation.rows import ComparedRow, Truth
-from lzero_kv.validation.stock import HistoryName, StockWorldModel
-from lzero_kv.validation.stock_modes import NodeBatch, RootBatch, StockModel, StockStore
+from lzero_kv.validation.stock import StockWorldModel
 from lzero_kv.validation.tolerance import Tolerance
 
 
@@ -266,7 +268,7 @@ class Validator(Observer):
         self._nodes = []
 
     def stock_clears(self) -> None:
-        """Clear the stock caches where LightZero alone would have cleared them and the manager does not."""
+        """Clear the stock caches where LightZero alone would have cleared them and this cache stays."""
         self.stock.clear_caches()
 
 

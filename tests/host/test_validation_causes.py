@@ -81,7 +81,7 @@ def test_an_unknown_error_in_an_answer_is_not_attributed(
     finding = first_finding('model', tampered(method, output), tmp_path, monkeypatch)
     assert (finding.fault, finding.kind, finding.row) == (None, kind, 1)
     assert 'no cause is proven' in str(finding)
-    # The manager is right: only the other two differ.
+    # The cache is right: only the other two differ.
     assert finding.cache.within and finding.between.largest >= 0.04
 
 

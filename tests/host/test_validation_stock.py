@@ -288,7 +288,7 @@ def test_reanalysis_restarts_at_every_node(mode: str, tmp_path: Path) -> None:
 
 
 @BOTH_MODES
-def test_where_the_old_system_is_right(mode: str, tmp_path: Path) -> None:
+def test_where_the_stock_cache_is_right(mode: str, tmp_path: Path) -> None:
     """50 simulations, all ready, distinct latent states, a refreshed correction, rows of one length."""
     policy = validated_policy(
         mode,

@@ -59,7 +59,7 @@ def test_what_came_since_a_snapshot_is_what_was_added(
 
 
 @given(validation_counters())
-def test_json_gives_the_same_tally(counters: ValidationCounters) -> None:
+def test_json_gives_the_same_counters(counters: ValidationCounters) -> None:
     assert ValidationCounters.from_dict(json.loads(json.dumps(counters.as_dict()))) == counters
 
 

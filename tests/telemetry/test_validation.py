@@ -133,7 +133,7 @@ def test_another_run_in_the_same_log_counts_from_its_start(tmp_path: Path) -> No
     assert series(tmp_path, 'compared') == [(30, 42), (70, 14)]
 
 
-def test_the_run_added_up_is_the_tally(tmp_path: Path) -> None:
+def test_the_run_added_up_is_the_counters(tmp_path: Path) -> None:
     points = [some_counters(1), some_counters(3), some_counters(4)]
     points[2].nodes.policy.add(0.9)
     points[2].roots.count_unexplained()
@@ -191,7 +191,7 @@ def cells(table_of: ValidationCounters) -> dict[str, list[str]]:
     return {row[0].strip(): [cell.strip() for cell in row[1:-1]] for row in rows}
 
 
-def test_a_tally_as_a_table() -> None:
+def test_counters_as_a_table() -> None:
     rows = cells(some_counters())
     assert rows['metric'] == ['roots', 'nodes', 'reanalysis', 'total']
     assert rows['searches'] == ['-', '-', '-', '11']

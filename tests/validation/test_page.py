@@ -59,8 +59,8 @@ def test_json_gives_the_same_report(drawn: list[ModeRun]) -> None:
 def test_everything_explained_passes() -> None:
     assert REPORT.passed
     assert REPORT.verdict == (
-        'Passed: of 42 rows compared 24 are equal and in 18 the stock cache was wrong, each time for a proven '
-        'cause; 0 are unexplained, and the cache was never wrong (its largest rounding error is '
+        'Passed: of 42 rows compared 24 are equal and in 18 the stock cache was wrong, each time for a '
+        'proven cause; 0 are unexplained, and the cache was never wrong (its largest rounding error is '
         '3e-07).'
     )
 
