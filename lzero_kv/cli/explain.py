@@ -1,4 +1,4 @@
-"""`lzero-kv explain`: what a validation saved about one row, and the truth computed once more."""
+"""`lzero-kv explain`: a saved finding of a validation, and the truth recomputed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lzero_kv.validation.tolerance import Deviation, Tolerance
 CACHES = {'cache': 'cache', 'stock': 'stock cache'}
 ANSWERS = ('policy', 'value', 'reward', 'latent')
 SAME = Tolerance(atol=1e-5, rtol=1e-4)
-"""Of the replayed truth and the stored one. Both are the same computation in float32, but another processor
+"""Of the recomputed truth and the stored one. Both are the same computation in float32, but another processor
 or number of threads adds up in another order; over the layers of a world model that stays well below this."""
 
 
@@ -71,7 +71,7 @@ def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
     """How far each layer's keys and values of both caches are from the recomputation.
 
     Args:
-        finding: with `kv` `[2 * layers, T, embed]` of each system that served keys and values.
+        finding: with `kv` `[2 * layers, T, embed]` of each cache that served keys and values.
         truth: the recomputation, with `kv` of the same form.
     """
     table = Table(title='keys and values, difference from the recomputation', title_justify='left')
@@ -83,8 +83,8 @@ def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
     right = truth['kv']
     for index in range(len(right)):
         row = [str(index // 2), 'values' if index % 2 else 'keys']
-        for system in CACHES:
-            served = (finding.tensors.get(system) or {}).get('kv')
+        for cache in CACHES:
+            served = (finding.tensors.get(cache) or {}).get('kv')
             of_layer = None if served is None or index >= len(served) else served[index]
             row += _distance(of_layer, right[index])
         table.add_row(*row)
@@ -102,8 +102,8 @@ def answers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
         if answer not in truth:
             continue
         row = [answer]
-        for system in CACHES:
-            row += _distance((finding.tensors.get(system) or {}).get(answer), truth[answer])
+        for cache in CACHES:
+            row += _distance((finding.tensors.get(cache) or {}).get(answer), truth[answer])
         table.add_row(*row)
     return table
 
@@ -118,7 +118,7 @@ def _distance(served: torch.Tensor | None, right: torch.Tensor) -> tuple[str, st
 
 
 def verdict(finding: Finding, truth: dict[str, torch.Tensor]) -> tuple[bool, str]:
-    """Whether the recomputation confirms what the file calls the truth, and the sentence that says so."""
+    """Whether the recomputation confirms the truth in the file, and a sentence about it."""
     stored: dict[str, Any] = finding.tensors.get('truth') or {}
     common = [name for name in truth if stored.get(name) is not None]
     if not common:

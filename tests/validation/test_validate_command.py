@@ -1,4 +1,4 @@
-"""`lzero-kv validate` as a person runs it: real CartPole, both systems side by side, a bounded training."""
+"""`lzero-kv validate` as on a command line: real CartPole, both caches side by side, a bounded training."""
 
 from __future__ import annotations
 
