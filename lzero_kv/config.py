@@ -212,8 +212,7 @@ def _impossible_pairs(values: dict[str, Any]) -> list[str]:
 
 
 def validation_mode_of(cfg: Any) -> Literal['store', 'model'] | None:
-    """``cfg.cache_validation_mode``: what is compared with the old system, None for nothing; True means
-    'store'.
+    """``cfg.cache_validation_mode``: what is compared with stock, None for nothing; True means 'store'.
 
     Raises:
         ValueError: it is something else.

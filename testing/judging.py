@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lzero_kv.lightzero.validation.recompute import Answer, Recompute
+from lzero_kv.validation.oracle import Answer, Oracle
 
 from .episodes import Root
 from .models import world_model_of
@@ -79,7 +79,7 @@ def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift')
         return Verdict(tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True)), TOLERANCE[dtype])
 
 
-def tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], Answer]]) -> np.ndarray:
+def tree_differences(oracle: Oracle, trees: Iterable[tuple[Sequence[Node], Answer]]) -> np.ndarray:
     differences = []
     for nodes, top in trees:
         answers = {ROOT: top}
@@ -97,10 +97,10 @@ def tree_differences(oracle: Recompute, trees: Iterable[tuple[Sequence[Node], An
     return np.array(differences)
 
 
-def _oracle(policy: Any, window: str) -> tuple[Recompute, torch.dtype, torch.device]:
+def _oracle(policy: Any, window: str) -> tuple[Oracle, torch.dtype, torch.device]:
     world_model = world_model_of(policy)
     weight = next(world_model.parameters())
-    return Recompute(world_model, window), weight.dtype, weight.device
+    return Oracle(world_model, window), weight.dtype, weight.device
 
 
 def _on(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

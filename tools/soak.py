@@ -2,7 +2,7 @@
 
 Collection, evaluation, training and reanalysis run as in every training, in a small size with a replay buffer
 that is soon full. Ends with exit code 0 when memory and the time of a search are flat, no difference is
-unexplained and the manager was never off.
+unexplained and the cache was never wrong.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def line_of(sample: object) -> str:
         f'{format_bytes(s["replay_bytes"])} of it replay, {format_bytes(s["pool_bytes"])} pools, '
         f'{search} a search, {s["env_steps"]:,} steps, '
         f'{s["train_iterations"]:,} iterations; {s["compared"]:,} compared, {s["different"]:,} explained, '
-        f'{s["unexplained"] + s["manager_off"]:,} not'
+        f'{s["unexplained"] + s["cache_wrong"]:,} not'
     )
 
 
@@ -154,7 +154,7 @@ def conclude(samples: list, folder: Path, console: Console) -> int:
     end = samples[-1]
     console.print(soak_table(judgements, end))
     console.print(f'picture: {plot_soak(samples, folder / "soak.png")}', highlight=False, soft_wrap=True)
-    if end.unexplained or end.manager_off:
+    if end.unexplained or end.cache_wrong:
         console.print(f'findings, for lzero-kv explain: {folder / "findings"}', highlight=False)
     console.print(json.dumps(numbers(judgements, end)), highlight=False, soft_wrap=True, markup=False)
     return 0 if passed(judgements, end) else 1

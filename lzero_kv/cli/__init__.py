@@ -1,7 +1,7 @@
 """The command `lzero-kv`.
 
-`report` shows a log, `doctor` checks an installation and a config, `validate` runs a config with both systems
-side by side, `explain` reads what a validation saved.
+`report` shows a log, `doctor` checks an installation and a config, `validate` runs a config with both caches
+side by side, `explain` reads a finding that a validation saved.
 """
 
 from __future__ import annotations

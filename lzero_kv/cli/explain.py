@@ -1,4 +1,4 @@
-"""`lzero-kv explain`: what a validation saved about one row, and the truth computed once more."""
+"""`lzero-kv explain`: a saved finding of a validation, and the truth recomputed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import tyro
 from rich.table import Table
 
 from lzero_kv.cli.console import show_error, show_line, show_table
-from lzero_kv.validation.deviation import Deviation, Tolerance
-from lzero_kv.validation.finding import Finding
-from lzero_kv.validation.record import load_finding
+from lzero_kv.validation.findings import Finding, load_finding, recomputed
+from lzero_kv.validation.tolerance import Deviation, Tolerance
 
-SYSTEMS = {'manager': 'manager', 'host': 'old system'}
+CACHES = {'cache': 'cache', 'stock': 'stock cache'}
 ANSWERS = ('policy', 'value', 'reward', 'latent')
 SAME = Tolerance(atol=1e-5, rtol=1e-4)
-"""Of the replayed truth and the stored one. Both are the same computation in float32, but another processor
+"""Of the recomputed truth and the stored one. Both are the same computation in float32, but another processor
 or number of threads adds up in another order; over the layers of a world model that stays well below this."""
 
 
@@ -56,38 +55,36 @@ def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='F
 
 
 def _replayed(finding: Finding) -> dict[str, torch.Tensor]:
-    # Imported here: LightZero takes seconds to load and says much meanwhile; a wrong file needs none of it.
+    # LightZero is loaded here, and prints.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        from lzero_kv.lightzero.validation.replay import replay
-
-        return replay(finding)
+        return recomputed(finding)
 
 
 def _show_reasons(finding: Finding) -> None:
     if finding.fault is not None:
         show_line(f'fault: {finding.fault.value}: {finding.fault.sentence}')
     for cause in finding.causes:
-        show_line(f'proven of the old system: {cause.value}: {cause.sentence}')
+        show_line(f'proven of the stock cache: {cause.value}: {cause.sentence}')
 
 
 def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
-    """How far each layer's keys and values of both systems are from the recomputation.
+    """How far each layer's keys and values of both caches are from the recomputation.
 
     Args:
-        finding: with `kv` `[2 * layers, T, embed]` of each system that served keys and values.
+        finding: with `kv` `[2 * layers, T, embed]` of each cache that served keys and values.
         truth: the recomputation, with `kv` of the same form.
     """
     table = Table(title='keys and values, difference from the recomputation', title_justify='left')
     table.add_column('layer', justify='right')
     table.add_column('')
-    for name in SYSTEMS.values():
+    for name in CACHES.values():
         table.add_column(f'{name}, largest', justify='right')
         table.add_column('mean', justify='right')
     right = truth['kv']
     for index in range(len(right)):
         row = [str(index // 2), 'values' if index % 2 else 'keys']
-        for system in SYSTEMS:
-            served = (finding.tensors.get(system) or {}).get('kv')
+        for cache in CACHES:
+            served = (finding.tensors.get(cache) or {}).get('kv')
             of_layer = None if served is None or index >= len(served) else served[index]
             row += _distance(of_layer, right[index])
         table.add_row(*row)
@@ -95,18 +92,18 @@ def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
 
 
 def answers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
-    """How far each system's policy, value, reward and latent state are from the recomputation's."""
+    """How far each cache's policy, value, reward and latent state are from the recomputation's."""
     table = Table(title='answers, difference from the recomputation', title_justify='left')
     table.add_column('answer')
-    for name in SYSTEMS.values():
+    for name in CACHES.values():
         table.add_column(f'{name}, largest', justify='right')
         table.add_column('mean', justify='right')
     for answer in ANSWERS:
         if answer not in truth:
             continue
         row = [answer]
-        for system in SYSTEMS:
-            row += _distance((finding.tensors.get(system) or {}).get(answer), truth[answer])
+        for cache in CACHES:
+            row += _distance((finding.tensors.get(cache) or {}).get(answer), truth[answer])
         table.add_row(*row)
     return table
 
@@ -121,7 +118,7 @@ def _distance(served: torch.Tensor | None, right: torch.Tensor) -> tuple[str, st
 
 
 def verdict(finding: Finding, truth: dict[str, torch.Tensor]) -> tuple[bool, str]:
-    """Whether the recomputation confirms what the file calls the truth, and the sentence that says so."""
+    """Whether the recomputation confirms the truth in the file, and a sentence about it."""
     stored: dict[str, Any] = finding.tensors.get('truth') or {}
     common = [name for name in truth if stored.get(name) is not None]
     if not common:
@@ -134,9 +131,9 @@ def verdict(finding: Finding, truth: dict[str, torch.Tensor]) -> tuple[bool, str
             f'The recomputation does NOT confirm the truth in the file: they are {worst.largest:.3g} apart. '
             'The weights in the file and those of the finding differ, or the recomputation is wrong.'
         )
-    who = 'the manager was off' if finding.fault is not None else 'no cause is proven for the difference'
+    which = 'the cache was wrong' if finding.fault is not None else 'no cause is proven for the difference'
     return True, (
-        f'The recomputation confirms the truth in the file (largest difference {worst.largest:.3g}): {who}; '
-        f'manager {finding.manager.largest:.3g} from it, old system '
-        f'{"without an answer" if finding.host is None else format(finding.host.largest, ".3g")}.'
+        f'The recomputation confirms the truth in the file (largest difference {worst.largest:.3g}): '
+        f'{which}; it is {finding.cache.largest:.3g} from it, the stock cache '
+        f'{"without an answer" if finding.stock is None else format(finding.stock.largest, ".3g")}.'
     )

@@ -1,4 +1,4 @@
-"""`lzero-kv validate`: a bounded training of any config with both systems side by side, and its report."""
+"""`lzero-kv validate`: a bounded training of any config with both caches side by side, and its report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def validate_with(arguments: Sequence[str]) -> Callable[..., int]:
         simulations: int | None = None,
         out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/validation'),
     ) -> int:
-        """Train with the manager and LightZero's own cache side by side, and account for each difference.
+        """Train with this cache and LightZero's own side by side, and account for each difference.
 
         CONFIG is a config in LightZero's form, with or without the plugin in it; what follows `--` is its own
         command line: lzero-kv validate CONFIG.py --env-steps 200 -- --smoke. Each mode is a training of its
@@ -63,7 +63,7 @@ def validate_with(arguments: Sequence[str]) -> Callable[..., int]:
             out: the folder of the report.
 
         Returns:
-            0 when every difference has a proven cause and the manager was never off, else 1.
+            0 when every difference has a proven cause and the cache was never wrong, else 1.
         """
         asked = [
             *('lzero-kv', 'validate', str(config), '--env-steps', str(env_steps)),
@@ -208,7 +208,7 @@ def write(report: ValidationReport, out: Path) -> None:
         ValidationFailed: one of them cannot be written.
     """
     # Imported here so that a broken plotting library does not take the other commands with it.
-    from lzero_kv.telemetry.validation_page import plot_validation, validation_page
+    from lzero_kv.validation.page import plot_validation, validation_page
 
     try:
         (out / PAGE).write_text(validation_page(report, PICTURE), encoding='utf-8')
@@ -227,7 +227,7 @@ def show(report: ValidationReport, out: Path) -> None:
             f'Mode {run.mode}: {run.collected:,} environment steps collected, {run.evaluated:,} evaluated, '
             f'{run.iterations:,} training iterations, {run.simulations} simulations'
         )
-        show_table(validation_table(columns_of(run.tally), title))
+        show_table(validation_table(columns_of(run.counters), title))
         for note in run.notes:
             show_line(f'note: {note}')
     for run in report.runs:

@@ -23,9 +23,9 @@ from lzero_kv.cli.bounded_training import EnoughSteps, Progress, bounded, every
 from lzero_kv.cli.engagement import ENTRIES, PLUGIN, POLICIES
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.validation.record import load_finding
+from lzero_kv.telemetry.counters import ValidationCounters
+from lzero_kv.validation.findings import load_finding
 from lzero_kv.validation.report import Failure, ModeRun
-from lzero_kv.validation.tally import ValidationTally
 
 PROGRESS_SECONDS = 0.25
 UNBOUNDED = 10**10  # of the entry's own bounds; the number of environment steps is what ends the training
@@ -78,10 +78,10 @@ def run(request: Request, report: TextIO) -> ModeRun:
             pass
         else:
             notes.append(f'the training ended by itself after {progress.steps:,} environment steps')
-    tally = compared(tally_of(progress), progress, request)
+    counters = compared(counters_of(progress), progress, request)
     return ModeRun(
         mode=request.mode,
-        tally=tally,
+        counters=counters,
         collected=progress.collected,
         evaluated=progress.evaluated,
         iterations=progress.iterations,
@@ -92,23 +92,24 @@ def run(request: Request, report: TextIO) -> ModeRun:
     )
 
 
-def compared(tally: ValidationTally | None, progress: Progress, request: Request) -> ValidationTally:
-    """The tally, where it says something.
+def compared(counters: ValidationCounters | None, progress: Progress, request: Request) -> ValidationCounters:
+    """Counters, where rows were compared.
 
     Raises:
         RuntimeError: validation did not engage, or nothing was compared.
     """
-    if tally is None:
+    if counters is None:
         raise RuntimeError(
             f'validation did not engage: the training ended after {progress.steps:,} environment steps and '
             'no policy with the cache manager acted; look at the config with lzero-kv doctor'
         )
-    if not tally.total.compared:
+    if not counters.total.compared:
         raise RuntimeError(
-            f'nothing was compared in {progress.steps:,} environment steps and {tally.searches:,} searches; '
-            f'write a larger --env-steps than {request.env_steps:,} or a --rate above {request.rate:g}'
+            f'nothing was compared in {progress.steps:,} environment steps and {counters.searches:,} '
+            f'searches; write a larger --env-steps than {request.env_steps:,} or a --rate above '
+            f'{request.rate:g}'
         )
-    return tally
+    return counters
 
 
 def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[str]]:
@@ -130,7 +131,7 @@ def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[s
     world_model = policy['model']['world_model_cfg']
     if world_model.get('use_new_cache_manager') is not True:
         world_model['use_new_cache_manager'] = True
-        notes.append('use_new_cache_manager is off in the config and was switched on for this run')
+        notes.append('use_new_cache_manager is not True in the config and was switched on for this run')
     names = list(create_config['policy'].get('import_names') or [f'lzero.policy.{kind}'])
     if PLUGIN not in names:
         create_config['policy']['import_names'] = [*names, PLUGIN]
@@ -177,16 +178,16 @@ def failures_in(folder: Path, since: float) -> tuple[Failure, ...]:
     return tuple(Failure(str(path), str(load_finding(path)).splitlines()[0]) for path in files)
 
 
-def tally_of(progress: Progress) -> ValidationTally | None:
+def counters_of(progress: Progress) -> ValidationCounters | None:
     """What validation counted so far; None where it did not engage."""
-    from lzero_kv.lightzero.reporting import run_tally
+    from lzero_kv.lightzero.reporting import run_counters
 
-    return None if progress.policy is None else run_tally(progress.policy.kv_world_models)
+    return None if progress.policy is None else run_counters(progress.policy.kv_world_models)
 
 
 def _tell_progress(progress: Progress, report: TextIO) -> None:
-    tally = tally_of(progress)
-    total = (tally or ValidationTally()).total
+    counters = counters_of(progress)
+    total = (counters or ValidationCounters()).total
     numbers = {
         'steps': progress.steps,
         'iterations': progress.iterations,

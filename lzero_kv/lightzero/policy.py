@@ -181,7 +181,7 @@ class KVPolicy(UniZeroPolicy):
             self.last_batch_action = [NO_ACTION] * environments
         interval = 2000 if self._cfg.get('sample_type', '') == 'episode' else 200
         if isinstance(env_id, (int, np.integer)) and current_steps % interval == 0:
-            self._model.world_model.validator.host_clears()
+            self._model.world_model.validator.stock_clears()
 
     def _end(self, phase: str, env_ids: Sequence[int] | None) -> None:
         self._model.world_model.end_episodes(self._last_steps[phase].forget(env_ids))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
-from lzero_kv.validation.tally import ValidationTally
 
 
 def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
@@ -44,12 +44,12 @@ def report(collector: Any, train_iter: int) -> None:
         {name: model.kv_cache_manager for name, model in world_models.items()},
         env_step=collector.envstep,
         train_iter=train_iter,
-        validation=run_tally(world_models),
+        validation=run_counters(world_models),
         budget=acting.budgets,
     )
 
 
-def run_tally(world_models: Mapping[str, Any]) -> ValidationTally | None:
-    """What validation counted in a policy's ``kv_world_models`` together; None where its mode is off."""
-    tallies = [model.validation for model in world_models.values() if model.validation is not None]
-    return sum(tallies, ValidationTally()) if tallies else None
+def run_counters(world_models: Mapping[str, Any]) -> ValidationCounters | None:
+    """Validation counters of a policy's ``kv_world_models`` together; None without validation."""
+    counters = [model.validation for model in world_models.values() if model.validation is not None]
+    return sum(counters, ValidationCounters()) if counters else None

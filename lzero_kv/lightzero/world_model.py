@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
 from lzero_kv.lightzero.inference.session import InferenceSession, make_manager
 from lzero_kv.lightzero.inputs import check_world_model_config, timesteps_of
 from lzero_kv.lightzero.legacy import Clearable
-from lzero_kv.lightzero.validation.validator import Validator
-from lzero_kv.validation.tally import ValidationTally
+
+if TYPE_CHECKING:
+    from lzero_kv.telemetry.counters import ValidationCounters
 
 HostLast = tuple[torch.Tensor, Sequence[Any]]
 """A batch of last observations and last actions, as the host's policy keeps one for all environments."""
@@ -45,8 +46,8 @@ class KVWorldModel(WorldModel):
         check_world_model_config(config)
         self._validation_mode = validation_mode_of(config)
         self._session: InferenceSession | None = None
-        self._validator: Validator | None = None
-        self._tally = ValidationTally()
+        self._validator: Any = None
+        self._counters = None if self._validation_mode is None else _validation().ValidationCounters()
         super().__init__(config, tokenizer)
         self._check_budget()
         self._env_num = self._search_rows = int(config.env_num)
@@ -75,7 +76,9 @@ class KVWorldModel(WorldModel):
             self.keys_values_wm_list = manager.keys_values_wm_list
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
             if self._validation_mode is not None:
-                self._validator = Validator(self, self._validation_mode, self.cache_config, self._tally)
+                self._validator = _validation().Validator(
+                    self, self._validation_mode, self.cache_config, self._counters
+                )
                 self.observers.append(self._validator)
         return self._session
 
@@ -103,9 +106,9 @@ class KVWorldModel(WorldModel):
             observer.contexts_lost()
 
     @property
-    def validation(self) -> ValidationTally | None:
-        """What validation found since the model was made; None where it is off."""
-        return None if self._validation_mode is None else self._tally
+    def validation(self) -> ValidationCounters | None:
+        """Counters of the validation since the model was made; None without ``cache_validation_mode``."""
+        return self._counters
 
     @property
     def budgets(self) -> BudgetSnapshot | None:
@@ -114,9 +117,9 @@ class KVWorldModel(WorldModel):
         return None if budget is None else budget.snapshot()
 
     @property
-    def validator(self) -> Validator | None:
-        """The observer that compares this model with the old system; None before the first inference, or
-        where validation is off."""
+    def validator(self) -> Any:
+        """The observer that compares this model with the stock one; None before the first inference, and
+        without ``cache_validation_mode``."""
         return self._validator
 
     def expect(self, environments: int, num_simulations: int, rows: int | None = None) -> None:
@@ -168,7 +171,7 @@ class KVWorldModel(WorldModel):
         env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
         session = self.session
         if self._validator is not None:
-            self._validator.host_last, self._validator.start_pos = self._host_last, start_pos
+            self._validator.stock_last, self._validator.start_pos = self._host_last, start_pos
         with self.clean_on_failure():
             roots, outputs = session.roots.infer(
                 env_ids,
@@ -286,5 +289,13 @@ class KVWorldModel(WorldModel):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {'_session': None, '_validator': None, '_tally': ValidationTally(), 'observers': []}
+        counters = None if self._counters is None else type(self._counters)()
+        fresh = {'_session': None, '_validator': None, '_counters': counters, 'observers': []}
         return {**self.__dict__, **fresh}
+
+
+def _validation() -> Any:
+    """The validator's module, loaded only where ``cache_validation_mode`` asks for it."""
+    from lzero_kv.validation import validator
+
+    return validator

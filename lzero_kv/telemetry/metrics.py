@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from lzero_kv.validation.causes import Cause, Fault
+from lzero_kv.telemetry.counters import Cause, Fault
 
 
 class Axis(Enum):
@@ -108,7 +108,7 @@ POOLS: dict[str, str] = {
 }
 
 VALIDATION = 'validation'
-"""Stands in a tag in the place of the pool: both systems side by side, all kinds of inference together."""
+"""Stands in a tag in the place of the pool: both caches side by side, all kinds of inference together."""
 
 CAUSE_PREFIX, FAULT_PREFIX = 'cause_', 'fault_'
 
@@ -118,36 +118,36 @@ VALIDATION_METRICS: dict[str, Metric] = {
         Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches begun.'),
         Metric('validated', Kind.COUNTER, Unit.COUNT, 'Searches whose nodes were compared.'),
         Metric('compared', Kind.COUNTER, Unit.COUNT, 'Rows of inferences that were compared.'),
-        Metric('equal', Kind.COUNTER, Unit.COUNT, 'Rows in which both systems gave the same.'),
+        Metric('equal', Kind.COUNTER, Unit.COUNT, 'Rows in which both caches gave the same.'),
         Metric(
             'different',
             Kind.COUNTER,
             Unit.COUNT,
-            'Rows in which the old system was off, for a proven cause, and the manager right.',
+            'Rows in which the stock cache was wrong, for a proven cause, and the cache right.',
         ),
         Metric('unexplained', Kind.COUNTER, Unit.COUNT, 'Differences without a proven cause: must be 0.'),
-        Metric('manager_off', Kind.COUNTER, Unit.COUNT, 'Rows in which the manager was off: must be 0.'),
+        Metric('cache_wrong', Kind.COUNTER, Unit.COUNT, 'Rows in which the cache was wrong: must be 0.'),
         *(
             Metric(f'{CAUSE_PREFIX}{cause.value}', Kind.COUNTER, Unit.COUNT, f'Different: {cause.sentence}.')
             for cause in Cause
         ),
         *(
             Metric(
-                f'{FAULT_PREFIX}{fault.value}', Kind.COUNTER, Unit.COUNT, f'Manager off: {fault.sentence}.'
+                f'{FAULT_PREFIX}{fault.value}', Kind.COUNTER, Unit.COUNT, f'Cache wrong: {fault.sentence}.'
             )
             for fault in Fault
         ),
         Metric(
-            'largest_host',
+            'largest_stock',
             Kind.GAUGE,
             Unit.DIFFERENCE,
-            'Largest difference of the old system from the recomputation so far.',
+            'Largest difference of the stock cache from the recomputation so far.',
         ),
         Metric(
-            'largest_manager',
+            'largest_cache',
             Kind.GAUGE,
             Unit.DIFFERENCE,
-            'Largest difference of the manager from the recomputation so far: rounding, where it is right.',
+            'Largest difference of the cache from the recomputation so far: rounding, where it is right.',
         ),
         Metric(
             'policy_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the policy moved.'
@@ -156,7 +156,7 @@ VALIDATION_METRICS: dict[str, Metric] = {
             'policy_moved',
             Kind.RATIO,
             Unit.DIFFERENCE,
-            "Mean total variation distance of the old system's policy from the right one, over those rows.",
+            'Mean total variation distance of the stock policy from the right one, over those rows.',
         ),
         Metric('policy_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those distances so far.'),
         Metric(
@@ -166,7 +166,7 @@ VALIDATION_METRICS: dict[str, Metric] = {
             'value_moved',
             Kind.RATIO,
             Unit.DIFFERENCE,
-            "Mean absolute difference of the old system's value from the right one, over those rows.",
+            'Mean absolute difference of the stock value from the right one, over those rows.',
         ),
         Metric('value_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those differences so far.'),
     )
@@ -228,11 +228,11 @@ class ValidationChart:
 
 VALIDATION_CHARTS = (
     ValidationChart('validation: rows compared', ('compared', 'equal', 'different')),
-    ValidationChart('validation: failures, which must stay 0,', ('unexplained', 'manager_off')),
+    ValidationChart('validation: failures, which must stay 0,', ('unexplained', 'cache_wrong')),
     ValidationChart('validation: differences by cause', tuple(f'{CAUSE_PREFIX}{c.value}' for c in Cause)),
     ValidationChart(
         'validation: largest difference from the recomputation so far',
-        ('largest_host', 'largest_manager'),
+        ('largest_stock', 'largest_cache'),
         logarithmic=True,
     ),
     ValidationChart(
@@ -267,7 +267,7 @@ BUDGET_METRICS: dict[str, Metric] = {
             Kind.RATIO,
             Unit.FRACTION,
             "Part of the newest token's attention that went to tokens which were then dropped; no point "
-            'where nothing was dropped, or nobody looked.',
+            'where nothing was dropped or attention was not recorded.',
         ),
     )
 }

@@ -132,7 +132,7 @@ def _draw_validation(panel: Axes, chart: ValidationChart, run: RunLog) -> None:
 
 
 def _highest_finite(series: Series) -> float:
-    """0.0 where none is: the old system's answer can be infinitely far off, of another shape or not there."""
+    """0.0 where none is: the stock answer can be infinitely far off, of another shape or not there."""
     return float(series.values[np.isfinite(series.values)].max(initial=0.0))
 
 

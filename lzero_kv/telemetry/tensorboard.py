@@ -11,6 +11,7 @@ from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.stats import CacheStats, Log2Histogram
 from lzero_kv.telemetry.budget import layer_histograms, layer_numbers
+from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.telemetry.dashboard import dashboard_layout, explanation
 from lzero_kv.telemetry.metrics import (
     HISTOGRAMS,
@@ -23,7 +24,6 @@ from lzero_kv.telemetry.metrics import (
 )
 from lzero_kv.telemetry.reading import PoolReading, read_managers
 from lzero_kv.telemetry.validation import validation_numbers
-from lzero_kv.validation.tally import ValidationTally
 
 POOLS_OF = {'acting': ('roots', 'nodes'), 'reanalysis': ('reanalysis',)}
 
@@ -84,7 +84,7 @@ class TensorBoardSink:
         self.writer = writer
         self._previous: dict[str, CacheStats] = {}
         self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
-        self._validated = ValidationTally()
+        self._validated = ValidationCounters()
         self._budget: BudgetSnapshot | None = None
         self._described = False
 
@@ -93,7 +93,7 @@ class TensorBoardSink:
         managers: Mapping[str, KVCacheManager],
         env_step: int,
         train_iter: int,
-        validation: ValidationTally | None = None,
+        validation: ValidationCounters | None = None,
         budget: BudgetSnapshot | None = None,
     ) -> None:
         """Write one point for every pool.
@@ -170,11 +170,11 @@ class TensorBoardSink:
                     tag(axis, pool, name), **raw_histogram(histogram), global_step=step
                 )
 
-    def _write_validation(self, tally: ValidationTally, steps: Mapping[Axis, int]) -> None:
-        if tally.searches < self._validated.searches:  # of other models, which began anew
-            self._validated = ValidationTally()
-        numbers = validation_numbers(tally.since(self._validated))
-        self._validated = tally.snapshot()
+    def _write_validation(self, counters: ValidationCounters, steps: Mapping[Axis, int]) -> None:
+        if counters.searches < self._validated.searches:  # of other models, which began anew
+            self._validated = ValidationCounters()
+        numbers = validation_numbers(counters.since(self._validated))
+        self._validated = counters.snapshot()
         for axis, step in steps.items():
             for name, value in numbers.items():
                 self.writer.add_scalar(tag(axis, VALIDATION, name), value, step)

@@ -1,4 +1,4 @@
-"""A validation's tally by the names of its metrics, and as a table for people."""
+"""Validation counters by the names of their metrics, and as a table."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from lzero_kv.telemetry.counters import KINDS, Cause, Counters, ValidationCounters
 from lzero_kv.telemetry.metrics import CAUSE_PREFIX, FAULT_PREFIX, VALIDATION_METRICS
 from lzero_kv.telemetry.table import format_value
-from lzero_kv.validation.causes import Cause
-from lzero_kv.validation.tally import KINDS, Tally, ValidationTally
 
 
-def validation_numbers(tally: ValidationTally) -> dict[str, float]:
+def validation_numbers(counters: ValidationCounters) -> dict[str, float]:
     """Every metric of VALIDATION_METRICS, all kinds of inference together.
 
     A mean is left out where nothing moved, and a fault where it did not happen.
     """
-    return {'searches': tally.searches, 'validated': tally.validated, **tally_numbers(tally.total)}
+    return {'searches': counters.searches, 'validated': counters.validated, **counter_numbers(counters.total)}
 
 
-def tally_numbers(tally: Tally) -> dict[str, float]:
+def counter_numbers(counters: Counters) -> dict[str, float]:
     """The metrics of one kind of inference, as :func:`validation_numbers` has them."""
     numbers: dict[str, float] = {
-        name: getattr(tally, name) for name in VALIDATION_METRICS if hasattr(tally, name)
+        name: getattr(counters, name) for name in VALIDATION_METRICS if hasattr(counters, name)
     }
-    numbers |= {f'{CAUSE_PREFIX}{cause.value}': tally.causes[cause] for cause in Cause}
-    numbers |= {f'{FAULT_PREFIX}{fault.value}': count for fault, count in tally.faults.items() if count}
-    for name, movement in (('policy', tally.policy), ('value', tally.value)):
+    numbers |= {f'{CAUSE_PREFIX}{cause.value}': counters.causes[cause] for cause in Cause}
+    numbers |= {f'{FAULT_PREFIX}{fault.value}': count for fault, count in counters.faults.items() if count}
+    for name, movement in (('policy', counters.policy), ('value', counters.value)):
         numbers[f'{name}_rows'] = movement.count
         numbers[f'{name}_moved_most'] = movement.largest
         if movement.count:
@@ -35,11 +34,11 @@ def tally_numbers(tally: Tally) -> dict[str, float]:
     return numbers
 
 
-def columns_of(tally: ValidationTally) -> dict[str, dict[str, float]]:
+def columns_of(counters: ValidationCounters) -> dict[str, dict[str, float]]:
     """The columns of :func:`validation_table`: each kind of inference that was compared, and all together."""
-    kinds = {name: getattr(tally, name) for name in KINDS}
-    columns = {name: tally_numbers(kind) for name, kind in kinds.items() if kind.compared}
-    return {**columns, 'total': validation_numbers(tally)}
+    kinds = {name: getattr(counters, name) for name in KINDS}
+    columns = {name: counter_numbers(kind) for name, kind in kinds.items() if kind.compared}
+    return {**columns, 'total': validation_numbers(counters)}
 
 
 def validation_table(columns: Mapping[str, Mapping[str, float]], title: str = 'Validation') -> Table:
@@ -59,7 +58,7 @@ def validation_table(columns: Mapping[str, Mapping[str, float]], title: str = 'V
         metric = VALIDATION_METRICS[name]
         cells = [numbers.get(name) for numbers in columns.values()]
         texts = ('-' if cell is None else format_value(cell, metric.unit) for cell in cells)
-        alarming = name in ('unexplained', 'manager_off') and any(cells)
+        alarming = name in ('unexplained', 'cache_wrong') and any(cells)
         table.add_row(name, *texts, metric.sentence, style='red' if alarming else None)
     return table
 

@@ -1,6 +1,9 @@
-"""Two systems side by side: what each served, who is right, and why the other is not.
+"""Validation: LightZero's own cache beside this one, and a recomputation that says which is right.
 
-Nothing here knows a host. Three opinions meet on every compared row: the manager's, the old system's, and
-a recomputation of the row's own history. ``causes`` names what can be wrong, ``deviation`` measures it,
-``tally`` counts it, ``finding`` says it to a person, ``record`` keeps it in a file.
+Loaded only where ``cache_validation_mode`` or a command asks for it. ``validator`` receives the events of
+inference. The truth comes from ``histories`` and ``oracle``. ``stock`` is LightZero's world model over the
+same weights; ``mode_store`` asks its cache, ``mode_model`` runs all of it, ``mode`` is what both share.
+``compare`` gives each of the ``rows`` its verdict, within a ``tolerance``; ``causes`` prove why the stock
+cache is wrong, ``faults`` recognise what a wrong cache served. ``findings`` are saved failures, ``report``
+and ``page`` the results of a run.
 """

@@ -1,4 +1,4 @@
-"""What a bounded training with validation came to, and what it says."""
+"""Results of a bounded training with validation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .tally import Tally, ValidationTally
+from lzero_kv.telemetry.counters import Counters, ValidationCounters
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One finding that was saved: ``sentence`` is its first line."""
+    """A saved finding: ``sentence`` is its first line."""
 
     file: str
     sentence: str
@@ -26,7 +26,7 @@ class ModeRun:
 
     Attributes:
         mode: ``'store'`` or ``'model'``.
-        tally: what was counted.
+        counters: what was counted.
         collected, evaluated: environment steps of collection and of evaluation.
         iterations: training iterations.
         simulations: simulations of a search.
@@ -36,7 +36,7 @@ class ModeRun:
     """
 
     mode: str
-    tally: ValidationTally
+    counters: ValidationCounters
     collected: int
     evaluated: int
     iterations: int
@@ -52,16 +52,16 @@ class ModeRun:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON; :meth:`from_dict` reads it back."""
-        plain = dataclasses.asdict(dataclasses.replace(self, tally=ValidationTally()))
-        return {**plain, 'tally': self.tally.as_dict()}
+        plain = dataclasses.asdict(dataclasses.replace(self, counters=ValidationCounters()))
+        return {**plain, 'counters': self.counters.as_dict()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ModeRun:
-        """What :meth:`as_dict` gave."""
+        """The run that :meth:`as_dict` gave."""
         return cls(
             **{
                 **plain,
-                'tally': ValidationTally.from_dict(plain['tally']),
+                'counters': ValidationCounters.from_dict(plain['counters']),
                 'failures': tuple(Failure(**failure) for failure in plain['failures']),
                 'notes': tuple(plain['notes']),
             }
@@ -87,13 +87,13 @@ class ValidationReport:
     runs: tuple[ModeRun, ...] = ()
 
     @property
-    def total(self) -> Tally:
+    def total(self) -> Counters:
         """All modes and kinds together."""
-        return sum((run.tally.total for run in self.runs), Tally())
+        return sum((run.counters.total for run in self.runs), Counters())
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is unexplained and the manager was never off."""
+        """Whether nothing is unexplained and the cache was never wrong."""
         return self.total.failures == 0
 
     @property
@@ -101,19 +101,19 @@ class ValidationReport:
         """One sentence, for people."""
         total = self.total
         if self.passed:
-            off = (
-                f'in {total.different:,} the old system was off, each time for a proven cause'
+            wrong = (
+                f'in {total.different:,} the stock cache was wrong, each time for a proven cause'
                 if total.different
-                else 'the old system was never off'
+                else 'the stock cache was never wrong'
             )
             return (
-                f'Passed: of {total.compared:,} rows compared {total.equal:,} are equal and {off}; '
-                f'0 are unexplained, and the manager was never off (its largest rounding error is '
-                f'{total.largest_manager:.2g}).'
+                f'Passed: of {total.compared:,} rows compared {total.equal:,} are equal and {wrong}; '
+                f'0 are unexplained, and the cache was never wrong (its largest rounding error is '
+                f'{total.largest_cache:.2g}).'
             )
         return (
             f'NOT passed: of {total.compared:,} rows compared {total.unexplained:,} differ without a proven '
-            f'cause, and in {total.manager_off:,} the manager was off.'
+            f'cause, and in {total.cache_wrong:,} the cache was wrong.'
         )
 
     def as_json(self) -> str:
@@ -128,7 +128,7 @@ class ValidationReport:
 
     @classmethod
     def from_json(cls, text: str) -> ValidationReport:
-        """What :meth:`as_json` wrote."""
+        """The report that :meth:`as_json` wrote."""
         plain = json.loads(text)
         return cls(
             config=plain['config'],

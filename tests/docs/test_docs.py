@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import run_docs
 
-from lzero_kv.validation.causes import Cause, Fault
+from lzero_kv.telemetry.counters import Cause, Fault
 
 PAGES = run_docs.pages()
 FILES = [*PAGES, *run_docs.results()]

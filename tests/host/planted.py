@@ -22,7 +22,7 @@ from lzero_kv.lightzero.inference.positions import LearnedPositions, RotaryPosit
 from lzero_kv.lightzero.inference.roots import RootInference
 from lzero_kv.lightzero.inference.rows import ResidentRows
 from lzero_kv.lightzero.inference.tree import SearchTree
-from lzero_kv.validation.causes import Fault
+from lzero_kv.telemetry.counters import Fault
 
 Change = Callable[[KVCacheManager, Sequence[Any], np.ndarray], np.ndarray]
 """Slots (int64 ``[B]``) that a lookup of keys gave, to those that it gives with the fault."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lzero_kv.config import NodeBudget
-from lzero_kv.lightzero.validation.recompute import Recompute
+from lzero_kv.validation.oracle import Oracle
 
 from ..budget import reference
 
@@ -74,7 +74,7 @@ class SlowBudgets:
     """Arguments: the world model, its budget, and the tokens of each layer, which may be changed."""
 
     def __init__(self, world_model: Any, budget: NodeBudget, slots: tuple[int, ...]) -> None:
-        self.oracle = Recompute(world_model, 'rebuild')
+        self.oracle = Oracle(world_model, 'rebuild')
         self.budget, self.slots = budget, slots
         self.groups = world_model.num_heads if budget.per_head else 1
         self.share = world_model.num_heads // self.groups

@@ -39,7 +39,7 @@ from .direct import Drive, Step, largest_difference
 from .plays import fail_with_nan
 from .test_engine import BOTH_WINDOWS, managed, uneven_episodes
 from .test_operators import Operators
-from .validated import MODES, assert_accounted, tally_of, validated_policy
+from .validated import MODES, assert_accounted, counters_of, validated_policy
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-3}
 """Of a largest difference. Sums in another order differ by units in the last place (2e-16 and 1e-7), and the
@@ -283,9 +283,9 @@ def test_statistics_are_those_of_the_eager_backend(as_is: Counted, window: str) 
 def test_validation_accounts_for_every_row(as_is: Counted, mode: str, window: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, kv_cache=dict(backend='compile', window=window))
     uneven_episodes(policy, 'tiny', 6)
-    for tally in (tally_of(policy).roots, tally_of(policy).nodes):
-        assert tally.compared > 0
-        assert_accounted(tally)
+    for counters in (counters_of(policy).roots, counters_of(policy).nodes):
+        assert counters.compared > 0
+        assert_accounted(counters)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.lightzero.validation.recompute import Recompute
 from lzero_kv.telemetry.metrics import METRICS, Axis, tag
+from lzero_kv.validation.oracle import Oracle
 from testing.models import collect_model, world_model_of
 from testing.precision import precision
 from testing.recorder import replaced
@@ -173,7 +173,7 @@ def slow_searches(watch: Watch, buffer: Any, scalar: Any, window: Any) -> tuple[
     config = search_config(buffer)
     visits, sampled = [], []
     for observation, logits, noise in zip(watch.observations, watch.policies, watch.noises, strict=True):
-        oracle = Recompute(watch.model.world_model, window)
+        oracle = Oracle(watch.model.world_model, window)
         roots = slow_search(oracle, config, scalar, observation, logits, noise)
         visits.append(roots.get_distributions()[0])
         sampled.append(roots.get_sampled_actions()[0] if config.model.continuous_action_space else None)
@@ -189,7 +189,7 @@ def search_config(buffer: Any) -> Any:
 
 
 def slow_search(
-    oracle: Recompute,
+    oracle: Oracle,
     config: Any,
     scalar: Any,
     observation: torch.Tensor,

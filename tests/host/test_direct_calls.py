@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lzero_kv
-from lzero_kv.lightzero.validation.recompute import Recompute
+from lzero_kv.validation.oracle import Oracle
 from testing.episodes import Episodes
 from testing.models import collect_model, load_weights, make_policy, world_model_of
 from testing.precision import precision
@@ -118,7 +118,7 @@ def new_caller(family: str = 'tiny', **options: Any) -> Caller:
 
 def test_a_model_without_a_policy_keeps_contexts_by_row() -> None:
     caller = new_caller()
-    oracle = Recompute(caller.model.world_model, 'rebuild')
+    oracle = Oracle(caller.model.world_model, 'rebuild')
     for step in range(5):
         root = caller.root()
         history = torch.stack(caller.observations)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.lightzero.validation.recompute import Recompute
+from lzero_kv.validation.oracle import Oracle
 from testing.episodes import Episodes, Root
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots
 from testing.lookups import StockLookups
@@ -118,7 +118,7 @@ def test_a_cache_cleared_below_the_root_is_rebuilt(cache: str) -> None:
         store.clear()
     actions = torch.tensor([1, 3])
     answer = model.recurrent_inference([(root.latent_state.numpy(), actions)], 0, [1, 1], timestep)
-    oracle = Recompute(world_model, window_of(cache))
+    oracle = Oracle(world_model, window_of(cache))
     for row in range(2):
         expected = oracle.child(oracle.root([observations[row]], []), actions[row])
         torch.testing.assert_close(answer.value[row], expected.value, rtol=0.0, atol=1e-3)
@@ -197,7 +197,7 @@ def test_equal_latents_of_different_histories_stay_apart(cache: str, environment
 @stock_fails('root keys are hashes of a latent encoded again, whose bits depend on the batch size')
 def test_a_root_is_found_again_in_a_smaller_batch(cache: str) -> None:
     policy = policy_with(cache, 'tiny', 8, infer_context_length=FOUR_STEPS)
-    model, oracle = collect_model(policy), Recompute(world_model_of(policy), window_of(cache))
+    model, oracle = collect_model(policy), Oracle(world_model_of(policy), window_of(cache))
     draw, actions = torch.Generator().manual_seed(0), [1] * 8
     for ready in (7, 3, 1):
         first, second, third = torch.randn(3, 8, 7, generator=draw)
@@ -277,7 +277,7 @@ def test_rotary_positions_of_a_rebuilt_root(cache: str) -> None:
         env_id=0, current_steps=200, reset_init_data=False
     )  # the host clears its caches every 200 steps
     (root,) = episodes.step()
-    oracle = Recompute(world_model_of(policy), window_of(cache))
+    oracle = Oracle(world_model_of(policy), window_of(cache))
     whole = oracle.root(root.observations, root.actions)
     newest = oracle.root(root.observations[-2:], root.actions[-1:], first_step=root.step - 1)
     # Both are right: a context rebuilt from everything that was seen, or from what the host passes again.

@@ -1,5 +1,5 @@
-"""Faults planted in the manager: each is caught by its name, in both modes; and a judge that cannot judge is
-noticed."""
+"""Faults planted in the manager: each is caught by its name, in both modes; and a comparison that cannot see
+is noticed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 
 from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.roots import RootInference
-from lzero_kv.lightzero.validation import failures, judge
-from lzero_kv.validation.causes import Fault
-from lzero_kv.validation.deviation import Deviation, Tolerance
-from lzero_kv.validation.finding import Finding, ValidationError
-from lzero_kv.validation.record import load_finding
+from lzero_kv.telemetry.counters import Fault
+from lzero_kv.validation import findings
+from lzero_kv.validation.faults import FaultFinder
+from lzero_kv.validation.findings import Finding, ValidationError, load_finding
+from lzero_kv.validation.tolerance import Deviation, Tolerance
 from testing.episodes import Episodes
 from testing.reanalysis import reanalyze
 
 from .planted import PLANTS, Plant, perturbed
-from .validated import MODES, tally_of, validated_policy
+from .validated import MODES, counters_of, validated_policy
 
 STEPS = 4
 
@@ -39,8 +39,8 @@ def finding_of(plant: Plant, mode: str, folder: Path, **kv_cache: Any) -> Findin
     policy = validated_policy(mode, folder, family=plant.family, kv_cache=kv_cache, num_simulations=6)
     with pytest.raises(ValidationError) as raised:
         play(policy)
-    tally = tally_of(policy)
-    assert getattr(tally, raised.value.finding.kind).failures == 1, 'the first one ends the run'
+    counters = counters_of(policy)
+    assert getattr(counters, raised.value.finding.kind).failures == 1, 'the first one ends the run'
     return raised.value.finding
 
 
@@ -52,13 +52,13 @@ def assert_named(finding: Finding, plant: Plant) -> None:
     assert f'pool {plant.kind}, environment {finding.env_id}' in text
     assert ('node' in finding.where) is (plant.kind == 'nodes')
     assert plant.fault.value in text and plant.fault.sentence in text
-    assert f'largest difference {finding.manager.largest:.3g}, mean {finding.manager.mean:.3g}' in text
-    assert f'key of the manager: {finding.manager_key}; key of the old system: {finding.host_key}' in text
-    assert finding.manager_key.startswith(('RootKey(', 'NodeKey(', 'environment '))
+    assert f'largest difference {finding.cache.largest:.3g}, mean {finding.cache.mean:.3g}' in text
+    assert f'key of the cache: {finding.cache_key}; key of the stock cache: {finding.stock_key}' in text
+    assert finding.cache_key.startswith(('RootKey(', 'NodeKey(', 'environment '))
     if plant.fault is not Fault.ENTRY_LOST:
-        assert finding.manager.excess > 1
+        assert finding.cache.excess > 1
     if plant.layer is not None:
-        assert finding.manager.layer == plant.layer
+        assert finding.cache.layer == plant.layer
         assert f'in layer {plant.layer}' in text
 
 
@@ -95,17 +95,17 @@ def test_it_can_be_logged_instead_and_the_run_goes_on(
     policy = validated_policy(mode, tmp_path, on_failure='log', num_simulations=6)
     with caplog.at_level(logging.WARNING, logger='lzero_kv'):
         play(policy)
-    tally = tally_of(policy)
-    kind = getattr(tally, plant.kind)
+    counters = counters_of(policy)
+    kind = getattr(counters, plant.kind)
     assert kind.faults[plant.fault] >= 1
-    assert kind.manager_off == sum(kind.faults.values())
-    assert (tally.roots.compared, tally.nodes.compared) == (3 * STEPS, 3 * STEPS * 6)
-    assert tally.searches == STEPS
+    assert kind.cache_wrong == sum(kind.faults.values())
+    assert (counters.roots.compared, counters.nodes.compared) == (3 * STEPS, 3 * STEPS * 6)
+    assert counters.searches == STEPS
     warnings = [record for record in caplog.records if record.name.startswith('lzero_kv')]
-    assert len(warnings) == tally.total.failures
+    assert len(warnings) == counters.total.failures
     assert plant.fault.sentence in warnings[0].getMessage()
     files = sorted(tmp_path.iterdir())
-    assert len(files) == failures.SAVED
+    assert len(files) == findings.SAVED
     assert plant.fault in {load_finding(file).fault for file in files}
 
 
@@ -116,8 +116,8 @@ def test_a_fault_in_reanalysis_is_found(monkeypatch: pytest.MonkeyPatch, tmp_pat
         reanalyze(policy, 1)
     finding = raised.value.finding
     assert (finding.fault, finding.kind) == (Fault.ANOTHER_NODE, 'reanalysis')
-    tally = policy._target_model.world_model.validation
-    assert tally.reanalysis.manager_off == 1
+    counters = policy._target_model.world_model.validation
+    assert counters.reanalysis.cache_wrong == 1
 
 
 @pytest.mark.parametrize('window, times', [('rebuild', 0.5), ('shift', 0.1)])
@@ -125,13 +125,13 @@ def test_a_fault_in_reanalysis_is_found(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_perturbation_below_the_tolerance_is_rounding_to_the_recomputation(
     owner: type, window: str, times: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With keys and values of its own the twin has no equal bits to ask for. Half the tolerance, and less
+    """With keys and values of its own the stock model has no equal bits. Half the tolerance, and less
     where shifted windows pass it on from step to step: it grows on its way through the layers."""
     perturbed(owner, times)(monkeypatch)
     policy = validated_policy('model', tmp_path, kv_cache=dict(window=window))
     play(policy)
-    assert tally_of(policy).total.failures == 0
-    assert tally_of(policy).total.largest_manager > 5e-5, 'it was planted'
+    assert counters_of(policy).total.failures == 0
+    assert counters_of(policy).total.largest_cache > 5e-5, 'it was planted'
 
 
 @pytest.mark.parametrize('owner', [RootInference, Search])
@@ -148,7 +148,7 @@ def test_a_perturbation_below_the_tolerance_is_seen_where_both_hold_the_same_ent
     assert finding.fault is None and finding.part == 'keys and values'
     assert 0 < finding.between.largest < 1e-4
     assert finding.between.layer == 0 and 'in layer 0' in str(finding)
-    assert tally_of(policy).total.unexplained == 1
+    assert counters_of(policy).total.unexplained == 1
 
 
 def test_after_an_error_the_run_can_go_on_from_rebuilt_histories(
@@ -161,14 +161,14 @@ def test_after_an_error_the_run_can_go_on_from_rebuilt_histories(
         PLANTS['lost at roots'].plant(patch)
         with pytest.raises(ValidationError):
             episodes.step()
-    before = tally_of(policy).snapshot()
+    before = counters_of(policy).snapshot()
     episodes.run(2)
-    after = tally_of(policy)
+    after = counters_of(policy)
     assert after.total.failures == before.total.failures == 1
     assert after.nodes.compared == before.nodes.compared + 2 * 3 * 4
 
 
-# A judge that cannot judge: the tests above must notice.
+# A comparison that cannot see: the tests above must notice.
 
 
 @pytest.mark.parametrize('name', ['exchanged at nodes', 'learned positions off', 'perturbed at roots'])
@@ -194,7 +194,7 @@ def test_a_comparison_that_always_agrees_would_be_noticed(
 def test_a_diagnosis_that_names_one_fault_for_all_would_be_noticed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(judge, 'diagnose', lambda *args: Fault.STALE_ENTRY)
+    monkeypatch.setattr(FaultFinder, 'diagnose', lambda *args: Fault.STALE_ENTRY)
     plant = PLANTS['another node']
     plant.plant(monkeypatch)
     with pytest.raises(AssertionError):
@@ -206,7 +206,7 @@ def test_the_manager_serves_what_the_error_shows(monkeypatch: pytest.MonkeyPatch
     plant = PLANTS['exchanged at nodes']
     plant.plant(monkeypatch)
     finding = finding_of(plant, 'store', tmp_path)
-    served, truth = finding.tensors['manager']['kv'], finding.tensors['truth']['kv']
+    served, truth = finding.tensors['cache']['kv'], finding.tensors['truth']['kv']
     assert served.shape == truth.shape and served.shape[0] == 2 * 2 and served.shape[2] == 24
     torch.testing.assert_close(served[[0, 1, 3, 2]], truth, rtol=1e-3, atol=1e-3)
-    assert float((served - truth).abs().max()) == pytest.approx(finding.manager.largest)
+    assert float((served - truth).abs().max()) == pytest.approx(finding.cache.largest)

@@ -16,7 +16,7 @@ from testing.reanalysis import reanalyze
 
 from .plays import assert_same_play
 from .test_operators import Operators
-from .validated import MODES, WINDOWS, assert_accounted, tally_of, validated_policy
+from .validated import MODES, WINDOWS, assert_accounted, counters_of, validated_policy
 
 BOTH_MODES = pytest.mark.parametrize('mode', MODES)
 FAMILIES_PLAYED = ('tiny', 'cartpole', 'lunarlander_continuous', 'memory', 'atari')
@@ -53,11 +53,11 @@ def test_nothing_is_found_where_nothing_is_wrong(family: str, window: str, mode:
         kv_cache=dict(window=window),
     )
     roots, nodes = eventful_run(policy, family)
-    tally = tally_of(policy)
-    for kind in (tally.roots, tally.nodes):
+    counters = counters_of(policy)
+    for kind in (counters.roots, counters.nodes):
         assert_accounted(kind)
-    assert (tally.roots.compared, tally.nodes.compared) == (roots, nodes)
-    assert tally.searches == tally.validated == 14
+    assert (counters.roots.compared, counters.nodes.compared) == (roots, nodes)
+    assert counters.searches == counters.validated == 14
     assert not list(tmp_path.iterdir())
 
 
@@ -68,9 +68,9 @@ def test_evicted_windows_that_are_computed_again_are_right(choice: str, mode: st
     tight = dict(window_slots=3, policy=choice)
     policy = validated_policy(mode, tmp_path, num_simulations=10, kv_cache=tight)
     Episodes(policy, range(3), record=False).run(3)
-    tally = tally_of(policy)
-    assert_accounted(tally.total)
-    assert tally.nodes.compared == 3 * 3 * 10
+    counters = counters_of(policy)
+    assert_accounted(counters.total)
+    assert counters.nodes.compared == 3 * 3 * 10
     stats = world_model_of(policy).kv_cache_manager.stats_snapshot()['nodes']
     assert stats.evictions > 0 and stats.rebuilt_tokens > 0
 
@@ -81,20 +81,20 @@ def test_reanalysis_is_silent(window: str, mode: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, environments=8, kv_cache=dict(window=window))
     for _ in range(2):
         reanalyze(policy, 2)
-    tally = policy._target_model.world_model.validation
-    assert_accounted(tally.total)
-    assert tally.reanalysis.compared == 2 * 2 * 4 * 4
-    assert tally_of(policy).total.compared == 0, 'the acting model has its own tally'
+    counters = policy._target_model.world_model.validation
+    assert_accounted(counters.total)
+    assert counters.reanalysis.compared == 2 * 2 * 4 * 4
+    assert counters_of(policy).total.compared == 0, 'the acting model has its own counters'
 
 
 @BOTH_MODES
 def test_of_a_large_reanalysis_whole_sequences_are_compared(mode: str, tmp_path: Path) -> None:
-    """As many as the old system has room for: eight environments, two sequences of four roots."""
+    """As many as LightZero has room for: eight environments, two sequences of four roots."""
     policy = validated_policy(mode, tmp_path, environments=8)
     reanalyze(policy, 3)
-    tally = policy._target_model.world_model.validation
-    assert_accounted(tally.total)
-    assert tally.reanalysis.compared == 2 * 4 * 4
+    counters = policy._target_model.world_model.validation
+    assert_accounted(counters.total)
+    assert counters.reanalysis.compared == 2 * 4 * 4
 
 
 @BOTH_MODES
@@ -106,7 +106,7 @@ def test_clearing_is_no_loss(clear: str, mode: str, tmp_path: Path) -> None:
         episodes.run(2)
         getattr(world_model_of(policy), clear)()
     episodes.run(1)
-    assert_accounted(tally_of(policy).total)
+    assert_accounted(counters_of(policy).total)
 
 
 @BOTH_MODES
@@ -137,10 +137,10 @@ def test_validation_changes_nothing(window: str, mode: str, tmp_path: Path) -> N
 def test_a_part_of_the_searches_and_all_roots(rate: float, validated: int, tmp_path: Path) -> None:
     policy = validated_policy('model', tmp_path, kv_cache=dict(validation_rate=rate))
     Episodes(policy, range(3), record=False).run(8)
-    tally = tally_of(policy)
-    assert_accounted(tally.total)
-    assert (tally.searches, tally.validated) == (8, validated)
-    assert (tally.roots.compared, tally.nodes.compared) == (8 * 3, validated * 3 * 4)
+    counters = counters_of(policy)
+    assert_accounted(counters.total)
+    assert (counters.searches, counters.validated) == (8, validated)
+    assert (counters.roots.compared, counters.nodes.compared) == (8 * 3, validated * 3 * 4)
 
 
 def operators_of(world_model: dict[str, Any]) -> Any:
@@ -167,7 +167,7 @@ def test_off_costs_nothing() -> None:
     assert sum(on.values()) > sum(without.values()), 'the counter sees a validation'
 
 
-def test_off_makes_no_twin_and_no_tally() -> None:
+def test_without_it_there_is_no_validator_and_no_counter() -> None:
     policy = make_policy('tiny', kv=True, num_simulations=2, world_model=dict(cache_validation_mode=False))
     Episodes(policy, range(8), record=False).run(1)
     model = world_model_of(policy)
@@ -178,8 +178,8 @@ def test_a_copied_model_counts_for_itself(tmp_path: Path) -> None:
     policy = validated_policy('store', tmp_path)
     Episodes(policy, range(3), record=False).run(1)
     model = world_model_of(policy)
-    twin = copy.deepcopy(model)
-    assert twin.validation is not model.validation
-    assert twin.validation.total.compared == 0 < model.validation.total.compared
-    assert twin.validator is None and twin.observers == []
+    copied = copy.deepcopy(model)
+    assert copied.validation is not model.validation
+    assert copied.validation.total.compared == 0 < model.validation.total.compared
+    assert copied.validator is None and copied.observers == []
     assert policy._target_model.world_model.validation is not model.validation

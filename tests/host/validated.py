@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lzero_kv.validation.tally import Tally, ValidationTally
+from lzero_kv.telemetry.counters import Counters, ValidationCounters
 from testing.models import collect_model, load_weights, make_policy, world_model_of
 
 MODES = ('store', 'model')
@@ -24,7 +24,7 @@ def validated_policy(
     kv_cache: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """The family's policy with ``environments`` environments, compared with the old system in ``mode``;
+    """The family's policy with ``environments`` environments, compared with the stock one in ``mode``;
     findings go to ``folder``.
     """
     choices = dict(validation_folder=str(folder), validation_on_failure=on_failure) | (kv_cache or {})
@@ -34,27 +34,29 @@ def validated_policy(
     return make_policy(family, kv=True, kv_cache=choices, **defaults | options)
 
 
-def tally_of(policy: Any) -> ValidationTally:
-    """What was found so far."""
+def counters_of(policy: Any) -> ValidationCounters:
+    """The counters so far."""
     found = world_model_of(policy).validation
     assert found is not None
     return found
 
 
-def twin_of(policy: Any) -> Any:
-    """The host's world model that runs beside; there once an inference was made."""
+def stock_of(policy: Any) -> Any:
+    """The stock world model beside the policy's; there once an inference was made."""
     validator = world_model_of(policy).validator
     assert validator is not None
-    return validator._twin
+    return validator.stock
 
 
-def assert_accounted(tally: Tally) -> None:
+def assert_accounted(counters: Counters) -> None:
     """Every compared row has one verdict, and none is a failure."""
-    assert tally.equal + tally.different + tally.unexplained + tally.manager_off == tally.compared
-    assert (tally.unexplained, tally.manager_off) == (0, 0), (tally.causes, tally.faults)
-    assert sum(tally.causes.values()) >= tally.different
+    assert (
+        counters.equal + counters.different + counters.unexplained + counters.cache_wrong == counters.compared
+    )
+    assert (counters.unexplained, counters.cache_wrong) == (0, 0), (counters.causes, counters.faults)
+    assert sum(counters.causes.values()) >= counters.different
     # Rounding, and far below what is tolerated.
-    assert tally.largest_manager < 1e-3
+    assert counters.largest_cache < 1e-3
 
 
 def position_correction_refreshed(policy: Any) -> None:

@@ -64,7 +64,7 @@ def test_warm_up_and_what_shrinks_do_not_count() -> None:
     assert passed(judge(samples), samples[-1])
 
 
-@pytest.mark.parametrize('change', [{'unexplained': 1}, {'manager_off': 1}, {'compared': 0}])
+@pytest.mark.parametrize('change', [{'unexplained': 1}, {'cache_wrong': 1}, {'compared': 0}])
 def test_a_failure_or_nothing_compared_does_not_pass(change: dict[str, int]) -> None:
     samples = run_of()
     assert passed(judge(samples), samples[-1])
@@ -126,7 +126,7 @@ def test_the_end_is_shown_as_table_picture_and_one_line_of_json(tmp_path: Path) 
         numbers = json.loads(console.file.getvalue().splitlines()[-1])
         assert numbers['passed'] is (code == 0)
         assert numbers['memory_without_replay_buffer_ratio'] == pytest.approx(1.2 if code else 1.0)
-        assert (numbers['compared'], numbers['unexplained'], numbers['manager_off']) == (50, 0, 0)
+        assert (numbers['compared'], numbers['unexplained'], numbers['cache_wrong']) == (50, 0, 0)
         assert matplotlib.image.imread(tmp_path / 'soak.png').shape[0] > 800
         lines = (tmp_path / 'samples.jsonl').read_text().splitlines()
         assert [Sample(**json.loads(line)) for line in lines] == samples
@@ -177,7 +177,7 @@ def test_a_short_soak_trains_and_compares() -> None:
     )  # fmt: skip
     numbers = json.loads(run.stdout.splitlines()[-1])
     assert numbers['compared'] > 0
-    assert (numbers['unexplained'], numbers['manager_off']) == (0, 0)
+    assert (numbers['unexplained'], numbers['cache_wrong']) == (0, 0)
     assert run.returncode == (0 if numbers['passed'] else 1)  # two minutes are within the warm-up
 
 

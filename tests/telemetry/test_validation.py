@@ -18,6 +18,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 from lzero_kv.cli import main
+from lzero_kv.telemetry.counters import Cause, Fault, ValidationCounters
 from lzero_kv.telemetry.metrics import (
     CHARTS,
     METRICS,
@@ -33,10 +34,8 @@ from lzero_kv.telemetry.plot import plot_run
 from lzero_kv.telemetry.read import read_run
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
 from lzero_kv.telemetry.validation import columns_of, validation_numbers, validation_table
-from lzero_kv.validation.causes import Cause, Fault
-from lzero_kv.validation.tally import ValidationTally
 
-from ..validation.drawn import a_tally, validation_tallies
+from ..validation.drawn import some_counters, validation_counters
 from .driving import env_step, make_manager
 from .test_tensorboard import raw_values
 
@@ -47,20 +46,20 @@ STEPS, ITERATIONS = (30, 70, 110), (4, 9, 16)
 
 
 def write_points(
-    folder: Path, points: list[ValidationTally | None], library: ModuleType = torch.utils.tensorboard
+    folder: Path, points: list[ValidationCounters | None], library: ModuleType = torch.utils.tensorboard
 ) -> None:
-    """Write one point for each cumulative tally; None: validation is off."""
+    """Write one point for each cumulative counters; None: validation is off."""
     manager = make_manager()
     with library.SummaryWriter(str(folder)) as writer:
         sink = TensorBoardSink(writer)
-        for step, iteration, tally in zip(STEPS, ITERATIONS, points, strict=False):
+        for step, iteration, counters in zip(STEPS, ITERATIONS, points, strict=False):
             env_step(manager, step)
-            sink.write({'acting': manager}, step, iteration, tally)
+            sink.write({'acting': manager}, step, iteration, counters)
 
 
-def growing() -> list[ValidationTally | None]:
-    """Three points of a run: 1, then 3, then 3 times as much as `a_tally`."""
-    return [a_tally(1), a_tally(3), a_tally(3)]
+def growing() -> list[ValidationCounters | None]:
+    """Three points of a run: 1, then 3, then 3 times as much as `some_counters`."""
+    return [some_counters(1), some_counters(3), some_counters(3)]
 
 
 def series(folder: Path, metric: str, axis: Axis = Axis.ENV_STEP) -> list[tuple[int, float]]:
@@ -76,15 +75,15 @@ def test_counters_are_differences_and_largest_are_those_so_far(tmp_path: Path, l
     assert series(tmp_path, 'compared') == [(30, 14), (70, 28), (110, 0)]
     assert series(tmp_path, 'equal') == [(30, 8), (70, 16), (110, 0)]
     assert series(tmp_path, 'different') == [(30, 6), (70, 12), (110, 0)]
-    assert series(tmp_path, 'unexplained') == series(tmp_path, 'manager_off') == [(30, 0), (70, 0), (110, 0)]
+    assert series(tmp_path, 'unexplained') == series(tmp_path, 'cache_wrong') == [(30, 0), (70, 0), (110, 0)]
     assert series(tmp_path, 'cause_slot_overwritten') == [(30, 4), (70, 8), (110, 0)]
     assert series(tmp_path, 'cause_root_lost') == [(30, 1), (70, 2), (110, 0)]
-    assert series(tmp_path, 'largest_host') == [(30, 2.5), (70, 2.5), (110, 2.5)]
-    assert [value for _, value in series(tmp_path, 'largest_manager')] == pytest.approx([3e-7] * 3)
+    assert series(tmp_path, 'largest_stock') == [(30, 2.5), (70, 2.5), (110, 2.5)]
+    assert [value for _, value in series(tmp_path, 'largest_cache')] == pytest.approx([3e-7] * 3)
 
 
 def test_means_are_of_the_interval_and_have_no_point_where_nothing_moved(tmp_path: Path) -> None:
-    first, second = a_tally(), a_tally()
+    first, second = some_counters(), some_counters()
     second.nodes.policy.add(0.1)
     write_points(tmp_path, [first, second, second.snapshot()])
     assert series(tmp_path, 'policy_rows') == [(30, 2), (70, 1), (110, 0)]
@@ -119,9 +118,9 @@ def test_off_leaves_the_log_as_it_is_without_validation(tmp_path: Path) -> None:
 
 
 def test_a_fault_has_a_chart_where_it_happened_and_each_cause_always(tmp_path: Path) -> None:
-    bad = a_tally(2)
-    bad.nodes.count_manager_off(Fault.TOKEN_OFFSET)
-    write_points(tmp_path, [a_tally(), bad])
+    bad = some_counters(2)
+    bad.nodes.count_cache_wrong(Fault.TOKEN_OFFSET)
+    write_points(tmp_path, [some_counters(), bad])
     tags = events.EventAccumulator(str(tmp_path)).Reload().Tags()['scalars']
     names = {text.rsplit('/', 1)[1] for text in tags if text.startswith('kv_cache_step/validation/')}
     assert {name for name in names if name.startswith('fault_')} == {'fault_token_offset'}
@@ -130,15 +129,15 @@ def test_a_fault_has_a_chart_where_it_happened_and_each_cause_always(tmp_path: P
 
 
 def test_another_run_in_the_same_log_counts_from_its_start(tmp_path: Path) -> None:
-    write_points(tmp_path, [a_tally(3), a_tally(1)])
+    write_points(tmp_path, [some_counters(3), some_counters(1)])
     assert series(tmp_path, 'compared') == [(30, 42), (70, 14)]
 
 
-def test_the_run_added_up_is_the_tally(tmp_path: Path) -> None:
-    points = [a_tally(1), a_tally(3), a_tally(4)]
+def test_the_run_added_up_is_the_counters(tmp_path: Path) -> None:
+    points = [some_counters(1), some_counters(3), some_counters(4)]
     points[2].nodes.policy.add(0.9)
     points[2].roots.count_unexplained()
-    points[2].roots.count_manager_off(Fault.PERTURBED)
+    points[2].roots.count_cache_wrong(Fault.PERTURBED)
     write_points(tmp_path, list(points))
     assert read_run(tmp_path).validation() == pytest.approx(validation_numbers(points[2]), rel=1e-5)
 
@@ -174,15 +173,15 @@ def test_a_metric_belongs_to_pools_or_to_validation(pool: str, metric: str) -> N
         tag(Axis.ENV_STEP, pool, metric)
 
 
-@given(validation_tallies())
-def test_each_number_is_a_metric(tally: ValidationTally) -> None:
-    numbers = validation_numbers(tally)
+@given(validation_counters())
+def test_each_number_is_a_metric(counters: ValidationCounters) -> None:
+    numbers = validation_numbers(counters)
     assert set(numbers) <= set(VALIDATION_METRICS)
     missing = set(VALIDATION_METRICS) - set(numbers)
     assert all(name.startswith('fault_') or VALIDATION_METRICS[name].kind is Kind.RATIO for name in missing)
 
 
-def cells(table_of: ValidationTally) -> dict[str, list[str]]:
+def cells(table_of: ValidationCounters) -> dict[str, list[str]]:
     """The table's rows: the first cell -> the others, without the meaning."""
     console = Console(file=io.StringIO(), width=170)
     console.print(validation_table(columns_of(table_of), 'Pong'))
@@ -192,32 +191,32 @@ def cells(table_of: ValidationTally) -> dict[str, list[str]]:
     return {row[0].strip(): [cell.strip() for cell in row[1:-1]] for row in rows}
 
 
-def test_a_tally_as_a_table() -> None:
-    rows = cells(a_tally())
+def test_counters_as_a_table() -> None:
+    rows = cells(some_counters())
     assert rows['metric'] == ['roots', 'nodes', 'reanalysis', 'total']
     assert rows['searches'] == ['-', '-', '-', '11']
     assert rows['compared'] == ['6', '7', '1', '14']
     assert rows['different'] == ['1', '4', '1', '6']
     assert rows['cause_zero_padding'] == ['0', '4', '0', '4']
     assert rows['policy_moved'] == ['-', '0.5', '-', '0.5']
-    assert rows['largest_manager'] == ['1e-07', '3e-07', '0', '3e-07']
+    assert rows['largest_cache'] == ['1e-07', '3e-07', '0', '3e-07']
     assert 'cause_crashed' not in rows
     assert not [name for name in rows if name.startswith('fault_')]
 
 
 def test_a_kind_that_was_never_compared_has_no_column_and_a_fault_has_a_row() -> None:
-    tally = ValidationTally()
-    tally.nodes.count_manager_off(Fault.ENTRY_LOST)
-    rows = cells(tally)
+    counters = ValidationCounters()
+    counters.nodes.count_cache_wrong(Fault.ENTRY_LOST)
+    rows = cells(counters)
     assert rows['metric'] == ['nodes', 'total']
-    assert rows['manager_off'] == ['1', '1']
+    assert rows['cache_wrong'] == ['1', '1']
     assert rows['fault_entry_lost'] == ['1', '1']
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=5)
-@given(validation_tallies())
-def test_any_run_can_be_drawn(tmp_path: Path, tally: ValidationTally) -> None:
-    write_points(tmp_path / 'log', [tally, tally + a_tally()])
+@given(validation_counters())
+def test_any_run_can_be_drawn(tmp_path: Path, counters: ValidationCounters) -> None:
+    write_points(tmp_path / 'log', [counters, counters + some_counters()])
     path = plot_run(read_run(tmp_path / 'log'), tmp_path / 'plot.png')
     assert path.read_bytes().startswith(b'\x89PNG\r\n\x1a\n')
     for file in (tmp_path / 'log').iterdir():

@@ -7,10 +7,9 @@ from collections import Counter
 import torch
 from hypothesis import strategies as st
 
-from lzero_kv.validation.causes import Cause, Fault
-from lzero_kv.validation.deviation import MISMATCH, Deviation, Tolerance
-from lzero_kv.validation.finding import Finding
-from lzero_kv.validation.tally import Movement, Tally, ValidationTally
+from lzero_kv.telemetry.counters import Cause, Counters, Fault, Movement, ValidationCounters
+from lzero_kv.validation.findings import Finding
+from lzero_kv.validation.tolerance import MISMATCH, Deviation, Tolerance
 
 LAYERS, TOKENS, EMBED = 3, 5, 7
 COUNTS = st.integers(0, 10_000)
@@ -27,25 +26,31 @@ def movements(draw: st.DrawFn) -> Movement:
 
 
 @st.composite
-def tallies(draw: st.DrawFn) -> Tally:
-    tally = Tally()
+def several_counters(draw: st.DrawFn) -> Counters:
+    counters = Counters()
     for _ in range(draw(st.integers(0, 4))):
-        tally.count_equal()
+        counters.count_equal()
     for causes in draw(st.lists(st.sets(st.sampled_from(Cause), min_size=1), max_size=4)):
-        tally.count_different(causes)
+        counters.count_different(causes)
     for _ in range(draw(st.integers(0, 2))):
-        tally.count_unexplained()
+        counters.count_unexplained()
     for fault in draw(st.lists(st.sampled_from(Fault), max_size=3)):
-        tally.count_manager_off(fault)
-    tally.largest_host = draw(AMOUNTS | st.just(float('inf')))
-    tally.largest_manager = draw(AMOUNTS | st.just(float('inf')))
-    tally.policy, tally.value = draw(movements()), draw(movements())
-    return tally
+        counters.count_cache_wrong(fault)
+    counters.largest_stock = draw(AMOUNTS | st.just(float('inf')))
+    counters.largest_cache = draw(AMOUNTS | st.just(float('inf')))
+    counters.policy, counters.value = draw(movements()), draw(movements())
+    return counters
 
 
 @st.composite
-def validation_tallies(draw: st.DrawFn) -> ValidationTally:
-    return ValidationTally(draw(tallies()), draw(tallies()), draw(tallies()), draw(COUNTS), draw(COUNTS))
+def validation_counters(draw: st.DrawFn) -> ValidationCounters:
+    return ValidationCounters(
+        draw(several_counters()),
+        draw(several_counters()),
+        draw(several_counters()),
+        draw(COUNTS),
+        draw(COUNTS),
+    )
 
 
 @st.composite
@@ -70,16 +75,16 @@ def findings(draw: st.DrawFn) -> Finding:
         row=draw(COUNTS),
         node=draw(st.none() | COUNTS),
         part=draw(st.sampled_from(['keys and values', 'policy', 'value', 'reward', 'latent'])),
-        manager=draw(deviations()),
-        host=draw(st.none() | deviations()),
+        cache=draw(deviations()),
+        stock=draw(st.none() | deviations()),
         between=draw(deviations()),
-        manager_key=draw(WORDS),
-        host_key=draw(WORDS),
+        cache_key=draw(WORDS),
+        stock_key=draw(WORDS),
         fault=draw(st.none() | st.sampled_from(Fault)),
         causes=tuple(draw(st.sets(st.sampled_from(Cause)))),
         tensors={
-            'manager': tensors(TOKENS),
-            'host': draw(st.none() | st.just(tensors(TOKENS - 1))),
+            'cache': tensors(TOKENS),
+            'stock': draw(st.none() | st.just(tensors(TOKENS - 1))),
             'truth': tensors(TOKENS),
         },
         replay={'tokens': torch.randn(2, EMBED, generator=generator), 'config': {'layers': LAYERS}},
@@ -87,60 +92,60 @@ def findings(draw: st.DrawFn) -> Finding:
 
 
 def a_finding(fault: Fault | None = Fault.STALE_ENTRY, *, layer: int = 1, by: float = 0.5) -> Finding:
-    """A row in which one layer's keys (of `layer`) that the manager served are `by` off."""
+    """A row in which one layer's keys (of `layer`) that the cache served are `by` off."""
     truth = {
         'kv': torch.randn(2 * LAYERS, TOKENS, EMBED, generator=torch.Generator().manual_seed(3)),
         'policy': torch.tensor([0.1, 0.2, 0.3, 0.4]),
     }
-    manager = {'kv': truth['kv'].clone(), 'policy': truth['policy'].clone()}
-    manager['kv'][2 * layer, 2, 4] += by
+    cache = {'kv': truth['kv'].clone(), 'policy': truth['policy'].clone()}
+    cache['kv'][2 * layer, 2, 4] += by
     exact = Tolerance()
-    deviation = exact.deviation(manager['kv'], truth['kv'], kv=True)
+    deviation = exact.deviation(cache['kv'], truth['kv'], kv=True)
     return Finding(
         kind='nodes',
         env_id=2,
         row=1,
         node=6,
         part='keys and values',
-        manager=deviation,
-        host=exact.deviation(truth['kv'], truth['kv'], kv=True),
+        cache=deviation,
+        stock=exact.deviation(truth['kv'], truth['kv'], kv=True),
         between=deviation,
-        manager_key='environment 2, root 9, node 6',
-        host_key='-8123',
+        cache_key='environment 2, root 9, node 6',
+        stock_key='-8123',
         fault=fault,
         causes=() if fault else (Cause.EQUAL_LATENTS,),
-        tensors={'manager': manager, 'host': dict(truth), 'truth': truth},
+        tensors={'cache': cache, 'stock': dict(truth), 'truth': truth},
     )
 
 
-def a_tally(times: int = 1) -> ValidationTally:
+def some_counters(times: int = 1) -> ValidationCounters:
     """A run in which each count is another number."""
-    tally = ValidationTally(searches=11 * times, validated=7 * times)
+    counters = ValidationCounters(searches=11 * times, validated=7 * times)
     for _ in range(times):
         for _ in range(5):
-            tally.roots.count_equal()
+            counters.roots.count_equal()
         for _ in range(3):
-            tally.nodes.count_equal()
-        tally.roots.count_different([Cause.ROOT_LOST])
+            counters.nodes.count_equal()
+        counters.roots.count_different([Cause.ROOT_LOST])
         for _ in range(4):
-            tally.nodes.count_different([Cause.SLOT_OVERWRITTEN, Cause.ZERO_PADDING])
-        tally.reanalysis.count_different([Cause.EQUAL_LATENTS])
+            counters.nodes.count_different([Cause.SLOT_OVERWRITTEN, Cause.ZERO_PADDING])
+        counters.reanalysis.count_different([Cause.EQUAL_LATENTS])
         for amount in (0.25, 0.75):
-            tally.nodes.policy.add(amount)
-        tally.roots.value.add(3.0)
-    tally.nodes.largest_host, tally.roots.largest_host = 2.5, 1.5
-    tally.nodes.largest_manager, tally.roots.largest_manager = 3e-7, 1e-7
-    return tally
+            counters.nodes.policy.add(amount)
+        counters.roots.value.add(3.0)
+    counters.nodes.largest_stock, counters.roots.largest_stock = 2.5, 1.5
+    counters.nodes.largest_cache, counters.roots.largest_cache = 3e-7, 1e-7
+    return counters
 
 
-def counters(tally: Tally) -> tuple[int, int, int, int, int, Counter, Counter]:
+def counts(counters: Counters) -> tuple[int, int, int, int, int, Counter, Counter]:
     """Everything that is counted."""
     return (
-        tally.compared,
-        tally.equal,
-        tally.different,
-        tally.unexplained,
-        tally.manager_off,
-        +tally.causes,
-        +tally.faults,
+        counters.compared,
+        counters.equal,
+        counters.different,
+        counters.unexplained,
+        counters.cache_wrong,
+        +counters.causes,
+        +counters.faults,
     )

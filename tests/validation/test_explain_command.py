@@ -11,7 +11,7 @@ import torch
 
 from lzero_kv.cli import main
 from lzero_kv.cli.explain import verdict
-from lzero_kv.validation.record import load_finding, save_finding
+from lzero_kv.validation.findings import load_finding, save_finding
 from testing.episodes import Episodes
 from testing.models import make_policy, world_model_of
 
@@ -51,14 +51,14 @@ def rows_of(output: str) -> list[list[str]]:
 def test_a_finding_is_replayed_layer_by_layer(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['explain', str(saved)]) == 0
     output = capsys.readouterr().out
-    assert output.startswith('the manager is off (')
+    assert output.startswith('the cache is wrong (')
     assert f'lzero-kv explain {saved}' in output
     by_layer = {(row[0], row[1]): [float(cell) for cell in row[2:4]] for row in rows_of(output)[:4]}
     assert by_layer[('1', 'keys')] == pytest.approx([0.5, 0.5], abs=1e-3)
     for place in (('0', 'keys'), ('0', 'values'), ('1', 'values')):
         assert by_layer[place][0] < 1e-4
     assert output.splitlines()[-1].startswith('The recomputation confirms the truth in the file')
-    assert 'the manager was off' in output.splitlines()[-1]
+    assert 'the cache was wrong' in output.splitlines()[-1]
 
 
 def test_a_truth_that_the_replay_does_not_confirm(

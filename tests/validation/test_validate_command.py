@@ -1,4 +1,4 @@
-"""`lzero-kv validate` as a person runs it: real CartPole, both systems side by side, a bounded training."""
+"""`lzero-kv validate` as on a command line: real CartPole, both caches side by side, a bounded training."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lzero_kv.cli.checks import package_folder
 from lzero_kv.cli.training_call import ConfigError, training_call
 from lzero_kv.cli.validate import NUMBERS, PAGE, PICTURE
 from lzero_kv.cli.validation_run import Request, compared, failures_in, prepared
-from lzero_kv.validation.record import save_finding
+from lzero_kv.telemetry.counters import ValidationCounters
+from lzero_kv.validation.findings import save_finding
 from lzero_kv.validation.report import ValidationReport
-from lzero_kv.validation.tally import ValidationTally
 
-from .drawn import a_finding, a_tally
+from .drawn import a_finding, some_counters
 
 ROOT = Path(__file__).resolve().parents[2]
 CARTPOLE = ROOT / 'configs' / 'cartpole_unizero_kv_config.py'
@@ -52,8 +52,8 @@ def test_a_bounded_run_in_both_modes_and_its_report(tmp_path: Path) -> None:
         assert 25 <= run.steps <= 26
         assert 1 <= run.evaluated <= 25 // 4 + 1
         assert run.simulations == 8
-        assert run.tally.roots.compared == run.steps
-        assert run.tally.nodes.compared == 8 * run.steps
+        assert run.counters.roots.compared == run.steps
+        assert run.counters.nodes.compared == 8 * run.steps
         assert run.notes == ()
     page = (tmp_path / 'report' / PAGE).read_text()
     assert report.verdict in page
@@ -73,12 +73,12 @@ def test_a_config_with_the_flag_off_is_switched_on_and_says_so(tmp_path: Path) -
         tmp_path, CARTPOLE, '--env-steps', 10, '--modes', 'store', '--rate', 0.5, '--simulations', 5,
         '--', '--smoke', '--no-kv',
     )  # fmt: skip
-    assert 'note: use_new_cache_manager is off in the config and was switched on' in done.stdout, done.stderr
+    assert 'note: use_new_cache_manager is not True in the config' in done.stdout, done.stderr
     (run,) = ValidationReport.from_json((tmp_path / 'data_lz/validation' / NUMBERS).read_text()).runs
     assert run.simulations == 5
-    assert run.tally.validated == run.tally.searches // 2 > 0
-    assert run.tally.nodes.compared == 2 * 5 * run.tally.validated  # two environments act at a time
-    assert run.tally.roots.compared == run.steps
+    assert run.counters.validated == run.counters.searches // 2 > 0
+    assert run.counters.nodes.compared == 2 * 5 * run.counters.validated  # two environments act at a time
+    assert run.counters.roots.compared == run.steps
 
 
 def test_an_interrupted_run_leaves_no_process_and_no_report(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_lightzeros_own_config_gets_what_it_needs_and_says_so() -> None:
         'validation_folder': 'somewhere/findings/model',
     }
     assert call.config['policy']['num_simulations'] == 100
-    assert 'num_simulations' not in world_model  # the old system keeps LightZero's 50, as it has there
+    assert 'num_simulations' not in world_model  # the stock cache keeps LightZero's 50, as it has there
     assert call.create_config['policy']['import_names'] == ['lzero.policy.unizero', 'lzero_kv.plugin']
     assert call.create_config['env_manager'] == {'type': 'base'}
     assert [note.split(' ')[0] for note in notes] == ['use_new_cache_manager', "'lzero_kv.plugin'", 'the']
@@ -210,8 +210,8 @@ def test_a_run_that_compared_nothing_is_no_result() -> None:
     with pytest.raises(RuntimeError, match='validation did not engage: the training ended after 31'):
         compared(None, progress, REQUEST)
     with pytest.raises(RuntimeError, match='nothing was compared in 31 environment steps and 9 searches'):
-        compared(ValidationTally(searches=9), progress, REQUEST)
-    assert compared(a_tally(), progress, REQUEST) == a_tally()
+        compared(ValidationCounters(searches=9), progress, REQUEST)
+    assert compared(some_counters(), progress, REQUEST) == some_counters()
 
 
 def test_only_findings_of_this_run_are_reported(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_only_findings_of_this_run_are_reported(tmp_path: Path) -> None:
     os.utime(tmp_path / 'store' / 'old.pt', (1000, 1000))
     (failure,) = failures_in(tmp_path / 'store', since=time.time() - 60)
     assert failure.file == str(tmp_path / 'store' / 'new.pt')
-    assert failure.sentence.startswith('the manager is off (stale_entry)')
+    assert failure.sentence.startswith('the cache is wrong (stale_entry)')
     assert failures_in(tmp_path / 'missing', since=0.0) == ()
 
 

@@ -103,7 +103,7 @@ def passed(judgements: Sequence[Judgement], end: Sample) -> bool:
         all(judgement.flat for judgement in judgements)
         and end.compared > 0
         and not end.unexplained
-        and not end.manager_off
+        and not end.cache_wrong
     )
 
 
@@ -124,7 +124,7 @@ def soak_table(judgements: Sequence[Judgement], end: Sample) -> Table:
             style=None if judgement.flat else 'red',
         )
     table.add_section()
-    for name in ('env_steps', 'train_iterations', 'compared', 'different', 'unexplained', 'manager_off'):
+    for name in ('env_steps', 'train_iterations', 'compared', 'different', 'unexplained', 'cache_wrong'):
         table.add_row(name, '', f'{getattr(end, name):,}', '', '', '')
     return table
 
@@ -158,7 +158,7 @@ def plot_soak(samples: Sequence[Sample], path: Path) -> Path:
     search.set_ylabel('ms')
     for panel, names, title in (
         (compared, ('compared', 'different'), 'validation: rows so far'),
-        (failures, ('unexplained', 'manager_off'), 'validation: failures so far, which must stay 0'),
+        (failures, ('unexplained', 'cache_wrong'), 'validation: failures so far, which must stay 0'),
     ):
         for name, dashes in zip(names, ('-', '--'), strict=True):
             panel.plot(minutes, [getattr(sample, name) for sample in samples], dashes, label=name)

@@ -33,7 +33,7 @@ class Sample:
             sample, None where there was none.
         env_steps: environment steps collected and evaluated so far.
         train_iterations: training iterations so far.
-        compared, different, unexplained, manager_off: rows of the validation so far.
+        compared, different, unexplained, cache_wrong: rows of the validation so far.
     """
 
     seconds: float
@@ -46,7 +46,7 @@ class Sample:
     compared: int
     different: int
     unexplained: int
-    manager_off: int
+    cache_wrong: int
 
     @property
     def own_bytes(self) -> int:
@@ -115,11 +115,11 @@ class Recorder:
             raise TimeIsUp
 
     def _take(self, now: float) -> None:
-        from lzero_kv.lightzero.reporting import run_tally
-        from lzero_kv.validation.tally import ValidationTally
+        from lzero_kv.lightzero.reporting import run_counters
+        from lzero_kv.telemetry.counters import ValidationCounters
 
         models = self.policy.kv_world_models
-        total = (run_tally(models) or ValidationTally()).total
+        total = (run_counters(models) or ValidationCounters()).total
         sample = Sample(
             seconds=now,
             resident_bytes=resident_bytes(),
@@ -134,7 +134,7 @@ class Recorder:
             compared=total.compared,
             different=total.different,
             unexplained=total.unexplained,
-            manager_off=total.manager_off,
+            cache_wrong=total.cache_wrong,
         )
         self._searches.clear()
         self.samples.append(sample)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.lightzero.validation.recompute import Recompute, Token
+from lzero_kv.validation.oracle import Oracle, Token
 from testing.episodes import Episodes, Root
 from testing.families import FAMILIES
 from testing.judging import judge_nodes, judge_roots
@@ -37,7 +37,7 @@ def single(family: str, steps: int, **options: Any) -> tuple[Any, list[Root]]:
     return policy, Episodes(policy, [0]).run(steps)
 
 
-def tokens_of(oracle: Recompute, root: Root) -> list[Token]:
+def tokens_of(oracle: Oracle, root: Root) -> list[Token]:
     tokens = [Token(oracle.encode(root.observations[0]), 0)]
     for step, (action, observation) in enumerate(zip(root.actions, root.observations[1:], strict=True)):
         tokens += [
@@ -50,7 +50,7 @@ def tokens_of(oracle: Recompute, root: Root) -> list[Token]:
 @BOTH_POSITIONS
 def test_token_by_token_equals_one_causal_pass(family: str) -> None:
     policy, roots = single(family, 3)
-    oracle, root = Recompute(world_model_of(policy)), roots[-1]
+    oracle, root = Oracle(world_model_of(policy)), roots[-1]
     with precision(torch.float64), torch.no_grad():
         replayed = oracle.root(root.observations, root.actions)
         features, window = oracle.causal(tokens_of(oracle, root))
@@ -67,7 +67,7 @@ def test_token_by_token_equals_one_causal_pass(family: str) -> None:
 def test_it_equals_two_calls_of_the_host(family: str) -> None:
     policy, roots = single(family, 2)
     model, root = world_model_of(policy), roots[1]
-    oracle = Recompute(model)
+    oracle = Oracle(model)
     with precision(torch.float64), torch.no_grad():
         first, second = (oracle.encode(observation)[None, None] for observation in root.observations)
         cache = model.transformer.generate_empty_keys_values(n=1, max_tokens=model.context_length)
@@ -101,7 +101,7 @@ def test_it_equals_the_host_through_search_and_overflow(family: str, context: in
 
 def test_the_two_windows_differ_only_after_an_overflow() -> None:
     policy, roots = single('lunarlander', 6)
-    shift, rebuild = (Recompute(world_model_of(policy), window) for window in ('shift', 'rebuild'))
+    shift, rebuild = (Oracle(world_model_of(policy), window) for window in ('shift', 'rebuild'))
     with precision(torch.float64):
         for root in roots:
             one, other = (oracle.root(root.observations, root.actions) for oracle in (shift, rebuild))
@@ -114,7 +114,7 @@ def test_the_two_windows_differ_only_after_an_overflow() -> None:
 def test_a_rebuilt_window_is_the_hosts_pass_over_its_raw_tokens(family: str) -> None:
     policy, roots = single(family, 6)
     model, root = world_model_of(policy), roots[-1]
-    oracle = Recompute(model, 'rebuild')
+    oracle = Oracle(model, 'rebuild')
     with precision(torch.float64), torch.no_grad():
         window = oracle.root(root.observations, root.actions).window
         assert [token.position for token in window.tokens] == [6, 7, 8, 9, 10]
@@ -132,7 +132,7 @@ def test_a_rebuilt_window_is_the_hosts_pass_over_its_raw_tokens(family: str) -> 
 
 def test_a_rotated_key_stays_through_a_shift() -> None:
     policy, roots = single('cartpole', 6)
-    oracle = Recompute(world_model_of(policy))
+    oracle = Oracle(world_model_of(policy))
     with precision(torch.float64):
         before = oracle.root(roots[-2].observations, roots[-2].actions).window
         after = oracle.root(roots[-1].observations, roots[-1].actions).window
@@ -144,7 +144,7 @@ def test_a_rotated_key_stays_through_a_shift() -> None:
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
 def test_a_path_from_scratch_equals_step_by_step_children(window: str) -> None:
     policy, roots = single('lunarlander', 5, simulations=30)
-    oracle, root = Recompute(world_model_of(policy), window), roots[-1]
+    oracle, root = Oracle(world_model_of(policy), window), roots[-1]
     by_number = {node.number: node for node in root.nodes}
     paths: dict[int, list[Any]] = {0: []}
     with precision(torch.float64):
@@ -161,7 +161,7 @@ def test_a_path_from_scratch_equals_step_by_step_children(window: str) -> None:
 
 def test_without_a_latent_the_predicted_one_is_taken() -> None:
     policy, roots = single('lunarlander', 1)
-    oracle, root = Recompute(world_model_of(policy)), roots[0]
+    oracle, root = Oracle(world_model_of(policy)), roots[0]
     with precision(torch.float64):
         top = oracle.root(root.observations, root.actions)
         predicted = oracle.child(top, 1)
@@ -172,7 +172,7 @@ def test_without_a_latent_the_predicted_one_is_taken() -> None:
 def test_a_history_with_too_many_actions_is_refused() -> None:
     policy = make_policy('tiny', kv=False)
     with pytest.raises(ValueError, match='one action fewer than observations, got 2 and 2'):
-        Recompute(world_model_of(policy)).root([torch.zeros(7), torch.zeros(7)], [0, 1])
+        Oracle(world_model_of(policy)).root([torch.zeros(7), torch.zeros(7)], [0, 1])
 
 
 def test_a_judge_sees_one_wrong_number() -> None:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from lzero_kv.validation.causes import Cause
-from lzero_kv.validation.finding import Finding, ValidationError
-from lzero_kv.validation.record import FORMAT, load_finding, save_finding
+from lzero_kv.telemetry.counters import Cause
+from lzero_kv.validation.findings import FORMAT, VERSION, Finding, ValidationError, load_finding, save_finding
 
 from .drawn import a_finding, findings
 
@@ -50,7 +49,7 @@ class Trap:
 
 def test_reading_runs_no_code_of_the_file(tmp_path: Path) -> None:
     path, trapped = tmp_path / 'finding.pt', tmp_path / 'trapped'
-    torch.save({'format': FORMAT, 'version': 1, 'finding': Trap(trapped)}, path)
+    torch.save({'format': FORMAT, 'version': VERSION, 'finding': Trap(trapped)}, path)
     with pytest.raises(ValueError, match='is no finding of a validation'):
         load_finding(path)
     assert not trapped.exists()
@@ -77,7 +76,7 @@ def test_a_file_of_torch_with_something_else_is_refused(tmp_path: Path, content:
 def test_another_version_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / 'finding.pt'
     torch.save({'format': FORMAT, 'version': 7, 'finding': {}}, path)
-    with pytest.raises(ValueError, match='has version 7, expected 1'):
+    with pytest.raises(ValueError, match='has version 7, expected 2'):
         load_finding(path)
 
 
@@ -88,16 +87,16 @@ def test_a_missing_file_is_an_error_of_the_system(tmp_path: Path) -> None:
 
 def test_a_finding_tells_where_what_how_much_and_both_keys() -> None:
     text = str(ValidationError(a_finding(layer=2, by=0.5)))
-    assert 'the manager is off (stale_entry): what was served belongs to an earlier state' in text
+    assert 'the cache is wrong (stale_entry): what was served belongs to an earlier state' in text
     assert 'pool nodes, environment 2, row 1, node 6' in text
     assert 'keys and values: largest difference 0.5, mean 0.00238 in layer 2' in text
-    assert 'off from the recomputation: manager 0.5, old system 0' in text
-    assert 'key of the manager: environment 2, root 9, node 6; key of the old system: -8123' in text
+    assert 'distance from the recomputation: cache 0.5, stock cache 0' in text
+    assert 'key of the cache: environment 2, root 9, node 6; key of the stock cache: -8123' in text
 
 
 def test_a_difference_without_cause_says_so(tmp_path: Path) -> None:
     finding = save_finding(a_finding(fault=None), tmp_path / 'finding.pt')
     assert finding.causes == (Cause.EQUAL_LATENTS,)
     text = str(finding)
-    assert text.startswith('the two systems differ and no cause is proven; pool nodes, environment 2')
+    assert text.startswith('the two caches differ and no cause is proven; pool nodes, environment 2')
     assert text.splitlines()[-1] == f'  saved; look at it with: lzero-kv explain {tmp_path / "finding.pt"}'

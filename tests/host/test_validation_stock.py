@@ -1,4 +1,4 @@
-"""Faults of the old system: the manager is found right, and each difference gets its cause by evidence."""
+"""Mistakes of the stock cache: ours is found right, and each difference gets its cause by evidence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
-from lzero_kv.validation.causes import Cause
+from lzero_kv.telemetry.counters import Cause
 from testing.episodes import Episodes
 from testing.lookups import StockLookups
 from testing.models import collect_model, load_weights, make_policy, random_weights, world_model_of
@@ -19,9 +19,9 @@ from testing.reanalysis import reanalyze
 from .validated import (
     MODES,
     assert_accounted,
+    counters_of,
     heads_zeroed,
     position_correction_refreshed,
-    tally_of,
     validated_policy,
 )
 
@@ -29,11 +29,11 @@ BOTH_MODES = pytest.mark.parametrize('mode', MODES)
 
 
 def play(policy: Any, schedule: Any, environments: int = 3, **options: Any) -> Any:
-    """Play, and give back the tally, of which every row is accounted for."""
+    """Play, and give back the counters, of which every row is accounted for."""
     Episodes(policy, range(environments), record=False, **options).run(schedule)
-    tally = tally_of(policy)
-    assert_accounted(tally.total)
-    return tally
+    counters = counters_of(policy)
+    assert_accounted(counters.total)
+    return counters
 
 
 class RingOracle(Observer):
@@ -60,7 +60,7 @@ def test_more_simulations_than_the_ring_holds(tmp_path: Path) -> None:
     assert nodes.compared == 2 * 100
     assert nodes.causes == {Cause.SLOT_OVERWRITTEN: ring.overwritten}
     assert nodes.different == ring.overwritten > 0
-    assert nodes.largest_host > 0.1, 'other histories are far'
+    assert nodes.largest_stock > 0.1, 'other histories are far'
     assert nodes.policy.count == nodes.value.count == nodes.different and nodes.value.largest > 0.1
 
 
@@ -142,13 +142,13 @@ def test_equal_latent_states_of_different_histories(mode: str, environments: int
 
 def test_zero_padding(tmp_path: Path) -> None:
     """Rows of different depth share a batch; alone in its batch, the same row is right."""
-    tallies = []
+    several_counters = []
     for environments in (2, 1):
         policy = validated_policy(
             'model', tmp_path, environments=environments, num_simulations=12, infer_context_length=16
         )
-        tallies.append(play(policy, 2, environments).nodes)
-    together, alone = tallies
+        several_counters.append(play(policy, 2, environments).nodes)
+    together, alone = several_counters
     assert together.causes == {Cause.ZERO_PADDING: together.different} and together.different > 0
     assert alone.equal == alone.compared
 
@@ -169,9 +169,9 @@ def test_a_root_lost_by_encoding_its_observation_again(
 
     monkeypatch.setattr(tokenizer, 'encode_to_obs_embeddings', in_other_bits)
     episodes.step()
-    tally = tally_of(policy)
-    assert_accounted(tally.total)
-    assert tally.roots.causes == {Cause.ROOT_LOST: 3}
+    counters = counters_of(policy)
+    assert_accounted(counters.total)
+    assert counters.roots.causes == {Cause.ROOT_LOST: 3}
 
 
 def test_a_root_lost_in_a_smaller_batch(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_root_lost_in_a_smaller_batch(tmp_path: Path) -> None:
         model.initial_inference(torch.zeros(8, 7), [-1] * 8, first, [np.array(0)] * 8)
         model.initial_inference(first, [1] * 8, second, [np.array(1)] * 8)
         model.initial_inference(second[:ready], [1] * ready, third[:ready], [np.array(2)] * ready)
-    roots = tally_of(policy).roots
+    roots = counters_of(policy).roots
     assert_accounted(roots)
     assert roots.compared == 3 * 16 + 11
     assert set(roots.causes) == {Cause.ROOT_LOST} and roots.causes[Cause.ROOT_LOST] == roots.different > 0
@@ -193,10 +193,12 @@ def test_a_root_lost_in_a_smaller_batch(tmp_path: Path) -> None:
 def test_a_crash_on_a_miss(mode: str, tmp_path: Path) -> None:
     """A window of one step is never stored."""
     policy = validated_policy(mode, tmp_path, infer_context_length=1)
-    tally = play(policy, 2)
-    assert tally.roots.causes == {Cause.CRASHED: 3}, 'an observation, an action and an observation are three'
+    counters = play(policy, 2)
+    assert counters.roots.causes == {Cause.CRASHED: 3}, (
+        'an observation, an action and an observation are three'
+    )
     # The model does not run on after its crash; the dictionaries are asked for every row.
-    assert tally.nodes.causes == {Cause.CRASHED: 2 * 3 * 4 if mode == 'store' else 3}
+    assert counters.nodes.causes == {Cause.CRASHED: 2 * 3 * 4 if mode == 'store' else 3}
 
 
 @BOTH_MODES
@@ -208,8 +210,8 @@ def test_a_crash_after_a_clear_between_root_and_search(mode: str, tmp_path: Path
     for store in (*world_model.past_kv_cache_init_infer_envs, world_model.past_kv_cache_recurrent_infer):
         store.clear()
     model.recurrent_inference([(root.latent_state.numpy(), torch.tensor([1, 3]))], 0, [1, 1], timestep)
-    assert_accounted(tally_of(policy).total)
-    assert tally_of(policy).nodes.causes == {Cause.CRASHED: 2}
+    assert_accounted(counters_of(policy).total)
+    assert counters_of(policy).nodes.causes == {Cause.CRASHED: 2}
 
 
 @BOTH_MODES
@@ -220,8 +222,8 @@ def test_fewer_last_inputs_than_rows_crash_the_host(mode: str, tmp_path: Path) -
     collection.run(2)
     Episodes(policy, [10, 11], mode='eval', record=False).run(2)
     collection.step()
-    assert_accounted(tally_of(policy).total)
-    assert tally_of(policy).roots.causes[Cause.CRASHED] == 3
+    assert_accounted(counters_of(policy).total)
+    assert counters_of(policy).roots.causes[Cause.CRASHED] == 3
 
 
 def test_a_root_without_timesteps_crashes_the_host(tmp_path: Path) -> None:
@@ -230,8 +232,8 @@ def test_a_root_without_timesteps_crashes_the_host(tmp_path: Path) -> None:
     world_model, draw = world_model_of(policy), torch.randn(3, 2, 7)
     world_model.forward_initial_inference(dict(obs=draw[0], action=[-1, -1], current_obs=draw[1]))
     world_model.forward_initial_inference(dict(obs=draw[1], action=[1, 3], current_obs=draw[2]))
-    assert_accounted(tally_of(policy).total)
-    assert tally_of(policy).roots.causes == {Cause.CRASHED: 2}
+    assert_accounted(counters_of(policy).total)
+    assert counters_of(policy).roots.causes == {Cause.CRASHED: 2}
 
 
 @pytest.mark.parametrize('refreshed', [False, True])
@@ -269,24 +271,24 @@ def test_rotary_positions(tmp_path: Path) -> None:
     policy = validated_policy(
         'model', tmp_path, family='cartpole', environments=1, kv_cache=dict(window='shift')
     )
-    tally = play(policy, 3, 1)
-    assert tally.roots.equal == 3
-    assert tally.nodes.causes == {Cause.ROTARY_POSITION: 3 * 4}
+    counters = play(policy, 3, 1)
+    assert counters.roots.equal == 3
+    assert counters.nodes.causes == {Cause.ROTARY_POSITION: 3 * 4}
 
 
 @BOTH_MODES
 def test_reanalysis_restarts_at_every_node(mode: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, environments=8, num_simulations=6)
     reanalyze(policy, 2)
-    tally = policy._target_model.world_model.validation
-    assert_accounted(tally.total)
-    assert tally.reanalysis.compared == 2 * 4 * 6
-    assert tally.reanalysis.causes == {Cause.RESTARTED: tally.reanalysis.different}
-    assert tally.reanalysis.equal >= 2 * 4, 'children of roots have no more history'
+    counters = policy._target_model.world_model.validation
+    assert_accounted(counters.total)
+    assert counters.reanalysis.compared == 2 * 4 * 6
+    assert counters.reanalysis.causes == {Cause.RESTARTED: counters.reanalysis.different}
+    assert counters.reanalysis.equal >= 2 * 4, 'children of roots have no more history'
 
 
 @BOTH_MODES
-def test_where_the_old_system_is_right(mode: str, tmp_path: Path) -> None:
+def test_where_the_stock_cache_is_right(mode: str, tmp_path: Path) -> None:
     """50 simulations, all ready, distinct latent states, a refreshed correction, rows of one length."""
     policy = validated_policy(
         mode,
@@ -297,5 +299,5 @@ def test_where_the_old_system_is_right(mode: str, tmp_path: Path) -> None:
         infer_context_length=2,
     )
     position_correction_refreshed(policy)
-    tally = play(policy, 2, 2)
-    assert tally.nodes.equal == 2 * 2 * 50 and tally.roots.equal == 2 * 2
+    counters = play(policy, 2, 2)
+    assert counters.nodes.equal == 2 * 2 * 50 and counters.roots.equal == 2 * 2

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lzero_kv.validation.deviation import MISMATCH, Deviation, Tolerance
+from lzero_kv.validation.tolerance import MISMATCH, Deviation, Tolerance
 
 NUMBERS = st.floats(-8, 8, width=32) | st.just(0.0)
 PAIRS = st.lists(st.tuples(NUMBERS, st.sampled_from([0.0, 1e-6, -1e-3, 0.5])), min_size=1, max_size=7)

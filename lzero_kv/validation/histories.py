@@ -1,28 +1,41 @@
-"""The true histories of all environments: raw observations and actions, kept apart from the manager's own."""
+"""True histories of all environments: raw observations and actions, kept apart from those of inference."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lzero_kv.cache.keys import digest_rows
-from lzero_kv.cache.window import Window
-from lzero_kv.lightzero.validation.recompute import Answer, Recompute, Token, TokenWindow
-from lzero_kv.lightzero.validation.twin import HistoryName
+from lzero_kv.validation.oracle import Answer, Oracle, Token, TokenWindow
 
 REPLAYED = 32
-"""Steps of a shifted window that a replay takes again at most; episodes may have thousands."""
+"""Steps of a shifted window that are recomputed from a saved finding at most; episodes may have thousands."""
 REMEMBERED = 4
-"""Earlier roots of an environment that a stale entry is looked for among."""
+"""Earlier roots of an environment among which a stale entry is recognised."""
+
+
+class HistoryName(NamedTuple):
+    """Which history an entry is of."""
+
+    env_id: int
+    """Number of the environment in the pools; in reanalysis, the row of the batch."""
+    root: int
+    """Number of the root inference, counted for all environments together."""
+    node: int
+    """Simulation that made the node; 0: the root itself."""
+
+    def __str__(self) -> str:
+        node = f', node {self.node}' if self.node else ''
+        return f'environment {self.env_id}, root {self.root}{node}'
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a window came about: where it began, then steps of an action and an observation token.
+    """Way to a window: where it began, then steps of an action and an observation token.
 
     Attributes:
         base: tokens, computed in one causal pass; or a window as it stood, where the way there is too long to
@@ -52,7 +65,7 @@ class TrueHistory:
             None when they follow from ``tokens`` alone.
         course: how ``window`` came about.
         name: the root as it was last stored; None before.
-        stored: whether its keys and values are in the pools, as far as anybody said.
+        stored: whether its keys and values are in the pools, going by the events.
         earlier: keys and values of earlier roots, newest last.
     """
 
@@ -73,20 +86,18 @@ class TrueHistories:
 
     Args:
         oracle: computes keys and values from tokens.
-        window: how many tokens are kept.
     """
 
-    def __init__(self, oracle: Recompute, window: Window) -> None:
+    def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle
-        self._kept = window.kept
-        self._observations = window.observations
+        self._observations = (oracle.kept + 1) // 2
         self._histories: dict[int, TrueHistory] = {}
 
     def __iter__(self) -> Any:
         return iter(self._histories.items())
 
     def begin(self, env_id: int, observation: torch.Tensor, position: int) -> TrueHistory:
-        """An episode begins with ``observation`` at a logical position; gives its history."""
+        """A new history that begins with ``observation`` at a logical position."""
         history = self._histories[env_id] = TrueHistory(
             deque([observation], maxlen=self._observations),
             deque(maxlen=self._observations - 1),
@@ -123,7 +134,7 @@ class TrueHistories:
         return history.tokens
 
     def extend(self, env_id: int, action: Any, observation: torch.Tensor) -> tuple[Token, Token]:
-        """Append one step; gives its two tokens."""
+        """Append one step and return its two tokens."""
         history = self._histories[env_id]
         self.tokens(history)
         first = history.next_position
@@ -138,8 +149,8 @@ class TrueHistories:
         history.next_position += 2
         return own
 
-    def settle(self, env_id: int, answer: Answer, name: HistoryName, course: Course) -> None:
-        """Note what the root has become, and how."""
+    def store(self, env_id: int, answer: Answer, name: HistoryName, course: Course) -> None:
+        """Note the root that was stored, and the way to it."""
         history = self._histories[env_id]
         history.course = course
         if self._oracle.rule == 'shift':
@@ -150,13 +161,13 @@ class TrueHistories:
         history.earlier.append(answer.window.kv())
 
     def forget_keys_and_values(self) -> None:
-        """The pools were emptied; the weights may be others."""
+        """Drop keys and values: the pools were emptied, and the weights may be others."""
         for history in self._histories.values():
             history.window, history.stored = None, False
             history.tokens.clear()
 
     def discard(self, env_ids: Sequence[int]) -> None:
-        """These episodes ended."""
+        """Forget environments whose episodes ended."""
         for env_id in env_ids:
             self._histories.pop(env_id, None)
 

@@ -1,4 +1,4 @@
-"""How far two tensors are apart, and whether rounding explains it."""
+"""Distance of two tensors, and whether rounding explains it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lzero_kv.config import KVCacheConfig
+
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a tensor is from another of the same shape.
+    """Distance of a tensor from another of the same shape.
 
     Attributes:
         largest: largest absolute difference; infinite where shapes differ or one is not finite.
@@ -44,8 +46,19 @@ class Tolerance:
     atol: float = 0.0
     rtol: float = 0.0
 
+    @classmethod
+    def of(cls, config: KVCacheConfig, dtype: torch.dtype) -> Tolerance:
+        """The tolerance of ``config``, else what the dtype needs.
+
+        Rounding moved keys, values and logits of models with random weights by 2e-4 at most in float32
+        (tests/host/test_engine.py) and 4e-14 in float64; other histories differ by 0.1 and more.
+        """
+        default = {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
+        atol, rtol = config.validation_atol, config.validation_rtol
+        return cls(default if atol is None else atol, default if rtol is None else rtol)
+
     def deviation(self, a: torch.Tensor | None, b: torch.Tensor | None, *, kv: bool = False) -> Deviation:
-        """How far ``a`` is from ``b``.
+        """Distance of ``a`` from ``b``.
 
         Args:
             a, b: of one shape and dtype; None for what is not there.

@@ -10,17 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lzero_kv.telemetry.counters import Cause
 from lzero_kv.telemetry.metrics import VALIDATION_METRICS
 from lzero_kv.telemetry.table import format_value
 from lzero_kv.telemetry.validation import columns_of, shown_metrics
-from lzero_kv.validation.causes import Cause
 from lzero_kv.validation.report import ModeRun, ValidationReport
 
 VERDICTS = {
     'equal': '#0072b2',
     'different': '#e69f00',
     'unexplained': '#d55e00',
-    'manager_off': '#aa3377',
+    'cache_wrong': '#aa3377',
 }
 BAR = 0.8  # of the place of one bar
 
@@ -36,13 +36,13 @@ def validation_page(report: ValidationReport, picture: str) -> str:
     parts = [
         f'# Validation of lzero_kv: {name}',
         f'**{report.verdict}**',
-        "Every row was answered by the cache manager and by LightZero's own cache, and, where the "
-        'two differ, by a recomputation of the history without any cache, which says who is right.',
+        "Every row was answered by the cache, by LightZero's own (stock) cache, and by a recomputation of "
+        'the history without any cache, which says which of the two is right.',
         f'![rows compared and causes]({picture})',
         '## What ran',
         _what_ran(report),
         *(_found(run) for run in report.runs),
-        '## Why the old system was off',
+        '## Why the stock cache was wrong',
         _causes(report.runs),
         '## How far predictions moved because of it',
         _movements(report.runs),
@@ -64,7 +64,7 @@ def _what_ran(report: ValidationReport) -> str:
         'environment steps collected': [f'{run.collected:,}' for run in runs],
         'environment steps evaluated': [f'{run.evaluated:,}' for run in runs],
         'training iterations': [f'{run.iterations:,}' for run in runs],
-        'searches (compared)': [f'{run.tally.searches:,} ({run.tally.validated:,})' for run in runs],
+        'searches (compared)': [f'{run.counters.searches:,} ({run.counters.validated:,})' for run in runs],
         'simulations of a search': [f'{run.simulations:,}' for run in runs],
         'wall time': [f'{run.seconds:.0f} s' for run in runs],
     }
@@ -74,7 +74,7 @@ def _what_ran(report: ValidationReport) -> str:
 
 
 def _found(run: ModeRun) -> str:
-    columns = columns_of(run.tally)
+    columns = columns_of(run.counters)
     lines = _rows([('metric', *columns, 'meaning')], header=True)
     for name in shown_metrics(columns):
         metric = VALIDATION_METRICS[name]
@@ -87,7 +87,7 @@ def _found(run: ModeRun) -> str:
 
 
 def _causes(runs: Sequence[ModeRun]) -> str:
-    totals = [run.tally.total for run in runs]
+    totals = [run.counters.total for run in runs]
     if not any(total.causes for total in totals):
         return 'It never was.'
     lines = _rows([('cause', *(f'mode {run.mode}' for run in runs), 'what happened')], header=True)
@@ -101,7 +101,7 @@ def _causes(runs: Sequence[ModeRun]) -> str:
 
 def _movements(runs: Sequence[ModeRun]) -> str:
     lines = _rows([('', *(f'mode {run.mode}' for run in runs))], header=True)
-    totals = [run.tally.total for run in runs]
+    totals = [run.counters.total for run in runs]
     for name, text in (('policy', 'policy, total variation distance'), ('value', 'value, absolute')):
         found = [getattr(total, name) for total in totals]
         cells = (
@@ -112,8 +112,8 @@ def _movements(runs: Sequence[ModeRun]) -> str:
         )
         lines += _rows([(text, *cells)])
     for name, text in (
-        ('largest_host', 'old system, largest difference from the recomputation'),
-        ('largest_manager', 'manager, largest difference from the recomputation'),
+        ('largest_stock', 'stock cache, largest difference from the recomputation'),
+        ('largest_cache', 'cache, largest difference from the recomputation'),
     ):
         lines += _rows([(text, *(f'{getattr(total, name):.3g}' for total in totals))])
     return '\n'.join(lines)
@@ -127,7 +127,7 @@ def _failures(runs: Sequence[ModeRun]) -> str:
     ]
     if lines:
         return '\n'.join(lines)
-    return 'None.' if not any(run.tally.total.failures for run in runs) else 'None of them was saved.'
+    return 'None.' if not any(run.counters.total.failures for run in runs) else 'None of them was saved.'
 
 
 def _rows(rows: Iterable[Sequence[str]], *, header: bool = False) -> list[str]:
@@ -162,10 +162,10 @@ def plot_validation(report: ValidationReport, path: Path) -> Path:
 
 
 def _draw_verdicts(panel: Axes, run: ModeRun) -> None:
-    kinds = list(columns_of(run.tally))
+    kinds = list(columns_of(run.counters))
     for number, (verdict, colour) in enumerate(VERDICTS.items()):
         place = (number - 1.5) * BAR / len(VERDICTS)
-        counts = [columns_of(run.tally)[kind][verdict] for kind in kinds]
+        counts = [columns_of(run.counters)[kind][verdict] for kind in kinds]
         bars = panel.barh(
             [index + place for index in range(len(kinds))],
             counts,
@@ -176,15 +176,15 @@ def _draw_verdicts(panel: Axes, run: ModeRun) -> None:
         panel.bar_label(bars, [f'{count:,.0f}' for count in counts], padding=2, fontsize=7)
     panel.set_yticks(range(len(kinds)), kinds)
     panel.set_title(f'mode {run.mode}: rows compared', fontsize=10, loc='left')
-    _logarithmic(panel, run.tally.total.compared)
+    _logarithmic(panel, run.counters.total.compared)
 
 
 def _draw_causes(panel: Axes, run: ModeRun) -> None:
-    counts = {cause.value.replace('_', ' '): run.tally.total.causes[cause] for cause in Cause}
+    counts = {cause.value.replace('_', ' '): run.counters.total.causes[cause] for cause in Cause}
     bars = panel.barh(list(counts), list(counts.values()), color=VERDICTS['different'])
     panel.bar_label(bars, [f'{count:,}' for count in counts.values()], padding=2, fontsize=7)
     panel.tick_params(axis='y', labelsize=8)
-    panel.set_title(f'mode {run.mode}: why the old system was off', fontsize=10, loc='left')
+    panel.set_title(f'mode {run.mode}: why the stock cache was wrong', fontsize=10, loc='left')
     _logarithmic(panel, max(counts.values()))
 
 

@@ -10,31 +10,29 @@ from typing import Any
 import pytest
 import torch
 
-from lzero_kv.lightzero.validation import failures, histories
-from lzero_kv.lightzero.validation.replay import replay
-from lzero_kv.validation.deviation import Tolerance
-from lzero_kv.validation.finding import Finding
-from lzero_kv.validation.record import load_finding, save_finding
+from lzero_kv.validation import findings, histories
+from lzero_kv.validation.findings import Finding, load_finding, recomputed, save_finding
+from lzero_kv.validation.tolerance import Tolerance
 from testing.episodes import Episodes
 from testing.reanalysis import reanalyze
 
 from .planted import PLANTS
-from .validated import WINDOWS, tally_of, twin_of, validated_policy
+from .validated import WINDOWS, counters_of, stock_of, validated_policy
 
 NO_FINDING = 'is no finding of a validation; give a file that cache_validation_mode saved'
 SHAPES = ('tiny', 'cartpole', 'lunarlander_continuous')
 
 
-def noisy_twin(policy: Any, patch: pytest.MonkeyPatch) -> None:
-    """From now on every value that the old system predicts is off, so that every row is a finding."""
+def noisy_stock(policy: Any, patch: pytest.MonkeyPatch) -> None:
+    """From now on every value that the stock model predicts is wrong, so that every row is a finding."""
     for method in ('forward_initial_inference', 'forward_recurrent_inference'):
-        forward = getattr(twin_of(policy), method)
+        forward = getattr(stock_of(policy), method)
 
-        def off(*args: Any, forward: Any = forward) -> Any:
+        def wrong(*args: Any, forward: Any = forward) -> Any:
             *others, value = forward(*args)
             return *others, value + 0.5
 
-        patch.setitem(twin_of(policy).__dict__, method, off)
+        patch.setitem(stock_of(policy).__dict__, method, wrong)
 
 
 def saved_findings(folder: Path) -> list[Finding]:
@@ -44,7 +42,7 @@ def saved_findings(folder: Path) -> list[Finding]:
 def assert_replays(finding: Finding) -> None:
     """All that the file holds of the truth is computed again, on the same machine to rounding."""
     truth = {name: tensor for name, tensor in finding.tensors['truth'].items() if tensor is not None}
-    again = replay(finding)
+    again = recomputed(finding)
     assert set(again) == set(truth)
     for name, tensor in truth.items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-5)
@@ -60,12 +58,12 @@ def test_of_a_long_episode_with_shifted_windows_the_last_steps_are_taken_again(
     )
     episodes = Episodes(policy, range(2), record=False)
     episodes.run(9)
-    noisy_twin(policy, monkeypatch)
+    noisy_stock(policy, monkeypatch)
     episodes.run(1)
-    findings = saved_findings(tmp_path)
-    assert len(findings) == failures.SAVED
-    assert all(finding.replay['base'] is None and len(finding.replay['window']) == 2 for finding in findings)
-    for finding in findings:
+    saved = saved_findings(tmp_path)
+    assert len(saved) == findings.SAVED
+    assert all(finding.replay['base'] is None and len(finding.replay['window']) == 2 for finding in saved)
+    for finding in saved:
         assert_replays(finding)
 
 
@@ -75,7 +73,7 @@ def test_the_truth_of_a_saved_finding_is_computed_again(
     family: str, window: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of a first root, of roots whose windows are full, and of nodes below them."""
-    monkeypatch.setattr(failures, 'SAVED', 1000)
+    monkeypatch.setattr(findings, 'SAVED', 1000)
     policy = validated_policy(
         'model', tmp_path, family=family, environments=2, on_failure='log', kv_cache=dict(window=window)
     )
@@ -83,18 +81,18 @@ def test_the_truth_of_a_saved_finding_is_computed_again(
     logging.getLogger('lzero_kv').setLevel(logging.ERROR)
     try:
         episodes.run(5)  # five observations: full windows
-        noisy_twin(policy, monkeypatch)
+        noisy_stock(policy, monkeypatch)
         episodes.run(2)  # the second begins a new episode of environment 1
     finally:
         logging.getLogger('lzero_kv').setLevel(logging.NOTSET)
-    findings = saved_findings(tmp_path)
-    assert len(findings) == tally_of(policy).total.failures == 2 * 2 + 2 * 2 * 4
-    first = [finding for finding in findings if finding.tensors['truth']['kv'] is None]
+    saved = saved_findings(tmp_path)
+    assert len(saved) == counters_of(policy).total.failures == 2 * 2 + 2 * 2 * 4
+    first = [finding for finding in saved if finding.tensors['truth']['kv'] is None]
     assert len(first) == 1 and first[0].kind == 'roots' and first[0].env_id == 1
-    full = [finding for finding in findings if finding not in first and finding.env_id == 0]
+    full = [finding for finding in saved if finding not in first and finding.env_id == 0]
     assert {finding.tensors['truth']['kv'].shape[1] for finding in full} == {5}
     assert {finding.node is None for finding in full} == {True, False}
-    for finding in findings:
+    for finding in saved:
         assert_replays(finding)
 
 
@@ -107,9 +105,9 @@ def test_reanalysed_nodes_are_computed_again(
         'store', tmp_path, environments=4, num_simulations=6, on_failure='log', kv_cache=dict(window=window)
     )
     reanalyze(policy, 1)
-    findings = saved_findings(tmp_path)
-    assert findings and all(finding.kind == 'reanalysis' for finding in findings)
-    for finding in findings:
+    saved = saved_findings(tmp_path)
+    assert saved and all(finding.kind == 'reanalysis' for finding in saved)
+    for finding in saved:
         assert_replays(finding)
 
 
@@ -121,7 +119,7 @@ def test_a_replay_that_went_wrong_would_be_noticed(monkeypatch: pytest.MonkeyPat
 
 
 def one_finding(patch: pytest.MonkeyPatch, folder: Path) -> list[Finding]:
-    patch.setattr(failures, 'SAVED', 1)
+    patch.setattr(findings, 'SAVED', 1)
     with patch.context() as planted:
         PLANTS['exchanged at nodes'].plant(planted)
         policy = validated_policy('store', folder, on_failure='log')
@@ -141,13 +139,13 @@ def test_a_finding_is_tensors_numbers_and_strings_only(
     # What was loaded is saved again the same.
     again = load_finding(save_finding(finding, tmp_path / 'again.pt').file)
     assert str(again).splitlines()[:-1] == str(finding).splitlines()[:-1]
-    assert (again.fault, again.causes, again.manager, again.between) == (
+    assert (again.fault, again.causes, again.cache, again.between) == (
         finding.fault,
         finding.causes,
-        finding.manager,
+        finding.cache,
         finding.between,
     )
-    assert Tolerance().close(again.tensors['manager']['kv'], finding.tensors['manager']['kv'])
+    assert Tolerance().close(again.tensors['cache']['kv'], finding.tensors['cache']['kv'])
 
 
 def test_a_finding_without_anything_to_replay_is_refused(
@@ -156,7 +154,7 @@ def test_a_finding_without_anything_to_replay_is_refused(
     (finding,) = one_finding(monkeypatch, tmp_path)
     finding.replay.clear()
     with pytest.raises(ValueError, match='holds no tokens and weights; give a file that a validation saved'):
-        replay(finding)
+        recomputed(finding)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +183,7 @@ def test_another_version_and_a_missing_file_are_named(
     (finding,) = one_finding(monkeypatch, tmp_path)
     content = torch.load(finding.file, weights_only=True)
     torch.save(content | {'version': 7}, finding.file)
-    with pytest.raises(ValueError, match='has version 7, expected 1; read it with the release'):
+    with pytest.raises(ValueError, match='has version 7, expected 2; read it with the release'):
         load_finding(finding.file)
     with pytest.raises(FileNotFoundError):
         load_finding(tmp_path / 'nothing.pt')
@@ -198,6 +196,6 @@ def test_the_number_of_files_is_bounded_and_none_is_written_over(
     for run in (1, 2):
         policy = validated_policy('store', tmp_path, on_failure='log', num_simulations=6)
         Episodes(policy, range(3), record=False).run(3)
-        assert tally_of(policy).total.failures > failures.SAVED
-        assert len(list(tmp_path.iterdir())) == run * failures.SAVED
-    assert len({str(finding).rsplit('\n', 1)[0] for finding in saved_findings(tmp_path)}) == failures.SAVED
+        assert counters_of(policy).total.failures > findings.SAVED
+        assert len(list(tmp_path.iterdir())) == run * findings.SAVED
+    assert len({str(finding).rsplit('\n', 1)[0] for finding in saved_findings(tmp_path)}) == findings.SAVED

@@ -12,25 +12,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
-from lzero_kv.telemetry.validation_page import VERDICTS, plot_validation, validation_page
-from lzero_kv.validation.causes import Cause, Fault
+from lzero_kv.telemetry.counters import Cause, Fault, ValidationCounters
+from lzero_kv.validation.page import VERDICTS, plot_validation, validation_page
 from lzero_kv.validation.report import Failure, ModeRun, ValidationReport
-from lzero_kv.validation.tally import ValidationTally
 
-from ..validation.drawn import COUNTS, WORDS, a_tally, validation_tallies
+from .drawn import COUNTS, WORDS, some_counters, validation_counters
 
-RUN = ModeRun('store', a_tally(), collected=61, evaluated=17, iterations=13, simulations=8, seconds=2.6)
+RUN = ModeRun('store', some_counters(), collected=61, evaluated=17, iterations=13, simulations=8, seconds=2.6)
 REPORT = ValidationReport(
     'configs/my_config.py',
     ('--smoke', '--seed', '3'),
     'lzero-kv validate configs/my_config.py -- --smoke --seed 3',
     {'torch': '2.13.0', 'LightZero': '0.2.0'},
-    (RUN, dataclasses.replace(RUN, mode='model', tally=a_tally(2), notes=('the flag was off',))),
+    (RUN, dataclasses.replace(RUN, mode='model', counters=some_counters(2), notes=('the flag was off',))),
 )
 
 
-def with_tally(change: ValidationTally, *failures: Failure) -> ValidationReport:
-    return dataclasses.replace(REPORT, runs=(RUN, dataclasses.replace(RUN, tally=change, failures=failures)))
+def with_counters(change: ValidationCounters, *failures: Failure) -> ValidationReport:
+    return dataclasses.replace(
+        REPORT, runs=(RUN, dataclasses.replace(RUN, counters=change, failures=failures))
+    )
 
 
 @st.composite
@@ -38,7 +39,7 @@ def runs(draw: st.DrawFn) -> ModeRun:
     failures = draw(st.lists(st.builds(Failure, WORDS, WORDS), max_size=2))
     return ModeRun(
         draw(st.sampled_from(['store', 'model'])),
-        draw(validation_tallies()),
+        draw(validation_counters()),
         draw(COUNTS),
         draw(COUNTS),
         draw(COUNTS),
@@ -58,23 +59,24 @@ def test_json_gives_the_same_report(drawn: list[ModeRun]) -> None:
 def test_everything_explained_passes() -> None:
     assert REPORT.passed
     assert REPORT.verdict == (
-        'Passed: of 42 rows compared 24 are equal and in 18 the old system was off, each time for a proven '
-        'cause; 0 are unexplained, and the manager was never off (its largest rounding error is 3e-07).'
+        'Passed: of 42 rows compared 24 are equal and in 18 the stock cache was wrong, each time for a '
+        'proven cause; 0 are unexplained, and the cache was never wrong (its largest rounding error is '
+        '3e-07).'
     )
 
 
 @pytest.mark.parametrize('fault', [None, Fault.PERTURBED])
 def test_one_row_that_must_not_be_fails_all(fault: Fault | None) -> None:
-    tally = a_tally()
+    counters = some_counters()
     if fault is None:
-        tally.roots.count_unexplained()
+        counters.roots.count_unexplained()
     else:
-        tally.reanalysis.count_manager_off(fault)
-    report = with_tally(tally)
+        counters.reanalysis.count_cache_wrong(fault)
+    report = with_counters(counters)
     assert not report.passed
     assert report.verdict == (
         f'NOT passed: of 29 rows compared {int(fault is None)} differ without a proven cause, and in '
-        f'{int(fault is not None)} the manager was off.'
+        f'{int(fault is not None)} the cache was wrong.'
     )
 
 
@@ -100,21 +102,21 @@ def test_the_page_says_what_ran_what_was_found_and_how_to_repeat_it() -> None:
     assert rows_of(page, 'policy, total variation distance') == [
         ['0.5 on average, 0.75 at most, 2 rows', '0.5 on average, 0.75 at most, 4 rows']
     ]
-    assert rows_of(page, 'manager, largest difference from the recomputation') == [['3e-07', '3e-07']]
+    assert rows_of(page, 'cache, largest difference from the recomputation') == [['3e-07', '3e-07']]
     assert '- mode model: the flag was off' in page
     assert '## Failures\n\nNone.\n' in page
     assert f'```bash\n{REPORT.command}\n```' in page
 
 
 def test_the_page_names_each_failure_and_its_file() -> None:
-    tally = a_tally()
-    tally.nodes.count_manager_off(Fault.STALE_ENTRY)
+    counters = some_counters()
+    counters.nodes.count_cache_wrong(Fault.STALE_ENTRY)
     page = validation_page(
-        with_tally(tally, Failure('out/a.pt', 'the manager is off (stale_entry)')), 'v.png'
+        with_counters(counters, Failure('out/a.pt', 'the cache is wrong (stale_entry)')), 'v.png'
     )
-    assert '- mode store: the manager is off (stale_entry)\n  `lzero-kv explain out/a.pt`' in page
+    assert '- mode store: the cache is wrong (stale_entry)\n  `lzero-kv explain out/a.pt`' in page
     assert 'None.' not in page
-    assert 'None of them was saved.' in validation_page(with_tally(tally), 'v.png')
+    assert 'None of them was saved.' in validation_page(with_counters(counters), 'v.png')
 
 
 def test_every_table_of_the_page_is_whole() -> None:
@@ -124,10 +126,10 @@ def test_every_table_of_the_page_is_whole() -> None:
 
 
 def test_the_picture_shows_each_mode(tmp_path: Path) -> None:
-    tally = a_tally()
-    tally.nodes.count_unexplained()
-    tally.roots.count_manager_off(Fault.STALE_ENTRY)
-    picture = matplotlib.image.imread(plot_validation(with_tally(tally), tmp_path / 'validation.png'))
+    counters = some_counters()
+    counters.nodes.count_unexplained()
+    counters.roots.count_cache_wrong(Fault.STALE_ENTRY)
+    picture = matplotlib.image.imread(plot_validation(with_counters(counters), tmp_path / 'validation.png'))
     bands = np.array_split(picture[:, : picture.shape[1] // 2, :3], 2)
     found = {
         verdict: [
@@ -140,7 +142,7 @@ def test_the_picture_shows_each_mode(tmp_path: Path) -> None:
         'equal': [True, True],
         'different': [True, True],
         'unexplained': [False, True],
-        'manager_off': [False, True],
+        'cache_wrong': [False, True],
     }
 
 

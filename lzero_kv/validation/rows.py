@@ -1,4 +1,4 @@
-"""One compared row: what the manager, the old system and the recomputation say about it."""
+"""One compared row: what the cache, the stock cache and the recomputation say about it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lzero_kv.lightzero.validation.histories import Course
-from lzero_kv.lightzero.validation.twin import HistoryName
-from lzero_kv.validation.causes import Cause
+from lzero_kv.telemetry.counters import Cause
+from lzero_kv.validation.histories import Course, HistoryName
 
-Opinion = tuple[torch.Tensor | None, dict[str, torch.Tensor]]
-"""Keys and values that were served, ``[2 * layers, T, embed]``, and answers by name."""
+Logits = dict[str, torch.Tensor]
+"""Answers by name: ``policy``, ``value``, ``reward``, ``latent``."""
+Causes = frozenset[Cause]
 
 
 @dataclass
-class HostOpinion:
-    """The old system's part of one compared row.
+class StockRow:
+    """The stock cache's part of one compared row.
 
     Attributes:
         key: what it looked for, or why it looked for nothing.
         kv: ``[2 * layers, T, embed]`` that it was served; None for nothing.
-        answers: logits by name, where the old system's model ran.
-        exact: both systems hold what was once stored for this very history, so they must be equal to the last
+        answers: logits by name, where the stock model ran.
+        exact: both caches hold what was once stored for this very history, so they must be equal to the last
             bit.
         explain: the causes that are proven; None when the difference is not accounted for.
         moved: its answers, computed when asked for where its model did not run.
@@ -31,14 +31,14 @@ class HostOpinion:
 
     key: str
     kv: torch.Tensor | None
-    answers: dict[str, torch.Tensor] = field(default_factory=dict)
+    answers: Logits = field(default_factory=dict)
     exact: bool = False
-    explain: Callable[[], frozenset[Cause] | None] = lambda: None
-    moved: Callable[[], dict[str, torch.Tensor]] = dict
+    explain: Callable[[], Causes | None] = lambda: None
+    moved: Callable[[], Logits] = dict
 
 
 @dataclass(frozen=True)
-class RowTruth:
+class Truth:
     """What a row must be served and must answer.
 
     Attributes:
@@ -52,26 +52,26 @@ class RowTruth:
 
     served: torch.Tensor | None
     stored: torch.Tensor
-    answers: dict[str, torch.Tensor]
+    answers: Logits
     positions: tuple[int, int]
     action: torch.Tensor | None
     latent: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One row with all three opinions.
+class ComparedRow:
+    """One row with all three answers.
 
     Attributes:
         kind: ``'roots'``, ``'nodes'`` or ``'reanalysis'``.
         name: the history that the row was to be served; at root inference, the new root.
         row: row of the batch.
         node: number of the parent; None at root inference.
-        manager_key: the manager's name of what was served.
-        kv, answers: the manager's.
+        key: the cache's name of what was served.
+        kv, answers: the cache's.
         truth: the recomputation's.
-        host: the old system's; None where it has none.
-        lost: whether the manager should have had the entry and had not.
+        stock: the stock cache's; None where it has none.
+        lost: whether the cache should have had the entry and had not.
         course: how the true history came about.
     """
 
@@ -79,10 +79,10 @@ class Compared:
     name: HistoryName
     row: int
     node: int | None
-    manager_key: str
+    key: str
     kv: torch.Tensor | None
-    answers: dict[str, torch.Tensor]
-    truth: RowTruth
-    host: HostOpinion | None
+    answers: Logits
+    truth: Truth
+    stock: StockRow | None
     lost: bool
     course: Course

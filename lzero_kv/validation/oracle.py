@@ -1,8 +1,7 @@
-"""What the world model must answer for a node, recomputed from the node's own history.
+"""Reference answers of the world model for a node, recomputed from the node's own history.
 
 No batch, no cache, no padding: one token after another through the host's own modules, with every window
-rule spelled out. Slow and obvious on purpose; it is what an engine is held against, in tests and in
-validation.
+rule spelled out. Slow and obvious on purpose; tests and validation compare inference with it.
 
 A history is a sequence of tokens: observation, action, observation, and so on. The window keeps ``kept =
 max(1, W - 3)`` tokens between steps (W is the host's ``context_length``). A step appends an action and an
@@ -25,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,9 +80,15 @@ class Answer:
     latent: torch.Tensor | None = None
     """The latent state [embed] predicted from the action token."""
 
+    @property
+    def logits(self) -> dict[str, torch.Tensor]:
+        """The answers by name; those that a root has not are left out."""
+        named = {name: getattr(self, name) for name in ('policy', 'value', 'reward', 'latent')}
+        return {name: logits for name, logits in named.items() if logits is not None}
 
-class Recompute:
-    """Answers of ``world_model`` for whole histories; reads its weights anew at every call.
+
+class Oracle:
+    """Recomputation of ``world_model``'s answers for whole histories; reads its weights anew at every call.
 
     Args:
         world_model: the host's world model, or anything with its modules and configuration.
@@ -123,11 +128,15 @@ class Recompute:
             root = Answer(answer.window, answer.value, answer.policy)
         return root
 
+    def empty(self) -> TokenWindow:
+        """A window without tokens."""
+        nothing = ((),) * len(self.layers)
+        return TokenWindow((), nothing, nothing)
+
     @torch.no_grad()
     def begin(self, token: Token) -> Answer:
         """The root whose history is one observation."""
-        nothing = ((),) * len(self.layers)
-        window, out = self.append(TokenWindow((), nothing, nothing), token)
+        window, out = self.append(self.empty(), token)
         return Answer(window, self.value(out), self.policy(out))
 
     @torch.no_grad()
@@ -178,8 +187,8 @@ class Recompute:
 
     @torch.no_grad()
     def causal(self, tokens: Sequence[Token]) -> tuple[torch.Tensor, TokenWindow]:
-        """The second form: all tokens at once at window positions 0, 1, 2. Returns their features [tokens,
-        embed] and window.
+        """Features [tokens, embed] and window of all tokens at once at window positions 0, 1, 2: the second
+        form.
         """
         x = torch.stack([token.embedding for token in tokens])
         if not self.rotary:
@@ -207,7 +216,7 @@ class Recompute:
     def append(
         self, window: TokenWindow, token: Token, place: int | None = None
     ) -> tuple[TokenWindow, torch.Tensor]:
-        """One token behind those in the window; returns the new window and the token's features [embed].
+        """The window with one token more, and the token's features [embed].
 
         ``place`` is the learned position, where it is not the number of tokens before it.
         """
@@ -281,16 +290,8 @@ class Recompute:
         return trimmed
 
     def _drop_oldest_step(self, window: TokenWindow) -> TokenWindow:
-        keys = [list(layer[2:]) for layer in window.keys]
-        values = [list(layer[2:]) for layer in window.values]
-        if not self.rotary:
-            for layer, block in enumerate(self.model.transformer.blocks):
-                for new in range(len(window.tokens) - 2):
-                    keys[layer][new] = keys[layer][new] + self._position_change(block.attn.key, new + 2, new)
-                    values[layer][new] = values[layer][new] + self._position_change(
-                        block.attn.value, new + 2, new
-                    )
-        return TokenWindow(window.tokens[2:], tuple(map(tuple, keys)), tuple(map(tuple, values)))
+        moved = TokenWindow.of(self.moved(window.kv()[:, 2:]), window.next_position, self.heads)
+        return replace(moved, tokens=window.tokens[2:])
 
     def _position_change(self, project: Any, old: int, new: int) -> torch.Tensor:
         table = self.model.pos_emb.weight
