@@ -19,13 +19,30 @@ from lzero_kv.lightzero.inference.events import Observer
 from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
 from lzero_kv.lightzero.inference.session import InferenceSession, make_manager
 from lzero_kv.lightzero.inputs import check_world_model_config, timesteps_of
-from lzero_kv.lightzero.legacy import Clearable
 
 if TYPE_CHECKING:
     from lzero_kv.telemetry.counters import ValidationCounters
 
 HostLast = tuple[torch.Tensor, Sequence[Any]]
 """A batch of last observations and last actions, as the host's policy keeps one for all environments."""
+
+
+class Clearable:
+    """Stands for one of the host's cache dictionaries: empty, and clears the manager's pools when it is
+    cleared.
+
+    Args:
+        owner: the object that keeps the pools.
+        method: name of its method that clears them.
+    """
+
+    def __init__(self, owner: Any, method: str) -> None:
+        self._owner = owner
+        self._method = method
+
+    def clear(self) -> None:
+        """Clear what this name stands for."""
+        getattr(self._owner, self._method)()
 
 
 class KVWorldModel(WorldModel):

@@ -92,7 +92,7 @@ METRICS: dict[str, Metric] = {
             'window_tokens',
             Kind.COUNTER,
             Unit.TOKENS,
-            'Tokens whose KV was computed again because a full window dropped its oldest step.',
+            'Tokens of derived windows, computed when a node was first expanded, and of roots that moved.',
         ),
         Metric('entries', Kind.GAUGE, Unit.ENTRIES, 'Histories held at this moment.'),
         Metric('occupancy', Kind.GAUGE, Unit.FRACTION, 'Entries divided by the capacity of the pool.'),
@@ -102,7 +102,7 @@ METRICS: dict[str, Metric] = {
 
 POOLS: dict[str, str] = {
     'roots': 'The root pools of all environments of the acting model.',
-    'nodes': 'The recurrent pool of the acting model: nodes below the roots of the running search.',
+    'nodes': 'The recurrent pool of the acting model: derived windows of the running search.',
     'reanalysis': 'All pools of the target model, which searches again for reanalysis.',
     'total': 'All of the above together.',
 }
