@@ -85,7 +85,7 @@ class KVCacheConfig(BaseModel):
     validation_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     """Part of the searches whose nodes validation (``cache_validation_mode``) compares; roots always are."""
     validation_on_failure: Literal['raise', 'log'] = 'raise'
-    """What happens when the manager is off or a difference has no proven cause: an error, or a logged warning
+    """What happens when the cache is wrong or a difference has no proven cause: an error, or a logged warning
     and a count."""
     validation_atol: Annotated[float, Field(ge=0.0)] | None = None
     """Absolute tolerance of validation where rounding is allowed; None: 1e-3 in float32, 1e-9 in float64."""

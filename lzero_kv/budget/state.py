@@ -118,7 +118,7 @@ class BudgetCounters:
     """
 
     def __init__(self, layers: int) -> None:
-        # kept where the attention is until somebody asks
+        # on the device of the attention until they are read
         self._sums: list[torch.Tensor | None] = [None] * layers
 
     def dropped(self, layer: int, tokens: Tokens, kept: Kept, newest: torch.Tensor | None) -> None:
