@@ -21,7 +21,7 @@ from .drawn import LAYERS, a_finding
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What validation saves when the keys of layer 1 are half a unit off in all roots of the manager."""
+    """What validation saves when the keys of layer 1 are half a unit off in all stored roots."""
     folder = tmp_path_factory.mktemp('findings')
     policy = make_policy(
         'tiny',
@@ -34,11 +34,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     episodes = Episodes(policy, range(3), record=False)
     episodes.run(2)
     assert not list(folder.iterdir()), 'nothing may be found before the fault is planted'
-    slab = world_model_of(policy).kv_cache_manager.slab
-    slots = np.arange(slab.slots)
-    rows = slab.load(slots)
+    storage = world_model_of(policy).kv_cache_manager.storage
+    slots = np.arange(storage.slots)
+    rows = storage.load(slots)
     rows[:, 2] += 0.5
-    slab.store(slots, rows)
+    storage.store(slots, rows)
     episodes.run(1)
     return sorted(folder.iterdir())[0]
 
