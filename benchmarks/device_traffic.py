@@ -1,10 +1,10 @@
 """What a search asks of a GPU: launches, copies, and how often the host waits, with LightZero's own cache and
-with each engine of the manager.
+with each backend of the manager.
 
     python benchmarks/device_traffic.py [--shapes cartpole]
 
 Counts, no times, and no GPU: everything is computed on the CPU, and what was asked of the device is counted
-(``tests/emulated_cuda``). Needs a build of torch without CUDA and a C++ compiler.
+(``testing/emulated_cuda``). Needs a build of torch without CUDA and a C++ compiler.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'configs'), str(ROOT / 'benchmarks')]
 
 import tyro
 from measuring.contestants import (
-    EAGER,
     SHAPES,
     USUAL,
     Contestant,
@@ -62,8 +61,7 @@ def main(shapes: tuple[Shape, ...] = USUAL, history: int = 9) -> None:
     for shape in shapes:
         print(f'counting {shape} ...', file=sys.stderr, flush=True)
         found[shape] = {}
-        # the memory shape needs one slot for each node in a graph, and is eager by default
-        for cache in EAGER if shape == 'memory' else caches_on('cuda', compiled=False):
+        for cache in caches_on('cuda', compiled=False):
             with emulated_cuda() as device:
                 found[shape][cache] = counted(contestant(SHAPES[shape], cache, 'cuda'), device, history)
     Console(width=150).print(table(found))

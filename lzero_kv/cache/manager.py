@@ -195,12 +195,14 @@ class KVCacheManager(NamedAccess):
             the pools.
         """
         if self._search is None or self._search.numel() < elements:
-            taken = elements if self._search is None else elements + elements // 4
-            self._search = None
+            before, self._search = self._search, None
+            taken = elements if before is None else elements + elements // 4
             spare = (self._window_limit() - self.recur_pool.pool_size) * self.layout.row_bytes
             spare //= self.layout.dtype.itemsize
             if elements > spare:
+                self._search = before  # else the pool would take its room
                 return None
+            del before
             with torch.inference_mode(False):
                 self._search = torch.zeros(
                     min(taken, spare), dtype=self.layout.dtype, device=self.layout.device

@@ -192,7 +192,15 @@ class KVCachePool:
             self._remove(self._order.victims(missing, [slot for slot in slots if slot != NO_SLOT]))
             if self.enable_stats:
                 self.stats.evictions += missing
-        taken = [self._take(key) if slot == NO_SLOT else slot for key, slot in zip(keys, slots, strict=True)]
+        taken = list(slots)
+        for place, slot in enumerate(slots):
+            if slot == NO_SLOT:
+                if self._returned:
+                    slot = self._returned.pop()
+                else:
+                    slot, self._unused = self._unused, self._unused + 1
+                taken[place] = slot
+                self._slot_of[keys[place]], self._key_of[slot] = slot, keys[place]
         self._order.store(taken)
         if self.enable_stats:
             for store, (before, slot) in enumerate(zip(slots, taken, strict=True), self._stores + 1):
@@ -203,14 +211,6 @@ class KVCachePool:
             self.stats.stores += len(taken)
             self.stats.overwrites += len(taken) - new
         return np.array(taken, np.int64)
-
-    def _take(self, key: Hashable) -> int:
-        if self._returned:
-            slot = self._returned.pop()
-        else:
-            slot, self._unused = self._unused, self._unused + 1
-        self._slot_of[key], self._key_of[slot] = slot, key
-        return slot
 
     def _remove(self, slots: list[int]) -> None:
         for slot in slots:

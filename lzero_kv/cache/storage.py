@@ -53,7 +53,7 @@ class KVStorage:
     def tensor(self) -> torch.Tensor:
         """The tensor itself, ``[slots, 2 * layers, heads, tokens, head_dim]`` and the scratch row behind
         them; replaced by :meth:`resize`. For a step that gathers and scatters on its own."""
-        return self.allocate()
+        return self.allocate() if self._data is None else self._data
 
     def allocate(self) -> torch.Tensor:
         """The tensor, allocated unless it is there.

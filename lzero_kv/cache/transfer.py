@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -16,6 +19,11 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type != 'cuda':
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def sender(device: torch.device) -> Callable[[np.ndarray], torch.Tensor]:
+    """:func:`to_device` for one device, for what is called many times in a search."""
+    return partial(to_device, device=device) if device.type == 'cuda' else torch.from_numpy
 
 
 def refill(tensor: torch.Tensor, array: np.ndarray) -> None:

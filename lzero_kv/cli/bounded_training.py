@@ -13,7 +13,7 @@ EVALUATION_SHARE = 4  # one of this many steps at most; LightZero evaluates whol
 
 
 class EnoughSteps(BaseException):
-    """Ends a training; no Exception, so that nothing on the way catches it by accident."""
+    """Ends a training; no Exception, so that no handler on the way catches it by accident."""
 
 
 class _EnoughEvaluation(BaseException):

@@ -23,7 +23,7 @@ or number of threads adds up in another order; over the layers of a world model 
 
 
 def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='FILE')]) -> int:
-    """Read a finding of a validation, compute the truth again, and say which cache is wrong and by how much.
+    """Read a finding of a validation, compute the truth again, and print which cache is wrong by how much.
 
     Reading a file runs no code of it. The recomputation needs LightZero, and no environment.
 

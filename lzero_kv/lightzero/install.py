@@ -43,8 +43,7 @@ def install() -> None:
     """Let UniZero world models with ``use_new_cache_manager=True`` keep their caches in a ``KVCacheManager``.
 
     Until such a world model is built, only constructors are replaced: with the flag off the host runs its own
-        code.
-    Installing twice is the same as once.
+    code. Installing twice is the same as once.
 
     Raises:
         RuntimeError: LightZero is missing or of an unknown version. The host is left as it was.
@@ -115,7 +114,7 @@ def _engaging(original: Any) -> Any:
 
 
 def _replace_searches() -> None:
-    """Send searches over a caching world model to ours; all others run the host's."""
+    """Send searches over a caching world model to :func:`cached_search`; all others run the host's."""
     if _hot_seams:
         return
     from lzero.mcts.ctree.ctree_muzero import mz_tree  # type: ignore[attr-defined]

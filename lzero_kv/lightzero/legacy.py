@@ -10,8 +10,8 @@ class Clearable:
     cleared.
 
     Args:
-        owner: whom to ask.
-        method: name of its method that clears.
+        owner: the object that keeps the pools.
+        method: name of its method that clears them.
     """
 
     def __init__(self, owner: Any, method: str) -> None:

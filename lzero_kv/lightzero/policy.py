@@ -54,11 +54,11 @@ class LastSteps:
         return torch.stack(last), [NO_ACTION if step is None else step[1] for step in steps]
 
     def restarted(self, env_ids: Sequence[int], timesteps: Sequence[int]) -> list[int]:
-        """Environments whose timestep is 0 again: another episode began, and the end of the last one
-        was not announced.
+        """Environments whose timestep is 0 again: another episode began, and the host did not report the end
+        of the last one.
 
         A 0 after a 0 says nothing: the host's segment collector repeats the timesteps with which its call
-            began.
+        began.
         """
         return [
             env_id

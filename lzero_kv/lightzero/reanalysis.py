@@ -2,7 +2,7 @@
 
 In LightZero 0.2.0 that reanalysis cannot run: it gives no timestep to the model, returns policies and actions
 where its caller takes policies alone, and writes the new actions nowhere, although the new policies belong to
-them. The first is the world model's to cope with; the other two are put right here, for models that keep a
+them. The world model answers without a timestep; this module repairs the other two, for models that keep a
 cache.
 """
 

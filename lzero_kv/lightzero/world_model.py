@@ -55,7 +55,7 @@ class KVWorldModel(WorldModel):
         self._env_ids: Sequence[int] | None = None
         self._host_last: HostLast | None = None
         self.observers: list[Observer] = []
-        # The host's own structures, which other code clears and nothing fills any more.
+        # The host's own structures: other code clears them, and they stay empty.
         self.past_kv_cache_init_infer_envs = [Clearable(self, 'clear_init_caches')]
         self.past_kv_cache_recurrent_infer = Clearable(self, 'clear_recur_cache')
         self.keys_values_wm = self.keys_values_wm_single_env = self.keys_values_wm_single_env_tmp = None

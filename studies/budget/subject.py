@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from easydict import EasyDict
-from lzero_kv.lightzero.inference.budgeted import BudgetedFlights
 from memory_recall_unizero_kv_config import make_config
 
 from testing.models import load_weights, random_weights, world_model_of
@@ -61,12 +60,11 @@ def forget_all(subject: Any) -> None:
 def reported_bytes(subject: Any) -> dict[str, int]:
     """Bytes of one history's keys and values; of all tensors that hold any, as the manager says; and of what
     is remembered about the histories' attention and positions."""
-    engine = world_model_of(subject).session
-    budgeted = isinstance(engine.flights, BudgetedFlights)
+    manager = world_model_of(subject).kv_cache_manager
     return {
-        'node_bytes': engine.manager.layout.row_bytes,
-        'cache_bytes': int(engine.manager.bytes),
-        'remembered_bytes': engine.flights.table.bytes if budgeted else 0,
+        'node_bytes': manager.layout.row_bytes,
+        'cache_bytes': int(manager.bytes),
+        'remembered_bytes': manager.record_bytes,
     }
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -146,7 +145,6 @@ class Device(TorchDispatchMode):
         self._meet(func, args, kwargs, tensors, lands)
         args = _mapped(_inside, args)
         kwargs = {name: _mapped(_inside, value) for name, value in kwargs.items()}
-        func = INSTEAD.get(func, func)
         got = func(*args, **kwargs) if self.recording is None else self._record(func, args, kwargs)
         if not lands:
             return got
@@ -206,45 +204,6 @@ class Device(TorchDispatchMode):
         return got
 
 
-def attention(query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
-    """``scaled_dot_product_attention`` as it is on a GPU in float32: one kernel, if heads are whole groups of
-    16 bytes wide, else several operators, as in float64. A mask whose strides are no multiples of 8 is
-    copied; where strides allow wide reads, nobody looks whether the first address does."""
-    if query.dtype != torch.float32 or not isinstance(query, EmulatedTensor) or query.shape[-1] % 4:
-        return _attention(query, *others, **options)
-    key, value = others
-    mask, causal = options.get('attn_mask'), options.get('is_causal', False)
-    if mask is not None:
-        if any(stride % 8 for stride in mask.stride()[:-1]):
-            mask = functional.pad(mask, (0, 8 - mask.shape[-1] % 8))[..., : mask.shape[-1]]
-        mask = mask.expand(*query.shape[:-1], key.shape[-2])
-    for each in (query, key, value, *([] if mask is None else [mask])):
-        if not any(stride % 4 for stride in each.stride()[:-1]) and each.data_ptr() % 16:
-            raise RuntimeError('CUDA error: misaligned address')
-    return aten._scaled_dot_product_efficient_attention(query, key, value, mask, False, 0.0, causal)[0]
-
-
-_attention = functional.scaled_dot_product_attention
-
-
-def _efficient_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    log_sum: bool,
-    dropout: float = 0.0,
-    causal: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """What a gradient needs is left empty."""
-    answer = _attention(query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal)
-    return answer, *(torch.empty(0) for _ in range(3))
-
-
-INSTEAD = {aten._scaled_dot_product_efficient_attention.default: _efficient_attention}
-"""What stands for operators that a CPU has not."""
-
-
 def replay(recorded: Sequence[Recorded]) -> None:
     """Do again what a capture recorded, where it was recorded."""
     for each in recorded:
@@ -300,8 +259,6 @@ def _outside(value: Any, known: dict[int, EmulatedTensor]) -> Any:
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
     """The arguments that ``func`` writes to, by its schema."""
-    if func in INSTEAD.values():
-        return []
     written = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

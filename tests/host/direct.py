@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lzero_kv.lightzero.inference.nodes import SearchNodes
 
+from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.heads import StepOutputs
 from testing.precision import precision
 
@@ -53,7 +53,7 @@ class Drive:
         self.episode_steps = [0] * environments
         self.answers: list[torch.Tensor] = []
         """Each ``[B, ...]`` on the CPU in float64: roots, then children, step by step."""
-        self.searches: list[SearchNodes] = []
+        self.searches: list[Search] = []
         weight = self.world_model.transformer.ln_f.weight
         self.dtype, self.device = weight.dtype, weight.device
 

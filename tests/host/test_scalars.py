@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lzero.policy import InverseScalarTransform
-from lzero_kv.lightzero.inference.scalars import expected_scalars
+
+from lzero_kv.lightzero.inference.heads import expected_scalars
 
 RTOL = {torch.float32: 2e-4, torch.float64: 1e-11}
 """The inverse subtracts 1 from a square root near 1 and divides by 0.002: it enlarges rounding."""
@@ -32,7 +32,7 @@ def test_scalars_are_the_hosts(rows: int, scale: int, dtype: torch.dtype, seed: 
     transform = InverseScalarTransform(scale, 'cpu', True)
     parts = logits(rows, 2 * scale + 1, dtype, seed)
     kept = [part.clone() for part in parts]
-    found = expected_scalars(transform, parts, as_host=False)
+    found = expected_scalars(transform, parts)
     for part, before, scalars in zip(parts, kept, found, strict=True):
         expected = transform(part.squeeze(1).clone()).numpy().reshape(-1)
         assert scalars.shape == (rows,) and scalars.dtype == expected.dtype
@@ -40,11 +40,10 @@ def test_scalars_are_the_hosts(rows: int, scale: int, dtype: torch.dtype, seed: 
         assert torch.equal(part, before), 'the caller keeps its logits'
 
 
-@pytest.mark.parametrize('as_host', [True, False])
-def test_another_transform_is_called_as_it_is(as_host: bool) -> None:
+def test_another_transform_is_called_as_it_is() -> None:
     def largest(part: torch.Tensor) -> Any:
         return part.amax(dim=1, keepdim=True)
 
     parts = logits(7, 13, torch.float32, 0)
-    for part, scalars in zip(parts, expected_scalars(largest, parts, as_host), strict=True):
+    for part, scalars in zip(parts, expected_scalars(largest, parts), strict=True):
         assert np.array_equal(scalars, part.amax(dim=(1, 2)).numpy())

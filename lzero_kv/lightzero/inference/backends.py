@@ -29,9 +29,9 @@ def compiled(function: Function, inputs: StepInputs) -> Run:
     """``function`` compiled for exactly these shapes, by ``torch.compile``; its caches keep what was compiled
     from one process to the next.
 
-    Dynamo's guards are left out: they cost as much as a small model, and whoever holds a runner makes another
-    when shapes or weights move. Without guards all that dynamo knows is the code object, so each runner has
-    one of its own.
+    Dynamo's guards are left out: they cost as much as a small model, and :class:`StaticStep` makes another
+    runner when shapes or weights move. Without guards all that dynamo knows is the code object, so each
+    runner has one of its own.
     """
     method: Any = function
     code = method.__func__.__code__.replace()

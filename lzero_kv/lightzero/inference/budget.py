@@ -272,7 +272,7 @@ class WindowBudget:
         return LayerCache(kv[:, 0], kv[:, 1], positions, of_groups, record, sizes.sinks, sizes.step)
 
     def _packed(self, layers: Sequence[LayerCache]) -> torch.Tensor:
-        """Layers that have exactly their part of the columns as windows ``[B, 2, heads, total, head_dim]``."""
+        """Layers with exactly their part of the columns, as windows ``[B, 2, heads, total, head_dim]``."""
         kv = torch.stack(
             [torch.cat([getattr(layer, name) for layer in layers], dim=2) for name in ('keys', 'values')],
             dim=1,
@@ -364,12 +364,13 @@ class BudgetedRootStep:
         for token, x in enumerate((actions, observations)):
             if x is None:
                 continue
-            place = placed.column(token)
+            added, rotation = placed
+            now = slice(token, token + 1)
             hidden = decode(
                 self._session.weights,
                 self._columns(blocks, token, grown),
-                place.add_to(x[:, None]),
-                place.rotation,
+                x[:, None] if added is None else x[:, None] + added[:, now],
+                None if rotation is None else rotation[:, now],
                 watch=self._watch() if self._budget.reads_attention else None,
             )
         self.lengths, moved = self._session.window.advance(places[:, 1] + 1)
@@ -409,7 +410,7 @@ class BudgetedRootStep:
         return Columns(keys, values, own, masks)
 
     def _watch(self) -> Any:
-        """Who remembers the attention of a token."""
+        """A function that records the attention of a token in each layer."""
         self._newest = []
 
         def watch(number: int, probabilities: torch.Tensor) -> None:

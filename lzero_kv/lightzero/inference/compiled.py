@@ -246,7 +246,8 @@ def rotated(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     ``[B, n, heads, head_dim]``, ``factors`` ``[B, n, head_dim / 2, 2]``."""
     cosine, sine = factors.unsqueeze(2).unbind(-1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(3)
+    # factors are float32 or wider: half precision is rotated in float32
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(3).type_as(x)
 
 
 class StaticStep:
@@ -270,6 +271,7 @@ class StaticStep:
         self._session = session
         self._backend = backend
         self._failed = False
+        self._simulations = 0
         self._weights: InferenceWeights | None = None
         self._seen: InferenceWeights | None = None
         self._step: StepFunction | None = None
@@ -286,19 +288,37 @@ class StaticStep:
         assert self._inputs is not None
         return self._inputs.steps
 
-    def begin(self, simulations: int) -> StepInputs:
+    def elements(self, simulations: int) -> int:
+        """Numbers of memory that a search takes: steps and raw tokens, then what :class:`Search` needs."""
+        return sum(self._sizes(simulations)) + Search.elements(self._session, self.rows, simulations, 0)
+
+    def holds(self, storage: torch.Tensor) -> bool:
+        """Whether the running search reads and writes this storage."""
+        return self._inputs is not None and self._inputs.storage is storage
+
+    def begin(self, simulations: int, memory: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
         """Begin a search, with the weights as they are now.
 
         Args:
             simulations: children each row will get at most.
+            memory: flat, :meth:`elements` finite numbers of no meaning.
+
+        Returns:
+            Where steps read and write, and the memory that is left for :class:`Search`.
         """
         if self._session.weights is not self._seen:
             self._take_weights()
         session, shift = self._session, self._session.shift_table()
         storage, inputs = session.manager.storage.tensor, self._inputs
-        enough = inputs is not None and len(inputs.steps) > self.rows * simulations
-        if inputs is None or inputs.storage is not storage or not enough:
-            self._inputs = inputs = self._make_inputs(storage, simulations, shift)
+        self._simulations = max(self._simulations, simulations)
+        sizes = self._sizes(self._simulations)
+        if (
+            inputs is None
+            or inputs.storage is not storage
+            or inputs.steps.data_ptr() != memory.data_ptr()
+            or inputs.steps.numel() != sizes[0]
+        ):
+            self._inputs = inputs = self._make_inputs(storage, memory, shift)
             self._runs = {}
         if shift is not None:
             inputs.shift.copy_(shift)
@@ -309,7 +329,14 @@ class StaticStep:
         begins = np.arange(self.rows) * (len(inputs.tokens) // self.rows)
         self.numbers[:, TOKEN] = begins
         self.numbers[:, NUMBERS : NUMBERS + session.window.kept] = begins[:, None]
-        return inputs
+        return inputs, memory[sum(sizes) :]
+
+    def _sizes(self, simulations: int) -> tuple[int, int]:
+        """Numbers of steps and of raw tokens; as many as the largest search before this one took."""
+        session, simulations = self._session, max(simulations, self._simulations)
+        columns = session.window.kept + (TOKENS_PER_STEP * simulations if session.exact else 0)
+        step = TOKENS_PER_STEP * session.geometry.column
+        return (self.rows * simulations + 1) * step, self.rows * columns * session.manager.layout.embed_dim
 
     @torch.no_grad()
     def run(self, actions: torch.Tensor, next_positions: np.ndarray, pending: bool) -> torch.Tensor | None:
@@ -351,7 +378,7 @@ class StaticStep:
         run = RUNNERS[self._backend](step, inputs)
         got, expected = run()[:rows], step(inputs)[:rows]
         if not torch.isfinite(expected).all():
-            return expected  # broken weights, which the search refuses; nothing can be said about the runner
+            return expected  # broken weights, which the search refuses; they are no test of the runner
         largest = expected.abs().amax().clamp_min(1.0)
         tolerance = TOLERANCE.get(expected.dtype, 5e-2) * float(largest)
         if not torch.allclose(got, expected, rtol=0.0, atol=tolerance):
@@ -380,14 +407,16 @@ class StaticStep:
         self._step = StepFunction(session.world_model, self._weights, session.window.kept, session.exact)
         self._runs = {}
 
-    def _make_inputs(self, storage: torch.Tensor, simulations: int, shift: torch.Tensor | None) -> StepInputs:
-        session, kept = self._session, self._session.window.kept
+    def _make_inputs(
+        self, storage: torch.Tensor, memory: torch.Tensor, shift: torch.Tensor | None
+    ) -> StepInputs:
+        session, kept, simulations = self._session, self._session.window.kept, self._simulations
         world_model, geometry = session.world_model, session.geometry
         longest = SearchTree.longest_path(simulations, kept - 1 if session.exact else kept)
-        path = min(longest, LONGEST_PATH)
-        self.numbers = np.zeros((self.rows, NUMBERS + kept + path), np.int64)
-        nodes = self.rows * simulations + 1
+        self.numbers = np.zeros((self.rows, NUMBERS + kept + min(longest, LONGEST_PATH)), np.int64)
         shape = geometry.layers, 2, geometry.heads, TOKENS_PER_STEP, geometry.head_dim
+        sizes = self._sizes(simulations)
+        steps, tokens = memory[: sum(sizes)].split(sizes)
         with torch.inference_mode(False):
             host = torch.from_numpy(self.numbers)
             continuous = world_model.action_space_size if world_model.continuous_action_space else 0
@@ -395,11 +424,10 @@ class StaticStep:
             if session.positions.rotary:
                 like = session.positions.factors(np.zeros(1, np.int64))
                 rotation = like.new_zeros(self.rows, kept + TOKENS_PER_STEP, geometry.head_dim // 2, 2)
-            columns = kept + TOKENS_PER_STEP * simulations if session.exact else kept
             return StepInputs(
                 storage,
-                storage.new_zeros(nodes, *shape),
-                storage.new_zeros(self.rows * columns, session.manager.layout.embed_dim),
+                steps.view(-1, *shape),
+                tokens.view(-1, session.manager.layout.embed_dim),
                 host if storage.device.type == 'cpu' else torch.empty_like(host, device=storage.device),
                 storage.new_zeros(self.rows, continuous),
                 rotation,
@@ -428,6 +456,7 @@ class CompiledSearch(Search):
 
     Args:
         static: serves searches of so many rows.
+        memory: flat, :meth:`StaticStep.elements` finite numbers of no meaning.
     """
 
     def __init__(
@@ -436,12 +465,14 @@ class CompiledSearch(Search):
         session: InferenceSession,
         roots: RootBatch,
         simulations: int,
+        memory: torch.Tensor,
         stored_steps: int,
     ) -> None:
-        memory = session.memory(Search.elements(session, len(roots.lengths), simulations, 0))
+        inputs, memory = static.begin(simulations, memory)
         super().__init__(session, roots, simulations, memory, 0)
         self._static = static
-        inputs = static.begin(simulations)
+        # nothing is written there while the search runs, even where the roots are cleared
+        self._roots_at = super()._root_slots(self._rows) if roots.stored else None
         rows = len(roots.lengths)
         self._steps = inputs.steps[: rows * simulations]
         self.tree.keep_steps(stored_steps)
@@ -456,8 +487,10 @@ class CompiledSearch(Search):
         slots = self._plan(of)
         answers = None
         if slots is not None:
-            cached, pending = self._address(of, slots)
+            pending = self._address(of, slots)
             answers = self._static.run(actions, of.next_positions, bool(pending.any()))
+            if answers is None:  # slots that nothing was written to
+                self._manager.recur_pool.discard(self._keys(of, pending))
         self._placed = np.full(len(parents), NOWHERE)
         if answers is None:
             return super().expand(parents, actions)
@@ -481,37 +514,45 @@ class CompiledSearch(Search):
         """Slots of the windows, int64 ``[B]``, ``NO_SLOT`` where they are pending; None where the simulation
         has to be taken eagerly."""
         pool = self._manager.recur_pool
-        slots = self._manager.slots([self._key(row, node) for row, node in enumerate(of.windows.tolist())])
+        slots = self._slots(of)
         pending = slots == NO_SLOT
         longest = self._static.numbers.shape[1] - NUMBERS - self._session.window.kept
         deep = int(of.below.max()) > longest if self._session.exact else int(of.on_path.max()) > 2 * longest
         lost = pending & (of.below > 0)
         if self._roots.stored:
             lost |= pending & (of.windows == ROOT)
-        if not self._static.serves(len(slots)) or deep or lost.any():
+        moved = not self._static.holds(self._manager.storage.tensor)
+        if not self._static.serves(len(slots)) or moved or deep or lost.any():
             return None
         return None if pool.pool_size - len(pool) < np.count_nonzero(pending) else slots
 
-    def _key(self, row: int, node: int) -> Any:
-        return self._roots.keys[row] if node == ROOT else NodeKey(row, node)
+    def _root_slots(self, rows: np.ndarray) -> np.ndarray:
+        assert self._roots_at is not None
+        return self._roots_at[rows]
 
-    def _address(self, of: Parents, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _slots(self, of: Parents) -> np.ndarray:
+        """Slots of the windows, int64 ``[B]``; ``NO_SLOT`` where there is none."""
+        slots = self._manager.slots(self._keys(of, np.ones(len(self._rows), dtype=bool)))
+        return slots if self._roots_at is None else np.where(of.windows == ROOT, self._roots_at, slots)
+
+    def _keys(self, of: Parents, which: np.ndarray) -> list[NodeKey]:
+        """Names of the windows of some rows (bool ``[B]``)."""
+        pairs = zip(self._rows[which].tolist(), of.windows[which].tolist(), strict=True)
+        return [NodeKey(*pair) for pair in pairs]
+
+    def _address(self, of: Parents, slots: np.ndarray) -> np.ndarray:
         """Take slots for the windows that the step computes, and fill in its numbers; returns the rows whose
-        windows are cached, and those that are pending (bool ``[B]``)."""
+        windows are pending (bool ``[B]``)."""
         manager, rows = self._manager, self._rows
         cached = of.windows != ROOT if self._roots.stored else of.windows >= ROOT
-        keys = [NodeKey(*key) for key in zip(rows[cached].tolist(), of.windows[cached].tolist(), strict=True)]
-        manager.lookup(keys)
+        manager.lookup(self._keys(of, cached))
         pending = slots == NO_SLOT
         numbers = self._static.numbers[: len(rows)]
         scratch = manager.storage.slots
         numbers[:, WINDOW] = np.where(pending, scratch, slots)
         numbers[:, OWN] = scratch
         if pending.any():
-            keys = [
-                NodeKey(*key)
-                for key in zip(rows[pending].tolist(), of.windows[pending].tolist(), strict=True)
-            ]
+            keys = self._keys(of, pending)
             numbers[pending, OWN] = manager.reserve(keys, of.lengths[pending], of.next_positions[pending])
             kept = self._session.window.kept
             numbers[:, NUMBERS : NUMBERS + kept] = self.tree.shown(of)
@@ -531,20 +572,20 @@ class CompiledSearch(Search):
         stored = ~self.tree.will_derive(of)
         begin = self.tree.expanded * len(rows)
         numbers[:, STEP] = np.where(stored, begin + rows, len(self._static.steps) - 1)
-        numbers[:, TOKEN] = rows * self.tree.tokens.shape[1] + self.tree.next_column
-        if not self._session.exact:
-            numbers[:, TOKEN] = 0
-        return cached, pending
+        if self._session.exact:
+            numbers[:, TOKEN] = rows * self.tree.tokens.shape[1] + self.tree.next_column
+        return pending
 
     def _show(self, of: Parents) -> int:
-        """Bring beside the rows what the step looked at and wrote, for observers; returns the column behind."""
+        """Bring beside the rows what the step read and wrote, for observers; returns the column behind."""
         rows = self._rows
-        slots = self._manager.slots([self._key(row, node) for row, node in enumerate(of.windows.tolist())])
-        self._resident.load(rows, slots, self._session.window.kept)
-        self._without_positions(rows)
-        path = self._place_path(of)
-        begins, _, end = self._look(of, path.shape[1])
-        correction = self._correct(of, begins[0], end)
+        self._resident.load(rows, self._slots(of), self._session.window.kept)
+        depth = self._place_path(of) if of.below.any() else 0
+        begins, _, end = self._look(of, depth)
+        correction = None
+        if self._shift is not None:
+            self._without_positions(rows)
+            correction = self._correct(of, begins[0], end)
         begin = (self.tree.expanded - 1) * len(rows)
         own = self._steps[begin : begin + len(rows)]
         if correction is not None:

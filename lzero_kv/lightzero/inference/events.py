@@ -26,7 +26,7 @@ class Histories:
     kv: Sequence[torch.Tensor]
     present: np.ndarray
     rounded: bool = False
-    """Whether the next step is handed these numbers up to rounding only: it adds what shifted positions add."""
+    """Whether the next step is handed these numbers up to rounding: shifted positions are added to them."""
 
     def row(self, row: int) -> torch.Tensor:
         """``[2 * layers, length, embed]`` of one row."""

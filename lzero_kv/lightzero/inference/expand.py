@@ -9,10 +9,10 @@ import torch
 
 from lzero_kv.cache.eviction import EvictionStrategy
 from lzero_kv.cache.keys import NO_SLOT, NodeKey, digest_rows
-from lzero_kv.cache.transfer import to_device
+from lzero_kv.cache.transfer import sender
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
-from .attention import WindowsBeside, decode
+from .attention import WindowsBeside, additive_mask, decode
 from .events import NO_HISTORIES, Histories, NodesExpanded
 from .heads import (
     StepOutputs,
@@ -21,7 +21,7 @@ from .heads import (
     predict_policy_value,
     predict_reward_latent,
 )
-from .rows import ResidentRows, column_mask, visible_columns
+from .rows import ResidentRows, visible_columns
 from .tree import ROOT, Parents, SearchTree
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Search:
         rows, geometry = len(roots.lengths), session.geometry
         self._session = session
         self._manager = session.manager
+        self._positions, self._observers = session.positions, session.observers
+        self._geometry, self._exact = geometry, session.exact
+        self._window = geometry.window
+        self._send = sender(memory.device)
         self._weights = session.weights
         self._roots = roots
         self._rows = np.arange(rows)
@@ -81,7 +85,7 @@ class Search:
         )
         self._stored_steps = stored_steps
         self._placed = np.full(rows, NOWHERE, np.int64)  # the nodes whose windows stand beside the rows
-        # for each layer, or all of them, tokens of the nodes' windows; of derived ones known once they are there
+        # tokens of the nodes' windows in each layer, or in all; of derived ones known once they are computed
         self._held = np.zeros((simulations + 1, rows, roots.held.shape[1]), np.int64)
         self._held[ROOT] = roots.held
         self._derived_before = np.zeros((simulations + 1, rows), dtype=bool)
@@ -120,32 +124,31 @@ class Search:
         of = self.tree.of(parents)
         action = action_embeddings(self._session.world_model, actions)
         found, windows, slots = self._place_windows(of)
-        path = self._place_path(of)
-        begins, masks, end = self._look(of, path.shape[1])
+        depth = self._place_path(of) if of.below.any() else 0
+        begins, masks, end = self._look(of, depth)
         ahead = np.stack([of.lengths, of.lengths + 1], axis=1)
-        placed = self._session.positions.at(ahead, of.next_positions[:, None] + (0, 1))
-        correction = self._correct(of, begins[0], end)
+        added, rotation = self._positions.at(ahead, of.next_positions[:, None] + (0, 1))
+        correction = None if self._shift is None else self._correct(of, begins[0], end)
         hidden = action
         for token in range(TOKENS_PER_STEP):
             end += 1
-            place = placed.column(token)
-            columns = self._resident.columns(self._shown, begins, end, 1, masks[token])
+            now = slice(token, token + 1)
             hidden = decode(
                 self._weights,
-                columns,
-                place.add_to(hidden[:, None]),
-                place.rotation,
+                self._resident.columns(self._shown, begins, end, 1, masks[token]),
+                hidden[:, None] if added is None else hidden[:, None] + added[:, now],
+                None if rotation is None else rotation[:, now],
                 windows=None if token else windows,
             )
             if not token:
                 reward, latent = predict_reward_latent(self._weights, hidden)
                 hidden = latent
-        if slots is not None:
-            self._store_windows(*slots)
+        if slots is not None and len(slots[0]):
+            self._resident.store(*slots)
         outputs = predict_policy_value(self._weights, hidden)
         outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
         derived = self._add(of, action, latent, end, correction)
-        if self._session.observers:
+        if self._observers:
             self._tell(of, actions, found, derived, outputs, end)
         return outputs
 
@@ -163,30 +166,31 @@ class Search:
         slots = np.full(len(rows), NO_SLOT, np.int64)
         if cached.any():
             asked = np.flatnonzero(cached)
-            slots[asked] = manager.lookup(
-                [NodeKey(*key) for key in zip(asked.tolist(), nodes[asked].tolist(), strict=True)]
-            )
+            slots[asked] = manager.recur_pool.find(list(map(NodeKey, asked.tolist(), nodes[asked].tolist())))
         moved = nodes != self._placed
         begins = np.flatnonzero(moved & ~cached)
         if len(begins):
-            slots[begins] = manager.slots([self._roots.keys[row] for row in begins.tolist()])
+            slots[begins] = self._root_slots(begins)
         missing = (slots == NO_SLOT) & (moved | cached)
         at = np.flatnonzero(moved & ~missing)
         self._placed = nodes
+        lengths = self.tree.lengths(rows, nodes)
         if len(at):
-            self._resident.load(at, slots[at], int(self.tree.lengths(at, nodes[at]).max()))
-            self._without_positions(at)
+            self._resident.load(at, slots[at], int(lengths[at].max()))
+            if self._shift is not None:
+                self._without_positions(at)
         if not missing.any():
             return ~missing, None, None
         at = np.flatnonzero(missing)
-        nodes = nodes[at]
-        before, lengths = self._derived_before[nodes, at], self.tree.lengths(at, nodes)
+        nodes, lengths = nodes[at], lengths[at]
+        before = self._derived_before[nodes, at]
         next_positions = self.tree.next_positions(at, nodes)
         stays = cached[at]
-        keys = [NodeKey(*key) for key in zip(at[stays].tolist(), nodes[stays].tolist(), strict=True)]
+        keys = list(map(NodeKey, at[stays].tolist(), nodes[stays].tolist()))
         slots = manager.reserve(keys, lengths[stays], next_positions[stays])
         manager.count_window(int(lengths[~before].sum()))
-        manager.count_rebuilt(int(lengths[before].sum()), roots=False)
+        if before.any():
+            manager.count_rebuilt(int(lengths[before].sum()), roots=False)
         self._derived_before[nodes, at] = True
         width = int(lengths.max())
         tokens = self.tree.window_tokens(at, nodes, width)
@@ -199,45 +203,47 @@ class Search:
             )
             return found, None, None
         self._held[nodes, at] = lengths[:, None]
-        if not self._session.exact:  # roots that are not stored, computed by themselves: no other window moves
+        if not self._exact:  # roots that are not stored, computed by themselves: no other window moves
             kv = self._session.prefilled(tokens, lengths, next_positions)
-            window = self._session.geometry.window
+            window = self._window
             place = self._resident.buffer[..., window - width : window, :]
-            place.index_copy_(0, to_device(at, kv.device), kv)
-            self._store_windows(at[stays], slots, width)
+            place.index_copy_(0, self._send(at), kv)
+            if len(slots):
+                self._resident.store(at[stays], slots, width)
             self._without_positions(at)
             return found, None, None
-        index = None if len(at) == len(rows) else to_device(at, tokens.device)
-        window = self._session.geometry.window
+        index = None if len(at) == len(rows) else self._send(at)
+        window = self._window
         out = self._resident.buffer[..., window - width : window, :]
         beside = self._session.windows_beside(tokens, lengths, next_positions, out, index)
         return found, beside, (at[stays], slots, width)
 
-    def _store_windows(self, rows: np.ndarray, slots: np.ndarray, width: int) -> None:
-        if len(rows):
-            self._resident.store(rows, slots, width)
+    def _root_slots(self, rows: np.ndarray) -> np.ndarray:
+        """Where stored roots of ``rows`` (int64 ``[N]``) stand."""
+        return self._manager.slots([self._roots.keys[row] for row in rows.tolist()])
 
-    def _place_path(self, of: Parents) -> np.ndarray:
-        """Bring the steps between windows and parents beside the rows; returns :meth:`SearchTree.path`."""
+    def _place_path(self, of: Parents) -> int:
+        """Bring the steps between windows and parents beside the rows; returns those of the longest path."""
         path = self.tree.path(of)
-        if path.shape[1]:
-            at = np.maximum(path - 1, 0) * len(self._rows) + self._rows[:, None]
-            self._resident.load_path(self._steps, at)
-        return path
+        at = np.maximum(path - 1, 0) * len(self._rows) + self._rows[:, None]
+        self._resident.load_path(self._steps, at)
+        return path.shape[1]
 
     def _look(self, of: Parents, depth: int) -> tuple[list[int], list[torch.Tensor | None], int]:
-        """The first columns that are looked at, the masks of the action and of the observation, and the column
-        behind the path."""
+        """The first columns that are looked at, the masks of the action and of the observation, and the
+        column behind the path."""
         path, columns = of.on_path, TOKENS_PER_STEP * depth
         prefix = (of.lengths - path)[:, None]
-        if self._session.exact:
+        if self._exact:
             prefix = self._held[of.windows, self._rows]
             if (prefix == prefix[:, :1]).all():
                 prefix = prefix[:, :1]  # one mask serves all layers
         visible = visible_columns(prefix, path, columns, TOKENS_PER_STEP)
-        mask = column_mask(visible, self._shown)
-        masks = [None if mask is None else mask[..., :-1], mask]
-        window = self._session.geometry.window
+        masks: list[torch.Tensor | None] = [None, None]
+        if visible is not None:
+            mask = additive_mask(visible[:, :, None], self._shown)
+            masks = [mask[..., :-1], mask]
+        window = self._window
         begins = (window - prefix.max(0)).tolist()
         return begins, masks, window + columns
 
@@ -251,7 +257,7 @@ class Search:
     ) -> np.ndarray:
         """Add the children; store their steps; returns :meth:`SearchTree.add`."""
         tree, number = self.tree, self.tree.expanded + 1
-        if self._session.exact:
+        if self._exact:
             column = tree.next_column
             tree.tokens[:, column] = action
             tree.tokens[:, column + 1] = latent
@@ -272,29 +278,25 @@ class Search:
 
     def _without_positions(self, rows: np.ndarray) -> None:
         """Take from windows that were just placed what their positions added."""
-        if self._shift is None:
-            return
-        lengths, window = self._roots.lengths[rows], self._session.geometry.window
+        lengths, window = self._roots.lengths[rows], self._window
         widest = int(lengths.max())
         added = self._added(np.arange(-widest, 0) + lengths[:, None])
         place = self._resident.buffer[..., window - widest : window, :]
         if len(rows) == len(place):
             place.sub_(added)
         else:
-            place.index_add_(0, to_device(rows, place.device), added, alpha=-1)
+            place.index_add_(0, self._send(rows), added, alpha=-1)
 
     def _added(self, places: np.ndarray) -> torch.Tensor:
         """What window ``places`` (int64 ``[B, n]``) add: ``[B, layers, 2, heads, n, head_dim]``."""
         assert self._shift is not None
-        at = to_device(np.maximum(places, 0).reshape(-1), self._shift.device)
+        at = self._send(np.maximum(places, 0).reshape(-1))
         return self._shift.index_select(0, at).unflatten(0, places.shape).permute(0, 2, 3, 4, 1, 5)
 
-    def _correct(self, of: Parents, begin: int, end: int) -> torch.Tensor | None:
+    def _correct(self, of: Parents, begin: int, end: int) -> torch.Tensor:
         """Show what stands beside the rows at the places where it stands now; returns what the places add, of
         the two new tokens too."""
-        if self._shift is None:
-            return None
-        window = self._session.geometry.window
+        window = self._window
         behind = np.arange(window - end, TOKENS_PER_STEP) + of.lengths[:, None]
         inside = np.arange(begin - window, 0) + (of.lengths - of.on_path)[:, None]
         added = self._added(np.concatenate([inside, behind], axis=1))
@@ -307,7 +309,7 @@ class Search:
         return added
 
     def _visit(self, number: int) -> None:
-        """Tell the pool how often each derived window's node was passed, from the new children's parents up."""
+        """Tell the pool how often each derived window's node was passed, from the new parents up."""
         parents, touched = self.tree.parents, dict[NodeKey, int]()
         nodes = parents[number]
         while (inner := nodes != ROOT).any():
@@ -330,19 +332,19 @@ class Search:
     ) -> None:
         """Tell the world model's observers."""
         served = stored = NO_HISTORIES
-        if any(observer.needs_histories for observer in self._session.observers):
+        if any(observer.needs_histories for observer in self._observers):
             served = Histories(self._histories(of, end - TOKENS_PER_STEP, 0), found)
             stored = Histories(
                 self._histories(of, end, TOKENS_PER_STEP), ~derived, rounded=self._shift is not None
             )
         event = NodesExpanded(self.tree.expanded, of.nodes, actions, served, stored, outputs)
-        for observer in self._session.observers:
+        for observer in self._observers:
             observer.nodes_expanded(event)
 
     def _histories(self, of: Parents, end: int, new: int) -> list[torch.Tensor]:
         """Copies of what stands beside the rows in front of column ``end``, ``new`` tokens of the children
         among them, as the next step is handed it."""
-        window, kept = self._session.geometry.window, self._session.window.kept
+        window, kept = self._window, self._session.window.kept
         histories = []
         for row, (length, path) in enumerate(zip(of.lengths.tolist(), of.on_path.tolist(), strict=True)):
             beside = self._shown[row].flatten(0, 1)
@@ -360,7 +362,7 @@ class Search:
 class SearchByLatent:
     """A search whose parents are named by (row, digest of the latent state), for callers without a tree.
 
-    Where one row has several nodes with the same latent state, the newest answers: nothing tells them apart.
+    Where one row has several nodes with the same latent state, the newest answers: they have one name.
     A latent state that the search never produced is refused.
 
     Args:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from lzero_kv.cache.transfer import to_device
+from lzero_kv.cache.transfer import sender
 
 
 class Placed(NamedTuple):
@@ -21,13 +22,6 @@ class Placed(NamedTuple):
 
     added: torch.Tensor | None
     rotation: torch.Tensor | None
-
-    def column(self, token: int) -> Placed:
-        """The positions ``[B, 1, ...]`` of one token of every row."""
-        return Placed(
-            None if self.added is None else self.added[:, token : token + 1],
-            None if self.rotation is None else self.rotation[:, token : token + 1],
-        )
 
     def add_to(self, x: torch.Tensor) -> torch.Tensor:
         """Embeddings with their learned positions; as they are where positions are rotary."""
@@ -42,11 +36,11 @@ class LearnedPositions:
     def __init__(self, world_model: Any) -> None:
         self._embedding = world_model.pos_emb
         self._transformer = world_model.transformer
+        self._send = sender(world_model.pos_emb.weight.device)
 
     def at(self, places: np.ndarray, logical: np.ndarray) -> Placed:
         """The learned positions of window ``places`` (int64 ``[...]``)."""
-        weight = self._embedding.weight
-        return Placed(self._embedding(to_device(np.maximum(places, 0), weight.device)), None)
+        return Placed(F.embedding(self._send(np.maximum(places, 0)), self._embedding.weight), None)
 
     def projected(self, places: int) -> torch.Tensor:
         """What the position alone adds to keys and values by the present weights, ``[places, layers, 2,
@@ -73,19 +67,21 @@ class RotaryPositions:
     def __init__(self, world_model: Any) -> None:
         self._config = world_model.config
         self._factors = world_model.transformer.freqs_cis
+        self._send = sender(self._factors.device)
 
     def at(self, places: np.ndarray, logical: np.ndarray) -> Placed:
         """The rotary factors of ``logical`` positions (int64 ``[...]``)."""
-        return Placed(None, self._at(logical))
+        logical = np.maximum(logical, 0)
+        newest = int(logical.max())
+        if newest >= len(self._factors):
+            self._reach(newest)
+        return Placed(None, self._factors[self._send(logical)])
 
     def factors(self, logical: np.ndarray) -> torch.Tensor:
         """Cosine and sine ``[..., head_dim / 2, 2]`` of ``logical`` positions (int64 ``[...]``)."""
-        return torch.view_as_real(self._at(logical))
-
-    def _at(self, logical: np.ndarray) -> torch.Tensor:
-        logical = np.maximum(logical, 0)
-        self._reach(int(logical.max()))
-        return self._factors[to_device(logical, self._factors.device)]
+        rotation = self.at(logical, logical).rotation
+        assert rotation is not None
+        return torch.view_as_real(rotation)
 
     def _reach(self, position: int) -> None:
         """Make the table cover ``position``.
@@ -93,8 +89,6 @@ class RotaryPositions:
         The host wraps positions at ``max_seq_len``, which breaks the distance between a token behind the wrap
         and one in front of it; the factors are a formula of the position, so the table is extended instead.
         """
-        if position < len(self._factors):
-            return
         from lzero.model.unizero_world_models.transformer import precompute_freqs_cis
 
         end = 1 << position.bit_length()

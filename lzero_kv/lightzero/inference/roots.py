@@ -418,7 +418,7 @@ class RootInference:
 
 
 def is_first_step(action: Any) -> bool:
-    """Whether ``action`` is the host's mark of a step that nothing came before: the number -1."""
+    """Whether ``action`` is the host's mark of the first step of an episode: the number -1."""
     return np.ndim(action) == 0 and int(action) == NO_ACTION
 
 

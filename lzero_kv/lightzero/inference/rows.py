@@ -8,19 +8,21 @@ token stands in are masked. What stands beside a row already is not copied again
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from lzero_kv.cache.manager import KVCacheManager
-from lzero_kv.cache.transfer import to_device
+from lzero_kv.cache.transfer import sender
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
-from .attention import Columns, additive_mask
+from .attention import Columns
 
 
-class Geometry(NamedTuple):
+@dataclass(frozen=True)
+class Geometry:
     """How the windows of a model lie in the manager's storage, and beside the rows.
 
     Attributes:
@@ -33,17 +35,17 @@ class Geometry(NamedTuple):
     head_dim: int
     widths: tuple[int, ...]
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Number of layers."""
         return len(self.widths)
 
-    @property
+    @cached_property
     def window(self) -> int:
         """Columns of a window beside a row: those of the widest layer."""
         return max(self.widths)
 
-    @property
+    @cached_property
     def column(self) -> int:
         """Numbers of one token in all layers."""
         return 2 * self.layers * self.heads * self.head_dim
@@ -75,7 +77,10 @@ class ResidentRows:
         self, geometry: Geometry, manager: KVCacheManager, memory: torch.Tensor, rows: int, room: int
     ) -> None:
         self.geometry = geometry
-        self._manager = manager
+        self._storage = manager.storage
+        self._send = sender(memory.device)
+        self._seen: torch.Tensor | None = None
+        self._sources: list[tuple[slice, torch.Tensor]] = []
         self._window = geometry.window
         shape = (rows, geometry.layers, 2, geometry.heads, self._window + room, geometry.head_dim)
         self.buffer = memory[: self.elements(geometry, rows, room)].view(shape)
@@ -88,10 +93,9 @@ class ResidentRows:
     def load(self, rows: np.ndarray, slots: np.ndarray, newest: int) -> None:
         """Copy the ``newest`` tokens of stored windows (``slots`` int64 ``[N]``) beside ``rows`` (int64
         ``[N]``)."""
-        storage = self._manager.storage.tensor
-        index = to_device(slots, storage.device)
-        at = None if len(rows) == len(self.buffer) else to_device(rows, storage.device)
-        for layers, source in self.geometry.sources(storage):
+        index = self._send(slots)
+        at = None if len(rows) == len(self.buffer) else self._send(rows)
+        for layers, source in self._stored():
             width = min(newest, source.shape[4])
             source = source[..., source.shape[4] - width :, :]
             place = self.buffer[:, layers, :, :, self._window - width : self._window]
@@ -102,12 +106,18 @@ class ResidentRows:
 
     def store(self, rows: np.ndarray, slots: np.ndarray, newest: int) -> None:
         """Copy the ``newest`` columns of windows of whole histories to slots (int64 ``[N]``)."""
-        storage = self._manager.storage.tensor
         windows = self.buffer[..., self._window - newest : self._window, :]
         if len(rows) < len(self.buffer):
-            windows = windows.index_select(0, to_device(rows, storage.device))
-        ((_, place),) = self.geometry.sources(storage)
-        place[..., place.shape[4] - newest :, :].index_copy_(0, to_device(slots, storage.device), windows)
+            windows = windows.index_select(0, self._send(rows))
+        ((_, place),) = self._stored()
+        place[..., place.shape[4] - newest :, :].index_copy_(0, self._send(slots), windows)
+
+    def _stored(self) -> list[tuple[slice, torch.Tensor]]:
+        """:meth:`Geometry.sources` of the storage, whose tensor is another one after it grew."""
+        storage = self._storage.tensor
+        if storage is not self._seen:
+            self._seen, self._sources = storage, self.geometry.sources(storage)
+        return self._sources
 
     def load_path(self, steps: torch.Tensor, at: np.ndarray) -> None:
         """Copy steps beside the windows.
@@ -117,7 +127,7 @@ class ResidentRows:
             at: int64 ``[B, depth]``, which of them; right-aligned.
         """
         rows, depth = at.shape
-        tokens = steps.index_select(0, to_device(at.reshape(-1), steps.device))
+        tokens = steps.index_select(0, self._send(at.reshape(-1)))
         place = self.buffer[..., self._window : self._window + TOKENS_PER_STEP * depth, :]
         place.unflatten(-2, (depth, TOKENS_PER_STEP)).copy_(
             tokens.unflatten(0, (rows, depth)).permute(0, 2, 3, 4, 1, 5, 6)
@@ -179,8 +189,3 @@ def visible_columns(prefix: np.ndarray, path: np.ndarray, depth: int, new: int) 
     visible[..., :widest] = np.arange(widest, 0, -1) <= prefix[..., None]
     visible[..., widest : widest + depth] = (np.arange(depth, 0, -1) <= path[:, None])[:, None]
     return visible
-
-
-def column_mask(visible: np.ndarray | None, like: torch.Tensor) -> torch.Tensor | None:
-    """:func:`visible_columns` for attention of one new token, ``[B, 1 or layers, 1, columns]``."""
-    return None if visible is None else additive_mask(visible[:, :, None], like)

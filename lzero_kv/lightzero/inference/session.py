@@ -167,8 +167,10 @@ class InferenceSession:
     ) -> WindowsBeside:
         """Whole histories for the pass of other tokens to compute; ``out`` and ``rows`` as of
         :class:`WindowsBeside`, other arguments as of :meth:`prefilled`."""
-        x, _, rotation = self.placed(tokens, lengths, next_positions)
-        return WindowsBeside(x, rotation, causal_mask(lengths, tokens.shape[1], tokens), out, rows)
+        columns = np.arange(-tokens.shape[1], 0)
+        places = self.positions.at(lengths[:, None] + columns, next_positions[:, None] + columns)
+        x = tokens if places.added is None else tokens + places.added
+        return WindowsBeside(x, places.rotation, causal_mask(lengths, len(columns), tokens), out, rows)
 
     def memory(self, elements: int) -> torch.Tensor:
         """Working memory of a root inference or a search, one at a time.
@@ -196,11 +198,14 @@ class InferenceSession:
             check_finite_latents(root_latents)
         roots = latest or self._roots_of_latents(root_latents, timestep)
         static = self._static if self._static is not None and self._static.serves(rows) else None
+        # before the pool takes what is left of max_bytes
+        step_memory = None if static is None else self.manager.search_memory(static.elements(simulations))
+        static = None if step_memory is None else static
         longest = int(roots.lengths.max()) + TOKENS_PER_STEP * simulations
         derived = rows * simulations if self.exact and longest > self.window.kept else 0
         windows = derived + (0 if roots.stored else rows)
-        if static is not None:
-            windows = max(windows, static.rows * (simulations + 1))
+        if static is not None and windows:
+            windows = static.rows * (simulations + 1 if derived else 1)
         self.manager.begin_search(min(windows, rows), windows, upfront=static is not None)
         capacity = self.manager.window_bound
         begun = SearchBegun(root_latents, timestep, roots.stored, roots.next_positions, capacity)
@@ -209,8 +214,8 @@ class InferenceSession:
         steps = simulations
         if self.exact and int(roots.lengths.min()) + TOKENS_PER_STEP > self.window.kept:
             steps = 0  # every child gets a derived window
-        if static is not None:
-            return CompiledSearch(static, self, roots, simulations, steps)
+        if static is not None and step_memory is not None:
+            return CompiledSearch(static, self, roots, simulations, step_memory, steps)
         while self.exact and steps:
             # nodes whose steps have no room get windows of their own, which can be evicted
             memory = self.manager.search_memory(Search.elements(self, rows, simulations, steps))

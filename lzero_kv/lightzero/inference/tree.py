@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lzero_kv.cache.transfer import to_device
+from lzero_kv.cache.transfer import sender
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
 ROOT = 0
@@ -79,6 +79,7 @@ class SearchTree:
         self._exact = exact
         self._stored_steps = stored_steps
         self._rows = np.arange(rows)
+        self._send = sender(tokens.device)
         self._next_positions = next_positions
         self._root_width = width
         nodes = simulations + 1
@@ -137,13 +138,13 @@ class SearchTree:
         """Raw embeddings ``[N, columns, embed]`` of the newest tokens of nodes' histories; ``rows`` and
         ``nodes`` int64 ``[N]``."""
         shown = self._shown[nodes, rows, self._kept - columns :]
-        at = to_device((shown + (rows * self.tokens.shape[1])[:, None]).reshape(-1), self.tokens.device)
+        at = self._send((shown + (rows * self.tokens.shape[1])[:, None]).reshape(-1))
         return self.tokens.flatten(0, 1).index_select(0, at).unflatten(0, shown.shape)
 
     def shown(self, parents: Parents) -> np.ndarray:
-        """Rows of ``tokens.flatten(0, 1)`` that the nodes' histories show, int64 ``[B, kept]``."""
+        """Rows of ``tokens.flatten(0, 1)`` that the nodes' windows show, int64 ``[B, kept]``."""
         begins = self._rows * self.tokens.shape[1]
-        return self._shown[parents.nodes, self._rows] + begins[:, None]
+        return self._shown[parents.windows, self._rows] + begins[:, None]
 
     def lengths(self, rows: np.ndarray, nodes: np.ndarray) -> np.ndarray:
         """Tokens of nodes' histories; int64 ``[N]`` each."""
@@ -159,7 +160,7 @@ class SearchTree:
         return self._root_width + TOKENS_PER_STEP * self.expanded
 
     def keep_steps(self, simulations: int) -> None:
-        """Say whose steps are stored: those of so many simulations."""
+        """Set the number of simulations whose steps are stored."""
         self._stored_steps = simulations
 
     def will_derive(self, parents: Parents) -> np.ndarray:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lzero_kv.lightzero.inference.static import runners
 from torch._dynamo.utils import counters
 
+from lzero_kv.lightzero.inference import backends
+
 from .direct import Drive, Step, largest_difference
-from .test_engines import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, scale
+from .test_backends import ROWS, SIMULATIONS, TOLERANCE, UNEVEN, model_of, scale
 
 CHANGING = [*UNEVEN, Step((0, 1, 2), before=lambda model: scale(model, 0.9)), *UNEVEN[4:]]
 """Uneven rows, full windows, environments that come and go, weights that change."""
@@ -21,7 +22,7 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a C
 
 
 @pytest.mark.parametrize(
-    ('engine', 'device'),
+    ('backend', 'device'),
     [
         ('compile', 'cpu'),
         pytest.param('compile', 'cuda', marks=NEEDS_CUDA),
@@ -33,13 +34,13 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a C
     [(torch.float64, 'tiny'), (torch.float32, 'cartpole')],
     ids=['learned-float64', 'rotary-float32'],
 )
-def test_answers_equal_those_of_the_eager_engine(
-    dtype: torch.dtype, family: str, engine: str, device: str, monkeypatch: pytest.MonkeyPatch
+def test_answers_equal_those_of_the_eager_backend(
+    dtype: torch.dtype, family: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = _count(monkeypatch, engine)
+    made = _count(monkeypatch, backend)
     models = [
         model_of(kind, family, dtype=dtype, kv_cache=dict(window='rebuild')).to(device)
-        for kind in ('eager', engine)
+        for kind in ('eager', backend)
     ]
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)  # a fall-back would hide what is tested
@@ -47,19 +48,19 @@ def test_answers_equal_those_of_the_eager_engine(
         compiled = counters['stats']['unique_graphs']
         plays = [Drive(model, ROWS, SIMULATIONS, seed=1).play(CHANGING) for model in models]
     assert largest_difference(plays[1], plays[0]) < TOLERANCE[dtype]
-    assert made == ['moved', 'plain'] or made == ['plain', 'moved'], 'once for each kind of step'
+    assert made == ['deriving', 'plain'] or made == ['plain', 'deriving'], 'once for each kind of step'
     assert counters['stats']['unique_graphs'] == compiled, 'nothing is compiled again'
 
 
-def _count(monkeypatch: pytest.MonkeyPatch, engine: str) -> list[str]:
+def _count(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
     made: list[str] = []
-    make = runners.RUNNERS[engine]
+    make = backends.RUNNERS[backend]
 
     def counted(function: Any, inputs: Any) -> Any:
         made.append(function.__name__)
         return make(function, inputs)
 
-    monkeypatch.setitem(runners.RUNNERS, engine, counted)
+    monkeypatch.setitem(backends.RUNNERS, backend, counted)
     return made
 
 

@@ -1,4 +1,4 @@
-"""What inference runs in place of the host's modules: the same numbers, and the weights of now."""
+"""Functions in place of the host's modules: the same numbers, by the weights of the moment."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lzero_kv.lightzero.inference import weights as prepared
-from lzero_kv.lightzero.inference.weights import Prepared, affine, sequence
+from lzero_kv.lightzero.inference import weights
+from lzero_kv.lightzero.inference.weights import affine, layers_of
 from testing.episodes import Episodes
 from testing.judging import judge_nodes, judge_roots
 from testing.models import make_policy, world_model_of
@@ -20,17 +20,13 @@ ROUNDING = dict(rtol=1e-5, atol=1e-5)
 @pytest.fixture
 def everything_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models of these tests are narrower than those whose weights are packed by default."""
-    monkeypatch.setattr(prepared, 'PACKED_ELEMENTS', 1)
-
-
-def packs() -> bool:
-    return prepared._packs(torch.zeros(1 << 9, 1 << 9))
+    monkeypatch.setattr(weights, 'PACKED_ELEMENTS', 1)
 
 
 @pytest.mark.parametrize('gelu', [None, 'none', 'tanh'])
 @pytest.mark.parametrize('rows', [1, 3, 8, 41])
 def test_packed_weights_give_the_same_numbers(everything_packed: None, rows: int, gelu: str | None) -> None:
-    if not packs():
+    if not weights.packs(torch.zeros(1 << 9, 1 << 9)):
         pytest.skip('this build of torch has no oneDNN')
     linear = nn.Linear(30, 42)
     x = torch.randn(rows, 30, generator=torch.Generator().manual_seed(rows))
@@ -62,14 +58,17 @@ def test_a_sequence_leaves_out_dropout_and_keeps_what_it_does_not_know() -> None
     )
     x = torch.randn(4, 5)
     with torch.no_grad():
-        found = sequence(modules)(x)
+        found = x
+        for layer in layers_of(modules):
+            found = layer(found)
         torch.testing.assert_close(found, modules.eval()(x), **ROUNDING)
 
 
 def test_a_hook_on_a_layer_is_called() -> None:
     linear, seen = nn.Linear(5, 7), []
     linear.register_forward_hook(lambda module, given, result: seen.append(result.shape))
-    sequence([linear])(torch.zeros(3, 5))
+    (layer,) = layers_of([linear])
+    layer(torch.zeros(3, 5))
     assert seen == [(3, 7)]
 
 
@@ -115,11 +114,10 @@ def test_the_next_search_has_the_weights_of_now(everything_packed: None, change:
         assert verdict.wrong == 0, str(verdict)
 
 
-def test_weights_that_did_not_change_are_prepared_once() -> None:
+def test_weights_that_did_not_change_are_copied_once() -> None:
     policy = make_policy('tiny', kv=True, num_simulations=3, collector_env_num=2)
     model, episodes = world_model_of(policy), Episodes(policy, range(2))
     episodes.run(1)
-    first = model.session.prepared
+    first = model.session.weights
     episodes.run(3)
-    assert model.session.prepared is first
-    assert isinstance(first, Prepared) and not first.as_host
+    assert model.session.weights is first
