@@ -146,6 +146,31 @@ def test_latents_that_no_root_inference_gave_begin_a_search_of_their_own() -> No
     assert second.value.isfinite().all()
 
 
+@pytest.mark.parametrize('root_slots', [1, 2])
+@pytest.mark.parametrize('window', ['shift', 'rebuild'])
+def test_root_slots_say_from_how_many_roots_an_environment_can_go_on(window: str, root_slots: int) -> None:
+    """With two, another action is tried from the root before the latest one, and then one from there; with
+    one, the earlier root is forgotten, and its last observation begins anew."""
+    caller = new_caller(kv_cache=dict(root_slots=root_slots, window=window))
+    oracle = Oracle(caller.model.world_model, window)
+    for _ in range(5):
+        caller.root()
+    seen, actions = caller.observations[:4], [*caller.actions[:3], [2, 0]]
+    for step in (4, 5):
+        answer = caller.root(obs_batch=seen[-1], action_batch=actions[-1], start_pos=[np.array(step)] * ROWS)
+        seen = [*seen, caller.observations[-1]]
+        history = torch.stack(seen)
+        for row in range(ROWS):
+            top = oracle.root(list(history[:, row]), [action[row] for action in actions])
+            equal = torch.allclose(answer.policy_logits[row], top.policy, rtol=0, atol=1e-9)
+            # an exact window knows no more than it shows, and is whole again two steps later
+            assert equal == (root_slots == 2 or (step == 5 and window == 'rebuild'))
+        actions = [*actions, [4, 1]]
+    roots = caller.manager.stats_snapshot()['roots']
+    assert (roots.misses == 0) == (root_slots == 2)
+    assert (roots.evictions > 0) == (root_slots == 2)
+
+
 @dataclass(frozen=True)
 class BadCall:
     """A call that must be refused with one message, and leave everything as it was."""
