@@ -1,4 +1,4 @@
-"""Faults that the manager or the engine may have, planted one at a time by patching their own methods.
+"""Faults that the manager or a search may have, planted one at a time by patching their own methods.
 
 A plant strikes as soon as there is something to hit: most need histories of some tokens, or parents below the
 roots.
@@ -33,11 +33,11 @@ class Plant:
     """A fault and how it must be recognised.
 
     Attributes:
-        plant: patches the manager or the engine.
+        plant: patches the manager or the search.
         fault: what the validation must call it.
         kind: pool in which it must be found first.
         family: whose policy it is planted in.
-        layer: the layer that must be named; None where any will do, or none is off.
+        layer: the layer that must be named; None where any will do, or none is wrong.
     """
 
     plant: Callable[[pytest.MonkeyPatch], None]

@@ -100,7 +100,7 @@ def test_the_truth_of_a_saved_finding_is_computed_again(
 def test_reanalysed_nodes_are_computed_again(
     window: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    PLANTS['another node'].plant(monkeypatch)
+    PLANTS['another path'].plant(monkeypatch)
     policy = validated_policy(
         'store', tmp_path, environments=4, num_simulations=6, on_failure='log', kv_cache=dict(window=window)
     )
@@ -192,7 +192,7 @@ def test_another_version_and_a_missing_file_are_named(
 def test_the_number_of_files_is_bounded_and_none_is_written_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    PLANTS['another node'].plant(monkeypatch)
+    PLANTS['rows swapped at roots'].plant(monkeypatch)
     for run in (1, 2):
         policy = validated_policy('store', tmp_path, on_failure='log', num_simulations=6)
         Episodes(policy, range(3), record=False).run(3)

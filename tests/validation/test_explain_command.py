@@ -21,7 +21,7 @@ from .drawn import LAYERS, a_finding
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What validation saves when the keys of layer 1 are half a unit off in all roots of the manager."""
+    """What validation saves when the keys of layer 1 are half a unit off in all stored roots."""
     folder = tmp_path_factory.mktemp('findings')
     policy = make_policy(
         'tiny',
