@@ -109,7 +109,7 @@ class Player:
             return {}
         stats = world_model.kv_cache_manager.stats_snapshot()
         numbers = {f'{kind}_hit_rate': round(of.hit_rate, 4) for kind, of in stats.items()}
-        tokens = stats['nodes'].window_tokens / stats['nodes'].queries
+        tokens = stats['nodes'].window_tokens / max(1, stats['nodes'].queries)
         return numbers | {'window_tokens_per_node_query': round(tokens, 3)}
 
 

@@ -87,14 +87,15 @@ def answer_unvisited(search: Any) -> None:
 
 def player(name: str, flag: bool, family: Any, weights: str, folder: str, device: str) -> Any:
     """The contestant of this process."""
+    if not Path(lzero.__file__).is_relative_to(folder):
+        raise RuntimeError(f'expected lzero of {folder}, got {lzero.__file__}')
+
     from measuring.contestants import Contestant, quiet
     from measuring.players import Player
     from testing.episodes import Episodes
     from testing.families import SUPPORT_SCALE
     from testing.models import make_policy, options_of_device
 
-    if not Path(lzero.__file__).is_relative_to(folder):
-        raise RuntimeError(f'expected lzero of {folder}, got {lzero.__file__}')
     make_as_released()
     support = (-float(SUPPORT_SCALE), SUPPORT_SCALE + 1.0, 1.0)
     norm = {f'final_norm_option_in_{where}': 'SimNorm' for where in ('encoder', 'head', 'obs_head')}

@@ -127,13 +127,13 @@ def _unrolled(
     """The root's answers and those along actions `branches` [K, B]; the fields of Answers but the last."""
     world_model, rows = world_model_of(subject), branches.shape[1]
     transform = InverseScalarTransform(subject._cfg.model.support_scale, 'cpu', True)
-    nodes = world_model.begin_search(world_model.latent_state.numpy(), [-1] * rows, len(branches))
+    search = world_model.begin_search(world_model.latent_state.numpy(), [-1] * rows, len(branches))
     policy = [np.array([output[row]['predicted_policy_logits'] for row in range(rows)])]
     value = [np.array([np.asarray(output[row]['predicted_value']).item() for row in range(rows)])]
     reward, latent = [], []
     for depth, actions in enumerate(branches):
-        step = nodes.expand(np.full(rows, depth), torch.from_numpy(actions))
-        scalars = expected_scalars(transform, (step.value, step.reward), as_host=False)
+        step = search.expand(np.full(rows, depth), torch.from_numpy(actions))
+        scalars = expected_scalars(transform, (step.value, step.reward))
         policy.append(step.policy[:, 0].numpy())
         value.append(scalars[0])
         reward.append(scalars[1])

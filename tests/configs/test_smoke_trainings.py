@@ -26,5 +26,6 @@ def test_the_smoke_size_trains_with_the_cache(config: str, tmp_path: Path) -> No
     (folder,) = find_runs(tmp_path)
     totals = read_run(folder).totals()
     assert totals['roots']['queries'] > 0
-    assert totals['nodes']['hits'] > 0
+    nodes = totals['nodes']  # few simulations: windows that moved may never be asked for twice
+    assert nodes['misses'] == nodes['stores'] and nodes['evictions'] == nodes['rebuilt_tokens'] == 0
     assert list(tmp_path.rglob('ckpt_best.pth.tar')) != []

@@ -16,6 +16,7 @@ import torch
 
 from lzero_kv.cache.keys import NO_SLOT, NodeKey
 from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.cache.storage import KVStorage
 from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.positions import LearnedPositions, RotaryPositions
@@ -51,12 +52,12 @@ LOADS = {RootInference: '_load', Search: '_place_windows'}
 """The method of each that brings stored windows beside their rows."""
 
 
-def within(patch: pytest.MonkeyPatch, owner: type) -> list[int]:
-    """Not empty while ``owner`` brings windows beside their rows."""
-    load, inside = getattr(owner, LOADS[owner]), list[int]()
+def within(patch: pytest.MonkeyPatch, owner: type) -> list[Any]:
+    """Holds an ``owner`` while it brings windows beside their rows."""
+    load, inside = getattr(owner, LOADS[owner]), list[Any]()
 
     def loading(self: Any, *args: Any) -> Any:
-        inside.append(1)
+        inside.append(self)
         try:
             return load(self, *args)
         finally:
@@ -68,13 +69,21 @@ def within(patch: pytest.MonkeyPatch, owner: type) -> list[int]:
 
 def looked_up(patch: pytest.MonkeyPatch, owner: type, change: Change) -> None:
     """Apply ``change`` to what the manager finds for ``owner`` (root inference, or a search)."""
-    lookup, inside = KVCacheManager.lookup, within(patch, owner)
+    find, inside = KVCachePool.find, within(patch, owner)
+    lookup = KVCacheManager.lookup
+
+    def finding(self: KVCachePool, keys: Sequence[Any]) -> list[int]:
+        slots = find(self, keys)
+        if not inside or owner is not Search:
+            return slots
+        return change(inside[-1]._manager, keys, np.array(slots)).tolist()
 
     def looking(self: KVCacheManager, keys: Any) -> np.ndarray:
         keys = list(keys)
         slots = lookup(self, keys)
-        return change(self, keys, slots) if inside else slots
+        return change(self, keys, slots) if inside and owner is RootInference else slots
 
+    patch.setattr(KVCachePool, 'find', finding)
     patch.setattr(KVCacheManager, 'lookup', looking)
 
 
@@ -88,7 +97,7 @@ def loaded(
 
     def loading(self: ResidentRows, rows: np.ndarray, slots: np.ndarray, newest: int) -> None:
         load(self, rows, slots, newest)
-        length, window = int(self._manager.lengths(slots)[0]), self.geometry.window
+        length, window = int(self._storage.lengths[slots[0]]), self.geometry.window
         if inside and length >= tokens:
             change(self.buffer[rows[0], ..., window - length : window, :].flatten(0, 1))
 
