@@ -210,7 +210,8 @@ class Search:
             place.index_copy_(0, self._send(at), kv)
             if len(slots):
                 self._resident.store(at[stays], slots, width)
-            self._without_positions(at)
+            if self._shift is not None:
+                self._without_positions(at)
             return found, None, None
         index = None if len(at) == len(rows) else self._send(at)
         window = self._window
