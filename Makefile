@@ -28,7 +28,7 @@ demo: setup  ## train UniZero on Pong for a few minutes with the cache on, then 
 	@$(BIN)/python tools/demo.py
 
 test: setup lint  ## lint, import contract, and all tests that take no network
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope -p no:benchmark
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder -p no:benchmark
 
 lint: setup  ## style and import contract
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ setup(
     extras_require={
         'lightzero': ['LightZero==0.2.0'],
         'test': ['hypothesis>=6.100', 'pytest>=8.0'],
-        'dev': ['hypothesis>=6.100', 'import-linter>=2.0', 'pytest>=8.0', 'pytest-xdist>=3.5', 'ruff>=0.6'],
+        'dev': ['hypothesis>=6.100', 'import-linter>=2.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.6'],
     },
     entry_points={'console_scripts': ['lzero-kv=lzero_kv.cli:main']},
     classifiers=[
