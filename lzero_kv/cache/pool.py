@@ -67,7 +67,7 @@ class KVCachePool:
         self.name = name
         self.first_slot = first_slot
         self.stats = CacheStats()
-        """Counters; they stay zero when ``enable_stats`` is off."""
+        """Counters; all zero where ``enable_stats`` is False."""
         self._order = EvictionOrder(self.eviction_strategy, first_slot + self.pool_size)
         self._queries = 0
         self._stores = 0

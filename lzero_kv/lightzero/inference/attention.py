@@ -134,12 +134,7 @@ def decode(
                 *window.permute(2, 0, 3, 1, 4).unbind(0), attn_mask=windows.mask
             )
             attended = torch.cat([seen.transpose(1, 2).reshape(ahead, embed), attended])
-        attended = block.project(attended)
-        x = x + attended if block.gates is None else block.gates[0](x, attended)
-        y = block.norm2(x)
-        for part in block.mlp:
-            y = part(y)
-        x = x + y if block.gates is None else block.gates[1](x, y)
+        x = block.finish(x, attended)
     return weights.norm(x)
 
 
@@ -178,12 +173,7 @@ def prefill(
         query, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         yield Projected(query, keys, values, mask)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        attended = block.project(attended.transpose(1, 2).reshape(rows * steps, embed))
-        x = x + attended if block.gates is None else block.gates[0](x, attended)
-        y = block.norm2(x)
-        for part in block.mlp:
-            y = part(y)
-        x = x + y if block.gates is None else block.gates[1](x, y)
+        x = block.finish(x, attended.transpose(1, 2).reshape(rows * steps, embed))
 
 
 def prefilled(

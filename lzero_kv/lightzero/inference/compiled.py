@@ -23,7 +23,7 @@ from lzero_kv.cache.window import TOKENS_PER_STEP
 from .attention import MASK_ROW
 from .backends import RUNNERS, Function, Run
 from .expand import NOWHERE, Search
-from .heads import StepOutputs
+from .heads import StepOutputs, predict_policy_value, predict_reward_latent
 from .tree import ROOT, Parents, SearchTree
 from .weights import InferenceWeights
 
@@ -129,20 +129,9 @@ class StepFunction:
         if deriving:
             derived = torch.stack([layer[:, :, :, : self._kept] for layer in seen], dim=1).flatten(1, 2)
             inputs.storage.index_copy_(0, numbers[:, OWN], derived)
-        reward = latent = hidden
-        for layer in weights.reward:
-            reward = layer(reward)
-        for layer in weights.latent:
-            latent = layer(latent)
+        reward, latent = predict_reward_latent(weights, hidden)
         hidden = self._append(inputs, latent[:, None], seen)
-        policy: Any = hidden
-        for layer in weights.policy:
-            policy = layer(policy)
-        if isinstance(policy, dict):
-            policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
-        value = hidden
-        for layer in weights.value:
-            value = layer(value)
+        outputs = predict_policy_value(weights, hidden)
         steps = torch.stack([layer[:, :, :, -TOKENS_PER_STEP:] for layer in seen], dim=1)
         if added is not None:
             steps = steps - added[2]
@@ -150,7 +139,7 @@ class StepFunction:
         if self._exact:
             inputs.tokens.index_copy_(0, numbers[:, TOKEN], action)
             inputs.tokens.index_copy_(0, numbers[:, TOKEN] + 1, latent)
-        return torch.cat([hidden, latent, reward, policy, value], dim=1)
+        return torch.cat([hidden, latent, reward, outputs.policy[:, 0], outputs.value[:, 0]], dim=1)
 
     def _added(self, inputs: StepInputs, path: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """What positions add to the window since it was stored, to the path and to the new tokens, with which
@@ -213,14 +202,8 @@ class StepFunction:
                 query, x, mask, count = query[:, -1:], x[:, -1:], mask[:, :, -1:], 1
             keys, values = seen[layer].unbind(1)
             attended = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
-            attended = block.project(attended.transpose(1, 2).reshape(rows * count, embed))
-            x = x.reshape(rows * count, embed)
-            x = x + attended if block.gates is None else block.gates[0](x, attended)
-            y = block.norm2(x)
-            for part in block.mlp:
-                y = part(y)
-            x = x + y if block.gates is None else block.gates[1](x, y)
-            x = x.view(rows, count, embed)
+            attended = attended.transpose(1, 2).reshape(rows * count, embed)
+            x = block.finish(x.reshape(rows * count, embed), attended).view(rows, count, embed)
         return weights.norm(x[:, -1])
 
     def _mask(self, inputs: StepInputs, count: int, before: int, like: torch.Tensor) -> torch.Tensor:

@@ -70,9 +70,9 @@ class Search:
             session.exact,
             stored_steps,
         )
-        self.room = self.columns_behind(simulations, session.window.kept)
-        size = ResidentRows.elements(geometry, rows, self.room)
-        self._resident = ResidentRows(geometry, self._manager, memory, rows, self.room)
+        room = self.columns_behind(simulations, session.window.kept)
+        size = ResidentRows.elements(geometry, rows, room)
+        self._resident = ResidentRows(geometry, self._manager, memory, rows, room)
         self._shift = session.shift_table()
         self._shown = self._resident.buffer
         if self._shift is not None:
@@ -83,7 +83,6 @@ class Search:
         self._steps = memory[size:][: stored_steps * rows * TOKENS_PER_STEP * geometry.column].view(
             -1, *shape
         )
-        self._stored_steps = stored_steps
         self._placed = np.full(rows, NOWHERE, np.int64)  # the nodes whose windows stand beside the rows
         # tokens of the nodes' windows in each layer, or in all; of derived ones known once they are computed
         self._held = np.zeros((simulations + 1, rows, roots.held.shape[1]), np.int64)

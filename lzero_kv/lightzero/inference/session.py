@@ -167,10 +167,8 @@ class InferenceSession:
     ) -> WindowsBeside:
         """Whole histories for the pass of other tokens to compute; ``out`` and ``rows`` as of
         :class:`WindowsBeside`, other arguments as of :meth:`prefilled`."""
-        columns = np.arange(-tokens.shape[1], 0)
-        places = self.positions.at(lengths[:, None] + columns, next_positions[:, None] + columns)
-        x = tokens if places.added is None else tokens + places.added
-        return WindowsBeside(x, places.rotation, causal_mask(lengths, len(columns), tokens), out, rows)
+        x, _, rotation = self.placed(tokens, lengths, next_positions)
+        return WindowsBeside(x, rotation, causal_mask(lengths, x.shape[1], x), out, rows)
 
     def memory(self, elements: int) -> torch.Tensor:
         """Working memory of a root inference or a search, one at a time.

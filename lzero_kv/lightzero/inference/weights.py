@@ -52,6 +52,15 @@ class BlockWeights:
         (self.project,) = layers_of([attention.proj], packed)
         self.mlp = layers_of(block.mlp, packed)
 
+    def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The block's output for inputs ``x`` and what attention made of them, both ``[N, embed]``."""
+        attended = self.project(attended)
+        x = x + attended if self.gates is None else self.gates[0](x, attended)
+        y = self.norm2(x)
+        for part in self.mlp:
+            y = part(y)
+        return x + y if self.gates is None else self.gates[1](x, y)
+
     def refresh(self) -> None:
         """Copy the weights of query, key and value again, to where they were."""
         if self._joined is not None:
