@@ -333,8 +333,8 @@ class BudgetedCache:
         self._counts[layer] = [min(count, limit) for count in self._counts[layer]]
 
     def _rows_to_measure(self, layer: int, window_seen: bool) -> list[int]:
-        """Rows whose preference is measured: all at a block of a window's size, whose variance means something,
-        and those that have none yet."""
+        """Rows whose preference is measured: all at a block of a window's size, whose variance means
+        something, and those that have none yet."""
         if not self._allocation.needs_preference:
             return []
         if self._steps < 0 and window_seen:

@@ -112,8 +112,8 @@ class BudgetCache(Cache):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            'a cache under a budget cannot be cropped, its dropped tokens do not come back; assisted decoding '
-            'and prompt lookup need a full cache'
+            'a cache under a budget cannot be cropped, its dropped tokens do not come back; assisted '
+            'decoding and prompt lookup need a full cache'
         )
 
     def reset(self) -> None:
@@ -184,8 +184,7 @@ class BudgetLayer(CacheLayerMixin):
             return mask
         if block == 1 and tokens.all_real(number):
             return None
-        far = self._window is not None and block > 1 and max(tokens.seen) > self._window
-        return visible(held, block, self._window if far else None, heads)
+        return visible(held, block, self._window, heads)
 
     def end(self, queries: torch.Tensor, scale: float | None) -> None:
         """Take in the queries of the block, and drop what is over the budget."""
