@@ -25,6 +25,8 @@ def budget_attention(
     layer = getattr(key, 'budget_layer', None)
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    # the layer holds these keys: without the way back both are freed with the last reference
+    del key.budget_layer
     if others.get('output_attentions'):
         raise ValueError('output_attentions=True is not possible under a budget; leave it out')
     mask = layer.begin(attention_mask, query)
