@@ -1,0 +1,1 @@
+"""Experiments: tasks, methods, scores, sweeps and their reports."""

@@ -1,0 +1,138 @@
+"""Measurement of methods on documents, shared by any number of processes and resumed after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lzero_kv.llm.experiment.claims import CLAIMS, Claims
+from lzero_kv.llm.experiment.rows import ROWS, Row, RowFile, Unit
+
+
+class Measured(Protocol):
+    """What a sweep needs to know of a document."""
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def name(self) -> str:
+        """Unlike that of every other document of the task."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Tokens; progress is counted in them."""
+        ...
+
+
+Score = Callable[[Any], Iterable[Row]]
+"""The rows of one document, one for each method."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a sweep stands, all processes together."""
+
+    documents: int
+    """Documents of the sweep."""
+    done: int
+    """Documents with all their rows."""
+    tokens: int
+    """Tokens of the documents."""
+    tokens_done: int
+    """Tokens of the documents with all their rows."""
+    current: str
+    """Task and name of the document in work here; empty where there is none."""
+    waiting: bool
+    """Whether that document is in work in another process, whose end is waited for."""
+
+
+Watch = Callable[[Progress], None]
+
+
+class Sweep:
+    """The rows of a sweep in a folder, and what is left to measure.
+
+    Arguments:
+        folder: of the rows; it is created where it is missing.
+        header: what the sweep is, with the names of the methods as ``methods``; see :class:`RowFile`.
+
+    Raises:
+        RowsError: the folder holds another sweep.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._file = RowFile(folder / ROWS, header, header['methods'])
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows so far, in the order in which they were written."""
+        return list(self._file.rows)
+
+    def left(self, documents: Iterable[Measured]) -> list[Measured]:
+        """The documents that have no rows yet."""
+        return [document for document in documents if unit_of(document) not in self._file.done]
+
+    def run(
+        self, documents: Sequence[Measured], score: Score, watch: Watch = lambda progress: None
+    ) -> list[Row]:
+        """Measure the documents that have no rows yet, and return all rows.
+
+        Several processes may do so at the same time: each document is measured by one of them. It returns
+        when all rows are there: a process with nothing left to begin waits for the others, and takes over the
+        document of one that died.
+
+        Arguments:
+            documents: the same, in the same order, in every process.
+            score: measures one document.
+            watch: is told before and after each document.
+
+        Raises:
+            ValueError: two documents have the same task and name.
+        """
+        _check_names(documents)
+        with Claims(self.folder / CLAIMS) as claims:
+            for wait in (False, True):
+                for index, document in enumerate(documents):
+                    if not self.left([document]):
+                        continue
+                    watch(self.progress(documents, document, waiting=wait))
+                    with claims.claimed(index, wait=wait) as mine:
+                        self._file.refresh()  # its last holder may have written the rows
+                        if mine and self.left([document]):
+                            watch(self.progress(documents, document))
+                            self._file.append(score(document))
+                    watch(self.progress(documents))
+        return self.rows
+
+    def progress(
+        self, documents: Sequence[Measured], current: Measured | None = None, *, waiting: bool = False
+    ) -> Progress:
+        """Where the sweep stands."""
+        left = self.left(documents)
+        tokens, tokens_left = (sum(one.size for one in some) for some in (documents, left))
+        return Progress(
+            documents=len(documents),
+            done=len(documents) - len(left),
+            tokens=tokens,
+            tokens_done=tokens - tokens_left,
+            current='' if current is None else f'{current.task} {current.name}',
+            waiting=waiting,
+        )
+
+
+def unit_of(document: Measured) -> Unit:
+    """The key of a document's rows."""
+    return document.task, document.name
+
+
+def _check_names(documents: Sequence[Measured]) -> None:
+    units = [unit_of(document) for document in documents]
+    if twice := sorted({unit for unit in units if units.count(unit) > 1}):
+        raise ValueError(f'each document of a task needs a name of its own, got twice: {twice}')
