@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,22 +22,25 @@ class Preference(NamedTuple):
 
 
 def dispersion_and_shift(
-    attention: torch.Tensor, evictable: torch.Tensor
+    attention: torch.Tensor, evictable: torch.Tensor, queries: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``H = -sum a log a`` over heads, queries and keys, and ``V``: the sum over heads and keys of the sample
     variance over the queries, 0 for a single one (CAKE).
 
     Arguments:
-        attention: ``[B, heads, W, n]``, probabilities of the last ``W`` queries. A row with a key that may be
-            evicted is longer than the window, so that none of its queries is padding.
-        evictable: bool ``[B, n]``: the keys that count.
+        attention: ``[B, heads, W, n]``, probabilities of the last ``W`` queries, 0 for a query that is
+            padding. What is not finite counts as 0.
+        evictable: bool ``[B, G, n]``: the keys that count; ``G`` divides ``heads``.
+        queries: int64 ``[B, 1]``: the last ones of the ``W`` queries that are no padding; None for all.
 
     Returns:
         ``[B]`` each, ``H`` in nats; float32 (float64 for a float64 attention).
     """
-    attention = at_least_float32(attention)
-    attention = torch.where(evictable[:, None, None], attention, attention.new_zeros(()))
-    queries = torch.full((1, 1), attention.shape[2], device=attention.device)
+    attention = torch.nan_to_num(at_least_float32(attention), nan=0.0, posinf=0.0, neginf=0.0)
+    counts = evictable.repeat_interleave(attention.shape[1] // evictable.shape[1], dim=1)[:, :, None]
+    attention = torch.where(counts, attention, attention.new_zeros(()))
+    if queries is None:
+        queries = torch.full((1, 1), attention.shape[2], device=attention.device)
     # xlogy is 0 at 0
     dispersion = -torch.special.xlogy(attention, attention).sum((1, 2, 3))
     return dispersion, query_moments(attention, queries)[1].sum((1, 2))
@@ -73,11 +77,98 @@ def layer_preference(
     """
     recent = attention[:, :, -window:]
     tokens = Tokens.of_prompt(lengths[:, None], recent.shape[3], window=window, sinks=sinks, step=step)
-    evictable = tokens.evictable[:, 0]
+    evictable = tokens.evictable
     rows = int(evictable.any(-1).sum())
     if not rows:
         return Preference(0.0, 0.0)
     return Preference(*(float(values.sum() / rows) for values in dispersion_and_shift(recent, evictable)))
+
+
+_PIECE = 256
+"""Queries whose attention is held at once where all of them are summed up."""
+
+
+@dataclass(frozen=True)
+class QueryAttention:
+    """Attention of the newest queries over the keys of a layer, computed anew from both: no more than a few
+    hundred queries are held at once, never ``[heads, n, n]``.
+
+    ``B`` rows, ``H`` key-value heads, ``G`` groups of them that keep the same tokens, ``n`` columns.
+    """
+
+    queries: torch.Tensor
+    """``[B, heads, P, head_dim]``, with their rotation; the last one is of the last column."""
+    keys: torch.Tensor
+    """``[B, H, n, head_dim]``, float32 at least."""
+    counts: torch.Tensor | None
+    """int64 ``[B]``: the last ones of the queries that are no padding; None for all."""
+    hidden: torch.Tensor | None
+    """bool ``[B, G, n]``: columns that hold no token; None for none."""
+    positions: torch.Tensor | None
+    """int64 ``[B, G, n]``, where a query sees :attr:`reach` positions alone; None where it sees all."""
+    reach: int
+    """Positions that a query sees, its own included."""
+    scale: float
+    """Factor of the products."""
+
+    def newest(self, window: int) -> torch.Tensor:
+        """``[B, heads, min(window, P), n]``: probabilities of the last queries, 0 for padding."""
+        first = max(0, self.queries.shape[2] - window)
+        probabilities = self._probabilities(first, self.queries.shape[2])
+        real = self._real(first, self.queries.shape[2])
+        return probabilities if real is None else probabilities * real[:, None, :, None]
+
+    def count(self, queries: int) -> torch.Tensor:
+        """int64 ``[B, 1]``: how many of the last ``queries`` are no padding."""
+        if self.counts is None:
+            return torch.full((self.keys.shape[0], 1), queries, device=self.keys.device)
+        return self.counts[:, None].clamp(max=queries)
+
+    def accumulated(self, groups: int, decay: float, before: torch.Tensor | None) -> torch.Tensor:
+        """``[B, groups, n]``: ``s <- decay s + a_q`` for every query, mean over a group's heads; from
+        ``before`` (of the first columns) on."""
+        total, columns = self.queries.shape[2], self.keys.shape[2]
+        sums = self.keys.new_zeros(self.keys.shape[0], groups, columns)
+        for first in range(0, total, _PIECE):
+            end = min(total, first + _PIECE)
+            ages = torch.arange(total - 1 - first, total - 1 - end, -1, device=self.keys.device)
+            weights = (decay**ages).to(self.keys.dtype)[None]
+            real = self._real(first, end)
+            weights = weights if real is None else weights * real
+            seen = weights[:, None, None] @ self._probabilities(first, end)
+            sums[..., : seen.shape[3]] += mean_of_groups(seen[:, :, 0], groups)
+        if before is not None:
+            sums[..., : before.shape[2]] += decay ** self.count(total)[..., None] * before
+        return sums
+
+    def _real(self, first: int, end: int) -> torch.Tensor | None:
+        """``[B, end - first]``: 1 for a query, 0 for padding."""
+        if self.counts is None:
+            return None
+        number = torch.arange(first, end, device=self.keys.device)
+        return (number >= self.queries.shape[2] - self.counts[:, None]).to(self.keys.dtype)
+
+    def _probabilities(self, first: int, end: int) -> torch.Tensor:
+        """``[B, heads, end - first, m]`` over the ``m`` columns up to the last one of these queries."""
+        rows, heads, total, head_dim = self.queries.shape
+        block, columns = end - first, self.keys.shape[2] - total + end
+        keys = self.keys[:, :, :columns]
+        queries = self.queries[:, :, first:end].to(keys.dtype)
+        grouped = queries.reshape(rows, keys.shape[1], -1, head_dim)
+        logits = (grouped @ keys.transpose(2, 3)).mul_(self.scale)
+        logits = logits.view(rows, keys.shape[1], -1, block, columns)
+        # the smallest number instead of -inf: a query that is padding sees nothing and must not become NaN
+        least = torch.finfo(logits.dtype).min
+        later = torch.ones(block, block, dtype=torch.bool, device=keys.device).triu_(1)
+        logits[..., columns - block :].masked_fill_(later, least)
+        if self.hidden is not None:
+            logits.masked_fill_(self.hidden[:, :, None, None, :columns], least)
+        if self.positions is not None:
+            own = self.positions[..., columns - block : columns, None]
+            far = self.positions[..., None, :columns] <= own - self.reach
+            logits.masked_fill_(far[:, :, None], least)
+        probabilities = torch.nan_to_num(logits.softmax(-1), nan=0.0)
+        return probabilities.view(rows, heads, block, columns)
 
 
 class AttentionRecord:
@@ -88,7 +179,7 @@ class AttentionRecord:
     Arguments:
         groups: ``G``; divides the query heads.
         window: queries that are remembered.
-        decay: factor of the accumulated attention at each observation, ``rho``.
+        decay: factor of the accumulated attention at each query, ``rho``.
         reads: what to keep, of ``'accumulated'`` and ``'recent'``; the latter takes ``heads * window``
             numbers for a token.
     """
@@ -99,22 +190,20 @@ class AttentionRecord:
         self.decay = decay
         self.reads = frozenset(reads)
         self.accumulated: torch.Tensor | None = None
-        """``[B, G, n]``: ``s <- decay s + sum_q a_q`` at every observation, mean over a group's heads."""
+        """``[B, G, n]``: ``s <- decay s + a_q`` for every query, mean over a group's heads."""
         self.recent: torch.Tensor | None = None
         """``[B, heads, window, n]``: attention of the last queries; 0 where there was none."""
         self.queries: torch.Tensor | None = None
         """int64 ``[B, G]``: the last ones of those queries that are no padding."""
 
-    def observe(
-        self, attention: torch.Tensor, lengths: torch.Tensor, *, token_by_token: bool = False
-    ) -> None:
+    def observe(self, attention: torch.Tensor, lengths: torch.Tensor) -> None:
         """Take in the attention of a block of new tokens over all tokens that are held, themselves included.
+        Every token of the block is an observation of its own.
 
         Arguments:
             attention: ``[B, heads, Q, n]``, probabilities; the last of the ``Q`` queries is the newest token.
                 What it says about padding is not read.
             lengths: int64 ``[B, G]``: tokens of each row, the new ones included.
-            token_by_token: accumulate as if every token of the block were observed by itself.
         """
         if not self.reads:
             return
@@ -128,7 +217,7 @@ class AttentionRecord:
         attention = at_least_float32(attention.detach())
         attention = torch.where(keys[:, :, None] & rows[..., None], attention, attention.new_zeros(()))
         if 'accumulated' in self.reads:
-            self._accumulate(attention, token_by_token)
+            self._accumulate(attention)
         if 'recent' in self.reads:
             self._remember(attention, queries)
 
@@ -158,9 +247,9 @@ class AttentionRecord:
         mean, variance = query_moments(self.recent, self.queries.repeat_interleave(shares, dim=1))
         return mean_of_groups(mean, self.groups), mean_of_groups(variance, self.groups)
 
-    def _accumulate(self, attention: torch.Tensor, token_by_token: bool) -> None:
+    def _accumulate(self, attention: torch.Tensor) -> None:
         decay, block = self.decay, attention.shape[2]
-        if token_by_token and decay < 1:
+        if decay < 1:
             ages = torch.arange(block - 1, -1, -1, device=attention.device)
             attention, decay = attention * (decay**ages)[:, None], decay**block
         new = mean_of_groups(attention.sum(2), self.groups)

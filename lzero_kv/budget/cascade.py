@@ -2,65 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lzero_kv.budget.allocation import allocate
-from lzero_kv.budget.attention import AttentionRecord, Preference, layer_preference
-from lzero_kv.budget.config import BudgetConfig
+from lzero_kv.budget.attention import (
+    AttentionRecord,
+    Preference,
+    QueryAttention,
+    at_least_float32,
+    dispersion_and_shift,
+)
+from lzero_kv.budget.config import BudgetConfig, Sizes
 from lzero_kv.budget.layer import LayerCache
 
 
 class BudgetedCache:
-    """Keys and values of one batch of prompts, each layer within its budget. A new prompt needs a new cache;
-    nothing is kept anywhere else.
+    """Keys and values of one batch of sequences, each layer within its budget.
 
-    For each block of tokens (the prompt first, then usually single tokens) and each layer in order: call
-    :meth:`append`, attend over what it returns, call :meth:`observe` with the attention.
+    A new prompt needs a new cache; nothing is kept anywhere else.
 
-    While the prompt passes through the layers, budgets of the layers seen so far are computed again at the
-    same total and those layers shrink (CAKE's cascade), so that no more than the total and one full layer are
-    held. The weights of the layers are taken from the first block. Later a layer drops tokens when it is over
-    its budget; a layer's budget rises only while it holds every token it has seen.
+    For each block of tokens (a prompt, a part of one, the next token) and each layer in order: :meth:`join`
+    the block to the keys and values that the layer holds, :meth:`append` it, attend, and :meth:`observe` the
+    queries. Rows of a batch have budgets of their own, so a row is treated as if it were alone.
+
+    While the first block passes through the layers, budgets of the layers seen so far are computed again at
+    the same total and those layers shrink (CAKE's cascade), so that no more than the total and one full layer
+    are held. Where every further layer changes the weights (``allocation='attention_based'`` with ``alpha`` <
+    1) the layers shrink behind the last one.
+
+    Later blocks are cut to the budgets as they pass. Single tokens are appended without a choice; every
+    ``interval`` tokens the queries since the last choice are read and a layer is cut so far that the next
+    tokens fit. The total follows the tokens seen, and the slots are shared out again at each choice; a layer
+    gets no more than it can hold. ``dynamic=False`` leaves the slots as the prompt made them.
 
     Arguments:
-        config: what was chosen.
+        config: what was chosen. A sequence that is too short for it keeps window, sinks and ``interval``
+            other tokens in each layer.
         layers: layers of the model.
-        context: tokens that ``config.ratio`` is meant for: those of the prompt, or of a full window.
-        cascade: whether layers shrink before the last one has seen the prompt. The kept tokens are the same.
-
-    Raises:
-        ValueError: the budget does not hold what is always kept, or ``cascade`` with weights that every
-            further layer changes (``allocation='attention_based'`` with ``alpha`` < 1).
+        limits: for each layer the newest tokens that it holds at most (a sliding window less one), None for
+            all.
+        dynamic: whether the slots move while single tokens are appended.
+        interval: single tokens between two choices, at least 1; fewer where ``config.tokens`` is small.
+        scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
     """
 
-    def __init__(self, config: BudgetConfig, layers: int, context: int, *, cascade: bool = True) -> None:
+    def __init__(
+        self,
+        config: BudgetConfig,
+        layers: int,
+        *,
+        limits: Sequence[int | None] | None = None,
+        dynamic: bool = True,
+        interval: int = 8,
+        scale: float | None = None,
+    ) -> None:
         self._allocation, self._selection = config.allocator(), config.selector()
-        if cascade and not self._allocation.cascades:
-            raise ValueError(
-                f'alpha={config.alpha} mixes with the mean over all layers, and budgets of earlier layers '
-                f'could rise when their tokens are gone; write alpha=1.0, or cascade=False to shrink all '
-                f'layers at the end'
-            )
         self.config = config
         self.layers = layers
-        self.sizes = config.sizes(layers, context)
-        self.cascade = cascade
-        self.slots: tuple[int, ...] = ()
-        """Tokens that each layer seen so far may hold."""
+        self.limits = tuple(limits) if limits is not None else (None,) * layers
+        self.dynamic = dynamic
+        room = interval if config.tokens is None else config.tokens - config.window - config.sinks
+        self.interval = max(1, min(interval, room))
+        self.scale = scale
+        self.cascade = self._allocation.cascades
+        """Whether layers shrink before the last one has seen the prompt."""
+        self.seen: list[int] = []
+        """Tokens of each row."""
+        self.slots: list[tuple[int, ...]] = []
+        """For each row the tokens that each layer seen so far may hold."""
+        self.preferences: list[list[Preference]] = []
+        """For each row what was read of each layer's attention at the last block of a window's size."""
         self.peak_tokens = 0
         """Most tokens of all layers together that were held at once, for each row."""
         self._held: list[LayerCache] = []
-        self._preferences: list[Preference] = []
-        self._seen = 0
+        self._counts: list[list[int]] = []  # for each layer the tokens of each row, at most
+        self._whole: list[bool] = []  # whether no token was dropped for the budget
+        self._joined: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._added: list[int] = []
         self._block = 0
-        self._shared_out_at = 0
+        self._first = True
+        self._steps = -1  # single tokens since the last longer block; -1 in such a block
         self._waiting: int | None = None
         self._turn = 0
 
     @property
     def reads_attention(self) -> bool:
-        """Whether :meth:`observe` needs the attention."""
-        return self._allocation.needs_preference or bool(self._selection.reads)
+        """Whether :meth:`observe` reads the queries."""
+        return not self._keeps_everything and (
+            self._allocation.needs_preference or bool(self._selection.reads)
+        )
 
     @property
     def held_tokens(self) -> int:
@@ -72,25 +104,31 @@ class BudgetedCache:
         """Bytes of all layers, what is remembered of the attention included."""
         return sum(layer.bytes for layer in self._held)
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def __getitem__(self, layer: int) -> LayerCache:
         return self._held[layer]
 
-    def append(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None = None
-    ) -> LayerCache:
-        """Add a block of tokens to a layer.
+    def whole(self, layer: int) -> bool:
+        """Whether a layer holds every token that is within its limit."""
+        return self._whole[layer]
+
+    def all_real(self, layer: int) -> bool:
+        """Whether every column of a layer is known to hold a token."""
+        exact = self.config.step == 1 and (self.limits[layer] is None or self._whole[layer])
+        return exact and min(self._counts[layer]) == self._held[layer].columns
+
+    def join(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer with a block of new tokens behind, ``[B, heads, n + Q, head_dim]``.
 
         Arguments:
             layer: number of the layer; the layers see a block one after another.
-            keys, values: ``[B, heads, Q, head_dim]``, ``heads`` key-value heads.
-            lengths: with the first block, int64 ``[B]``: tokens of each right-aligned row; None for ``Q``.
-
-        Returns:
-            All tokens of the layer, the new ones in the last columns.
+            keys, values: of the block, ``[B, heads, Q, head_dim]``, ``heads`` key-value heads.
 
         Raises:
             RuntimeError: the call is out of order; nothing is changed.
-            ValueError: ``lengths`` with a later block, or a shape that does not fit; nothing is changed.
+            ValueError: a shape does not fit; nothing is changed.
         """
         self._check_turn(layer)
         if keys.shape != values.shape or keys.ndim != 4:
@@ -98,127 +136,321 @@ class BudgetedCache:
                 f'keys and values must both be [B, heads, Q, head_dim], got {list(keys.shape)} and '
                 f'{list(values.shape)}'
             )
-        if layer == len(self._held):
-            self._held.append(self._first_block(keys, values, lengths))
+        if layer < len(self._held):
+            held = self._held[layer]
+            expected = (*held.keys.shape[:2], keys.shape[2], held.keys.shape[3])
+            if keys.shape != expected:
+                raise ValueError(
+                    f'keys must be {list(expected)} as in the first block, got {list(keys.shape)}'
+                )
+            joined = torch.cat([held.keys, keys], dim=2), torch.cat([held.values, values], dim=2)
+            self._joined = keys.shape[2], *joined
         else:
-            self._check_next_block(self._held[layer], keys, lengths)
-            self._held[layer].append(keys, values)
-        if layer == 0:
-            self._seen += keys.shape[2]
-        self._waiting, self._block = layer, keys.shape[2]
-        self.peak_tokens = max(self.peak_tokens, self.held_tokens)
-        return self._held[layer]
+            # contiguous, as if joined: the memory of a projection is in another order
+            self._joined = keys.shape[2], keys.contiguous(), values.contiguous()
+        return self._joined[1:]
 
-    def observe(self, layer: int, attention: torch.Tensor | None = None) -> None:
-        """Take in the attention over the tokens that :meth:`append` returned, and drop what is over the
-        budget.
+    def append(self, layer: int, added: Sequence[int] | None = None) -> LayerCache:
+        """Add the block that was joined last.
+
+        Arguments:
+            layer: its layer.
+            added: for each row the tokens of the block, its last ones: the others are padding in front of a
+                row that has no tokens yet. None for all; read with the first layer.
+
+        Returns:
+            All tokens of the layer, the new ones in the last columns.
+
+        Raises:
+            RuntimeError: :meth:`join` was not called for this layer just before; nothing is changed.
+            ValueError: ``added`` does not fit; nothing is changed.
+        """
+        if self._joined is None:
+            raise RuntimeError(f'append({layer}) must follow join({layer}, ...)')
+        block, keys, values = self._joined
+        if layer == 0:
+            self._begin_block(block, keys.shape[0], added)
+        device = keys.device
+        given = None if min(self._added) == block else torch.tensor(self._added, device=device)
+        if layer == len(self._held):
+            self._held.append(self._empty(keys))
+            self._counts.append([0] * keys.shape[0])
+            self._whole.append(True)
+        held = self._held[layer]
+        held.extend(keys, values, self._positions(device), given)
+        counts = self._counts[layer]
+        self._counts[layer] = [count + new for count, new in zip(counts, self._added, strict=True)]
+        self._joined, self._waiting = None, layer
+        self.peak_tokens = max(self.peak_tokens, self.held_tokens)
+        return held
+
+    def observe(self, layer: int, queries: torch.Tensor) -> None:
+        """Take in the queries of the block that :meth:`append` added, and drop what is over the budget.
 
         Arguments:
             layer: the layer appended to last.
-            attention: ``[B, query heads, Q, n]``, probabilities of the block's ``Q`` tokens over all ``n``.
-                The last ``window`` queries suffice, unless accumulated attention is read. None where
-                :attr:`reads_attention` is False.
+            queries: ``[B, query heads, Q, head_dim]``, with their rotation; neighbouring heads share a
+                key-value head.
 
         Raises:
             RuntimeError: :meth:`append` was not called for this layer just before; nothing is changed.
-            ValueError: the attention is missing or of another shape; nothing is changed.
+            ValueError: the queries are of another shape; nothing is changed.
         """
         if self._waiting != layer:
             raise RuntimeError(
                 f'observe({layer}) must follow append({layer}), the last append was of {self._waiting}'
             )
         held = self._held[layer]
-        self._check_attention(held, attention)
+        self._check_queries(held, queries)
         self._waiting, self._turn = None, (layer + 1) % self.layers
-        if attention is not None:
-            held.observe(attention)
-        if layer == len(self._preferences):
-            self._observe_prompt(held, attention)
-            return
-        # a layer that held all it had seen may hold the new tokens too, at the cost of others
-        if layer == 0 and max(self.slots) >= self._shared_out_at:
-            self._share_out()
-        held.shrink(self.slots[layer], self._selection)
+        if self._keeps_everything:
+            self._expire(layer, held)
+        else:
+            self._take_in(layer, held, queries.detach())
+        if self.limits[layer] is not None:
+            held.trim(max(self._counts[layer]))
 
-    def _observe_prompt(self, held: LayerCache, attention: torch.Tensor | None) -> None:
-        self._preferences.append(self._preference_of(held, attention))
-        # until the next block: scored anew, tokens that are left would have other neighbours, and shrinking
-        # twice would not be shrinking once
-        held.scores = self._selection.scores(held.record, held.tokens)
-        if self.cascade or len(self._held) == self.layers:
-            self._share_out()
-            for one, slots in zip(self._held, self.slots, strict=True):
-                one.shrink(slots, self._selection)
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row ``b`` becomes what row ``rows[b]`` was (int64 ``[N]``): the beams that go on.
 
-    def _preference_of(self, held: LayerCache, attention: torch.Tensor | None) -> Preference:
-        if attention is None or not self._allocation.needs_preference:
-            return Preference(0.0, 0.0)
-        sizes = self.sizes
-        return layer_preference(
-            attention, held.lengths[:, 0], window=sizes.window, sinks=sizes.sinks, step=sizes.step
+        Raises:
+            RuntimeError: a block is under way; nothing is changed.
+        """
+        if self._turn or self._waiting is not None or self._joined is not None:
+            raise RuntimeError('rows are selected between two blocks; this block has not passed every layer')
+        chosen = rows.tolist()
+        for layer in self._held:
+            layer.select_rows(rows.to(layer.keys.device))
+        for table in (self.seen, self.slots, self.preferences, *self._counts):
+            table[:] = [table[row] for row in chosen] if table else []
+
+    # one block
+
+    @property
+    def _keeps_everything(self) -> bool:
+        return self.config.ratio == 1
+
+    def _begin_block(self, block: int, rows: int, added: Sequence[int] | None) -> None:
+        seen = self.seen or [0] * rows
+        given = [block] * rows if added is None else list(added)
+        fits = len(given) == rows and all(
+            0 <= new <= block and (new == block or not before)
+            for new, before in zip(given, seen, strict=True)
         )
-
-    def _share_out(self) -> None:
-        seen = len(self._preferences)
-        self._shared_out_at = self._seen
-        self.slots = allocate(
-            self._allocation.weights(self.layers, self._preferences)[:seen],
-            contexts=[self._seen] * seen,
-            reserved_layers=self.layers,
-            **self.sizes._asdict(),
-        )
-
-    def _first_block(
-        self, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor | None
-    ) -> LayerCache:
-        rows, heads, columns = keys.shape[:3]
-        full = torch.full((rows,), columns, device=keys.device)
-        lengths = full if lengths is None else lengths
-        if lengths.shape != (rows,) or int(lengths.min()) < 1 or int(lengths.max()) > columns:
+        if not fits:
             raise ValueError(
-                f'lengths must be {rows} integers in [1, {columns}], the columns of keys, '
-                f'got {lengths.tolist()}'
+                f'added must be {rows} integers in [0, {block}], less than {block} for a row without tokens '
+                f'alone; got {given}'
             )
-        groups, sizes, reads = heads if self.config.per_head else 1, self.sizes, self._selection.reads
-        record = AttentionRecord(groups, sizes.window, self._selection.decay, reads)
-        return LayerCache.of_prompt(keys, values, lengths, record, sizes.sinks, sizes.step)
+        self._first = not self.seen
+        if self._first:
+            self.preferences = [[] for _ in range(rows)]
+        self._steps = self._steps + 1 if not self._first and block == 1 and min(seen) else -1
+        self._block, self._added = block, given
+        self.seen = [before + new for before, new in zip(seen, given, strict=True)]
 
-    @staticmethod
-    def _check_next_block(held: LayerCache, keys: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        if lengths is not None:
-            raise ValueError('lengths belong to the first block, later ones are full; leave lengths out')
-        expected = (*held.keys.shape[:2], keys.shape[2], held.keys.shape[3])
-        if keys.shape != expected:
-            raise ValueError(f'keys must be {list(expected)} as in the first block, got {list(keys.shape)}')
+    def _empty(self, keys: torch.Tensor) -> LayerCache:
+        rows, heads = keys.shape[:2]
+        groups = heads if self.config.per_head else 1
+        sizes = self._sizes(max(self.seen))
+        record = AttentionRecord(groups, sizes.window, self._selection.decay, self._selection.reads)
+        nothing = keys[:, :, :0]
+        return LayerCache.of_prompt(
+            nothing, nothing, torch.zeros(rows, dtype=torch.int64, device=keys.device), record, sizes.sinks,
+            sizes.step,
+        )  # fmt: skip
+
+    def _positions(self, device: torch.device) -> torch.Tensor:
+        """int64 ``[B, Q]``: positions of the block; 0 for padding."""
+        ends = self.seen if len(set(self.seen)) > 1 else self.seen[:1]
+        last = torch.tensor(ends, device=device)[:, None]
+        back = torch.arange(self._block - 1, -1, -1, device=device)
+        return (last - 1 - back).clamp(min=0).expand(len(self.seen), -1)
+
+    def _take_in(self, layer: int, held: LayerCache, queries: torch.Tensor) -> None:
+        if self.reads_attention and held.queries is not None:
+            queries = torch.cat([held.queries, queries], dim=2)
+        if self._steps > 0 and self._steps % self.interval:
+            held.queries = queries if self.reads_attention else None
+            self._expire(layer, held)
+            return
+        held.queries = None
+        sizes = [self._sizes(seen) for seen in self.seen]
+        self._set_always_kept(layer, held, sizes)
+        if self.reads_attention:
+            self._read(layer, held, queries, sizes)
+        else:
+            self._expire(layer, held)
+        self._share_out(layer, sizes)
+        for number in self._layers_to_cut(layer):
+            self._cut(number, sizes)
+
+    def _sizes(self, seen: int) -> Sizes:
+        return self.config.sizes_at(seen, [_least(seen, limit) for limit in self.limits], self.interval)
+
+    def _set_always_kept(self, layer: int, held: LayerCache, sizes: Sequence[Sizes]) -> None:
+        limit = self.limits[layer]
+        gone = [0 if limit is None else max(0, seen - limit) for seen in self.seen]
+        device = held.keys.device
+        held.record.window = _of_rows([size.window for size in sizes], device)
+        held.sinks = _of_rows(
+            [max(0, size.sinks - left) for size, left in zip(sizes, gone, strict=True)], device
+        )
+
+    def _read(self, layer: int, held: LayerCache, queries: torch.Tensor, sizes: Sequence[Sizes]) -> None:
+        reading = self._reading(layer, held, queries)
+        horizon = max(size.window for size in sizes)
+        rows = self._rows_to_measure(layer, queries.shape[2] >= horizon)
+        recent = reading.newest(horizon) if rows or 'recent' in self._selection.reads else None
+        self._expire(layer, held)
+        if recent is not None and rows:
+            self._measure(layer, rows, held, recent, reading)
+        held.read(reading, recent, self._selection, horizon)
+
+    def _reading(self, layer: int, held: LayerCache, queries: torch.Tensor) -> QueryAttention:
+        block, limit, device = queries.shape[2], self.limits[layer], queries.device
+        counts = None
+        if min(self.seen) < block:
+            counts = torch.tensor(self.seen, device=device).clamp(max=block)
+        far = limit is not None and max(self.seen) > limit + 1
+        return QueryAttention(
+            queries,
+            at_least_float32(held.keys),
+            counts,
+            None if self.all_real(layer) else ~held.tokens.real,
+            held.positions if far else None,
+            0 if limit is None else limit + 1,
+            queries.shape[3] ** -0.5 if self.scale is None else self.scale,
+        )
+
+    def _expire(self, layer: int, held: LayerCache) -> None:
+        """Drop tokens that no later query sees."""
+        limit = self.limits[layer]
+        if limit is None or max(self.seen) <= limit:
+            return
+        oldest = torch.tensor([seen - limit for seen in self.seen], device=held.keys.device)
+        held.expire(oldest)
+        self._counts[layer] = [min(count, limit) for count in self._counts[layer]]
+
+    def _rows_to_measure(self, layer: int, window_seen: bool) -> list[int]:
+        """Rows whose preference is measured: all at a block of a window's size, whose variance means something,
+        and those that have none yet."""
+        if not self._allocation.needs_preference:
+            return []
+        if self._steps < 0 and window_seen:
+            return list(range(len(self.seen)))
+        return [
+            row for row, known in enumerate(self.preferences) if layer >= len(known) or not any(known[layer])
+        ]
+
+    def _measure(
+        self,
+        layer: int,
+        rows: Sequence[int],
+        held: LayerCache,
+        recent: torch.Tensor,
+        reading: QueryAttention,
+    ) -> None:
+        queries = reading.count(recent.shape[2])
+        if isinstance(held.record.window, torch.Tensor):
+            queries = queries.minimum(held.record.window[:, 0])
+            number = torch.arange(recent.shape[2], device=recent.device)
+            recent = recent * (number >= recent.shape[2] - queries)[:, None, :, None]
+        found = torch.stack(dispersion_and_shift(recent, held.tokens.evictable, queries), dim=1).tolist()
+        for row in rows:
+            known = self.preferences[row]
+            self.preferences[row] = [*known[:layer], Preference(*found[row]), *known[layer + 1 :]]
+
+    def _share_out(self, layer: int, sizes: Sequence[Sizes]) -> None:
+        known = self.layers
+        if self._first and self._allocation.needs_preference:
+            if layer + 1 < known and not self.cascade:
+                return
+            known = layer + 1
+        elif layer or not (self._steps <= 0 or self.dynamic):
+            return
+        self.slots = [self._slots_of(row, layer, known, size) for row, size in enumerate(sizes)]
+
+    def _slots_of(self, row: int, layer: int, known: int, sizes: Sizes) -> tuple[int, ...]:
+        contexts = [self._most(row, number, layer) for number in range(known)]
+        ahead = self.seen[row] + self._slack
+        full = [_least(ahead, limit) for limit in self.limits]
+        if self._sizes(ahead).total >= sum(full):
+            return tuple(contexts)
+        weights = self._allocation.weights(self.layers, self.preferences[row])
+        return allocate(weights[:known], contexts=contexts, reserved_layers=self.layers, **sizes._asdict())
+
+    @property
+    def _slack(self) -> int:
+        """Tokens that come before the next choice."""
+        return 0 if self._steps < 0 else self.interval - 1
+
+    def _most(self, row: int, number: int, layer: int) -> int:
+        """Tokens that layer ``number`` can hold at the next choice, when ``layer`` has taken in the block."""
+        if self._first:
+            return _least(self.seen[row], self.limits[number])
+        if not self.dynamic and self._steps >= 0:
+            return _least(_UNBOUNDED, self.limits[number])
+        held = self._counts[number][row] + (self._added[row] if number > layer else 0)
+        return _least(held + self._slack, self.limits[number])
+
+    def _layers_to_cut(self, layer: int) -> range:
+        if not self._first or not self._allocation.needs_preference:
+            return range(layer, layer + 1)
+        if self.cascade or layer + 1 == self.layers:
+            return range(layer + 1)
+        return range(0)
+
+    def _cut(self, layer: int, sizes: Sequence[Sizes]) -> None:
+        held, counts = self._held[layer], self._counts[layer]
+        targets = [self._target(row, layer, size) for row, size in enumerate(sizes)]
+        kept = [min(pair) for pair in zip(counts, targets, strict=True)]
+        if kept == counts:
+            return
+        held.shrink(kept[0] if len(set(kept)) == 1 else kept, self._selection)
+        self._counts[layer], self._whole[layer] = kept, False
+
+    def _target(self, row: int, layer: int, sizes: Sizes) -> int:
+        slots = self.slots[row][layer]
+        if slots >= self._most(row, layer, layer):
+            return self._counts[layer][row]
+        return max(slots - self._slack, sizes.window + sizes.sinks)
+
+    # refused calls
 
     def _check_turn(self, layer: int) -> None:
+        if self._joined is not None:
+            raise RuntimeError(f'join({layer}) while a block waits for append; call append first')
         if self._waiting is not None:
             raise RuntimeError(
-                f'append({layer}) while the attention of layer {self._waiting} is awaited; '
+                f'join({layer}) while the queries of layer {self._waiting} are awaited; '
                 f'call observe({self._waiting}, ...) first'
             )
         if layer != self._turn:
             raise RuntimeError(
-                f'layers see a block one after another: expected append({self._turn}), got append({layer})'
+                f'layers see a block one after another: expected layer {self._turn}, got layer {layer}'
             )
 
-    def _check_attention(self, held: LayerCache, attention: torch.Tensor | None) -> None:
-        if attention is None:
-            if self.reads_attention:
-                raise ValueError(
-                    f'attention must be the probabilities of the new tokens, got None; allocation='
-                    f'{self.config.allocation!r} with selection={self.config.selection!r} reads them'
-                )
-            return
-        rows, heads, columns = held.keys.shape[:3]
-        shape, block = tuple(attention.shape), self._block
-        if attention.ndim != 4 or (shape[0], shape[3]) != (rows, columns) or shape[1] % heads:
+    def _check_queries(self, held: LayerCache, queries: torch.Tensor) -> None:
+        rows, heads, _, head_dim = held.keys.shape
+        shape = tuple(queries.shape)
+        if len(shape) != 4 or (shape[0], *shape[2:]) != (rows, self._block, head_dim) or shape[1] % heads:
             raise ValueError(
-                f'attention must be [{rows}, a multiple of {heads}, Q, {columns}], got {list(shape)}'
+                f'queries must be [{rows}, a multiple of {heads}, {self._block}, {head_dim}], '
+                f'got {list(shape)}'
             )
-        least = block if 'accumulated' in self._selection.reads else min(block, self.sizes.window)
-        if not least <= shape[2] <= block:
-            raise ValueError(
-                f'attention must be of at least the last {least} queries of the block of {block}, '
-                f'got {shape[2]}'
-            )
+
+
+_UNBOUNDED = 2**40
+"""More tokens than a layer will hold."""
+
+
+def _least(tokens: int, limit: int | None) -> int:
+    return tokens if limit is None else min(tokens, limit)
+
+
+def _of_rows(numbers: Sequence[int], device: torch.device) -> int | torch.Tensor:
+    """One number where all rows have the same, else int64 ``[B, 1, 1]``."""
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return torch.tensor(numbers, device=device)[:, None, None]

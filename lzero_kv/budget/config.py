@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
@@ -77,7 +77,7 @@ class BudgetConfig(BaseModel):
     recent_ratio: Share | None = None
     """'h2o': newest tokens as a part of the context, rounded down but at least one."""
     rho: Annotated[float, Field(gt=0, le=1)] | None = None
-    """'h2o', 'hace': factor of the accumulated attention at each observation; None for 1, and for 0.95 with
+    """'h2o', 'hace': factor of the accumulated attention at each query; None for 1, and for 0.95 with
     strategy='time_decay'."""
     gamma: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 200.0
     """'cake', 'hace': weight of the variance over the queries."""
@@ -139,24 +139,42 @@ class BudgetConfig(BaseModel):
         Raises:
             ValueError: the slots do not hold what is always kept.
         """
-        window, least = self.window, self.sinks + self.minimum
-        if self.heavy_ratio is not None and self.recent_ratio is not None:
-            window = max(1, math.floor(_exact(self.recent_ratio) * context))
-            heavy = max(1, math.floor(_exact(self.heavy_ratio) * context))
-            total = layers * (window + self.sinks + heavy)
-        elif self.ratio is not None:
-            total = math.floor(_exact(self.ratio) * context * layers + Fraction(1, 2))
-        else:
-            total = layers * (self.tokens or context)
-        needed = layers * min(context, window + least)
-        if total < needed:
+        sizes, needed = self._sizes(context, [context] * layers)
+        if sizes.total < needed:
             enough = math.ceil(Fraction(1000 * needed, layers * context)) / 1000
             raise ValueError(
-                f'window={window}, sinks={self.sinks} and minimum={self.minimum} of {layers} layers need '
-                f'{needed} slots, the budget for {context} tokens has {total}; write ratio={enough} or more, '
-                f'or lower window or sinks'
+                f'window={sizes.window}, sinks={self.sinks} and minimum={self.minimum} of {layers} layers '
+                f'need {needed} slots, the budget for {context} tokens has {sizes.total}; write '
+                f'ratio={enough} or more, or lower window or sinks'
             )
-        return Sizes(total, window, self.sinks, self.minimum, self.step)
+        return sizes
+
+    def sizes_at(self, seen: int, contexts: Sequence[int], minimum: int) -> Sizes:
+        """The numbers of tokens for a sequence as long as it is now: always enough for what is always kept.
+
+        Arguments:
+            seen: tokens of the sequence.
+            contexts: tokens that each layer would hold of them without a budget.
+            minimum: slots for other tokens in each layer, where that is more than :attr:`minimum`.
+        """
+        minimum = max(minimum, self.minimum)
+        sizes, needed = self._sizes(seen, contexts, minimum)
+        return sizes._replace(total=max(sizes.total, needed), minimum=minimum)
+
+    def _sizes(self, seen: int, contexts: Sequence[int], minimum: int | None = None) -> tuple[Sizes, int]:
+        """Numbers of tokens, and the slots that are needed at least."""
+        window, least = self.window, self.sinks + (self.minimum if minimum is None else minimum)
+        layers, full = len(contexts), sum(contexts)
+        if self.heavy_ratio is not None and self.recent_ratio is not None:
+            window = max(1, math.floor(_exact(self.recent_ratio) * seen))
+            heavy = max(1, math.floor(_exact(self.heavy_ratio) * seen))
+            total = layers * (window + self.sinks + heavy)
+        elif self.ratio is not None:
+            total = math.floor(_exact(self.ratio) * full + Fraction(1, 2))
+        else:
+            total = layers * self.tokens if self.tokens else full
+        needed = sum(min(context, window + least) for context in contexts)
+        return Sizes(total, window, self.sinks, self.minimum, self.step), needed
 
     def allocator(self) -> Allocation:
         """The allocation with its parameters."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from lzero_kv.budget.attention import AttentionRecord
+from lzero_kv.budget.attention import AttentionRecord, QueryAttention
 from lzero_kv.budget.selection import Kept, Selection, select
 from lzero_kv.budget.tokens import Tokens, gather_tokens, real_columns
 
@@ -37,7 +37,10 @@ class LayerCache:
     step: int = 1
     """Tokens that are kept or dropped together."""
     scores: torch.Tensor | None = None
-    """``[B, G, n]``: scores to choose by in the place of a selection's, until tokens are appended."""
+    """``[B, G, n]``: scores to choose by in the place of a selection's; negative for a token that has none
+    yet."""
+    queries: torch.Tensor | None = None
+    """``[B, heads, p, head_dim]``: newest queries whose attention was not read yet."""
 
     @classmethod
     def of_prompt(
@@ -84,29 +87,74 @@ class LayerCache:
             added: int64 ``[B]``: tokens of the block that a row gets, its last ones; None for all. Less than
                 ``Q`` is for rows that are empty: what they do not get becomes padding.
         """
-        block = keys.shape[2]
+        held = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.extend(*held, positions, added)
+
+    def extend(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
+    ) -> None:
+        """Take over tensors that hold the tokens of this layer and a block of new ones behind: as
+        :meth:`append`, for a caller that has joined them.
+
+        Arguments:
+            keys, values: ``[B, H, n + Q, head_dim]``.
+            positions, added: as of :meth:`append`.
+        """
+        block = keys.shape[2] - self.columns
         if positions is None:
             positions = self.positions[:, 0, -1:] + 1 + torch.arange(block, device=keys.device)
-        self.scores = None
-        self.keys = torch.cat([self.keys, keys], dim=2)
-        self.values = torch.cat([self.values, values], dim=2)
+        if self.scores is not None:
+            self.scores = F.pad(self.scores, (0, block), value=-1.0)
+        self.keys, self.values = keys, values
         of_groups = positions[:, None].expand(-1, self.positions.shape[1], -1)
         self.positions = torch.cat([self.positions, of_groups], dim=2)
         self.lengths = self.lengths + (block if added is None else added[:, None])
 
-    def observe(self, attention: torch.Tensor, *, token_by_token: bool = False) -> None:
+    def observe(self, attention: torch.Tensor) -> None:
         """Record the attention of the newest tokens.
 
         Arguments:
             attention: ``[B, heads, Q, n]``, probabilities as of :meth:`AttentionRecord.observe`; with fewer
                 columns than ``n`` those of tokens before the newest, which are observed later.
-            token_by_token: accumulate as if every token of the block were observed by itself.
         """
         later = self.columns - attention.shape[3]
-        self.record.observe(attention, (self.lengths - later).clamp(min=0), token_by_token=token_by_token)
+        self.record.observe(attention, (self.lengths - later).clamp(min=0))
 
-    def choose(self, slots: int, selection: Selection) -> Kept:
-        """The tokens that stay in ``slots`` columns.
+    def read(
+        self, reading: QueryAttention, recent: torch.Tensor | None, selection: Selection, horizon: int
+    ) -> None:
+        """Score the tokens by the attention of the newest queries.
+
+        Attention of all queries is accumulated. A score that reads the last queries alone is averaged over
+        readings, ``s <- s + min(1, P / horizon) (new - s)`` after ``P`` queries, so that one number for each
+        token is all that is remembered; a token that had no score yet takes the new one.
+
+        Arguments:
+            reading: attention of the ``P`` queries since the last reading.
+            recent: ``[B, heads, min(P, horizon), n]``: that of the last ones, where the selection reads it.
+            selection: what the tokens are scored by.
+            horizon: queries of the average, at least 1.
+        """
+        record, reads = self.record, selection.reads
+        if 'accumulated' in reads:
+            record.accumulated = reading.accumulated(record.groups, record.decay, record.accumulated)
+        if 'recent' in reads and recent is not None:
+            record.recent = recent
+            record.queries = reading.count(recent.shape[2]).expand(-1, record.groups)
+        if reads:
+            new = selection.scores(record, self.tokens)
+            record.recent = record.queries = None
+            if self.scores is not None and 'recent' in reads:
+                share = min(1.0, reading.queries.shape[2] / horizon)
+                new = torch.where(self.scores < 0, new, self.scores + share * (new - self.scores))
+            self.scores = torch.where(self.tokens.evictable, new, -1.0)
+
+    def choose(self, slots: int | Sequence[int], selection: Selection) -> Kept:
+        """The tokens that stay in ``slots`` columns: of every row, or one number for each.
 
         Raises:
             ValueError: window and sinks do not fit into ``slots``.
@@ -139,14 +187,31 @@ class LayerCache:
         if self.scores is not None:
             self.scores = gather_tokens(self.scores, kept.indices)
 
-    def shrink(self, slots: int, selection: Selection) -> None:
-        """Drop the tokens that are over ``slots``, those with the lowest scores.
+    def shrink(self, slots: int | Sequence[int], selection: Selection) -> None:
+        """Drop the tokens that are over ``slots`` (of every row, or one number for each), those with the
+        lowest scores.
 
         Raises:
             ValueError: window and sinks do not fit into ``slots``; nothing is changed.
         """
-        if self.columns > slots:
+        if self.columns > (slots if isinstance(slots, int) else min(slots)):
             self.keep(self.choose(slots, selection))
+
+    def expire(self, oldest: torch.Tensor) -> None:
+        """Drop the tokens in front of position ``oldest``, int64 ``[B]``; their columns become padding."""
+        within = (self.positions >= oldest[:, None, None]) & real_columns(self.lengths, self.columns)
+        self.lengths = within.sum(-1)
+
+    def trim(self, columns: int) -> None:
+        """Drop all but the last ``columns``, where it is known that no row has more tokens."""
+        front = self.columns - columns
+        if front <= 0:
+            return
+        for owner, name, tensor in self._tensors():
+            if name not in ('lengths', 'queries'):
+                # what was not observed yet is missing behind
+                axis = 3 if name == 'recent' else 2
+                setattr(owner, name, tensor.narrow(axis, front, tensor.shape[axis] - front))
 
     def pad(self, columns: int) -> None:
         """Put empty columns in front until there are ``columns``."""
@@ -187,7 +252,7 @@ class LayerCache:
 
     def _tensors(self) -> Iterator[tuple[LayerCache | AttentionRecord, str, torch.Tensor]]:
         """Every tensor with one entry a row: whose it is, its name, itself."""
-        own = ((self, name) for name in ('keys', 'values', 'positions', 'lengths', 'scores'))
+        own = ((self, name) for name in ('keys', 'values', 'positions', 'lengths', 'scores', 'queries'))
         recorded = ((self.record, name) for name in ('accumulated', 'recent', 'queries'))
         for owner, name in (*own, *recorded):
             if (tensor := getattr(owner, name)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -23,7 +24,7 @@ class Selection(ABC):
 
     @property
     def decay(self) -> float:
-        """Factor of the accumulated attention at each observation, ``rho``."""
+        """Factor of the accumulated attention at each query, ``rho``."""
         return 1.0
 
     @abstractmethod
@@ -176,8 +177,9 @@ class Kept(NamedTuple):
     """int64 ``[B, G]``: tokens that are kept, at most ``k``."""
 
 
-def select(scores: torch.Tensor, tokens: Tokens, slots: int) -> Kept:
-    """Window, sinks, and the tokens with the highest scores; of equal ones the later.
+def select(scores: torch.Tensor, tokens: Tokens, slots: int | Sequence[int]) -> Kept:
+    """Window, sinks, and the tokens with the highest scores; of equal ones the later. A score that is not
+    finite counts as the largest or smallest finite number, one that is no number as the smallest.
 
     With ``tokens.step`` > 1 a step's tokens share the sum of their scores, and the best steps are taken until
     the next one does not fit.
@@ -185,28 +187,39 @@ def select(scores: torch.Tensor, tokens: Tokens, slots: int) -> Kept:
     Arguments:
         scores: ``[B, G, n]``; of tokens that are not evictable it is not read.
         tokens: the tokens of the layer.
-        slots: tokens to keep.
+        slots: tokens to keep, of every row or one number for each; a row with fewer tokens keeps all.
 
     Returns:
-        Indices ``[B, G, min(slots, n)]`` and lengths.
+        Indices ``[B, G, k]`` with the most slots of a row as ``k``, at most ``n``; and lengths.
 
     Raises:
-        ValueError: window and sinks do not fit into ``slots``.
+        ValueError: window and sinks do not fit into ``slots``, where that is one number.
     """
     columns = scores.shape[-1]
-    slots = min(slots, columns)
-    if slots < min(tokens.window + tokens.sinks, columns):
-        raise ValueError(
-            f'window and sinks are always kept: expected at least {tokens.window + tokens.sinks} slots, got '
-            f'{slots}; raise the budget or lower window={tokens.window}, sinks={tokens.sinks}'
-        )
+    if isinstance(slots, int):
+        _check_always_kept(min(slots, columns), tokens, columns)
+        most, room = min(slots, columns), slots
+    else:
+        most = min(max(slots), columns)
+        room = torch.tensor(slots, device=scores.device)[:, None, None]
+    bounds = torch.finfo(scores.dtype)
+    scores = torch.nan_to_num(scores, nan=bounds.min, posinf=bounds.max, neginf=bounds.min)
     worth = tokens.sum_of_steps(torch.where(tokens.evictable, scores, scores.new_zeros(())))
+    worth = worth.clamp(bounds.min, bounds.max)
     worth = torch.where(tokens.evictable, worth, worth.new_tensor(torch.inf))
     worth = torch.where(tokens.real, worth, worth.new_tensor(-torch.inf))
     # sorted from the newest token to the oldest, so that a stable sort leaves the later one in front
     best_first = columns - 1 - worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(columns, device=scores.device).expand_as(best_first)
     rank = torch.empty_like(best_first).scatter_(-1, best_first, place)
-    stays = tokens.real & (tokens.max_of_steps(rank) < slots)
-    indices = torch.where(stays, place, -1).sort(-1).values[..., columns - slots :]
+    stays = tokens.real & (tokens.max_of_steps(rank) < room)
+    indices = torch.where(stays, place, -1).sort(-1).values[..., columns - most :]
     return Kept(indices.clamp(min=0), stays.sum(-1))
+
+
+def _check_always_kept(slots: int, tokens: Tokens, columns: int) -> None:
+    if slots < min(tokens.window + tokens.sinks, columns):
+        raise ValueError(
+            f'window and sinks are always kept: expected at least {tokens.window + tokens.sinks} slots, got '
+            f'{slots}; raise the budget or lower window={tokens.window}, sinks={tokens.sinks}'
+        )

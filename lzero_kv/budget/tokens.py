@@ -21,10 +21,10 @@ class Tokens:
     """int64 ``[B, G, n]``: logical position of each token, increasing."""
     lengths: torch.Tensor
     """int64 ``[B, G]``: tokens in each row."""
-    window: int
-    """Newest tokens, never dropped."""
-    sinks: int = 0
-    """First tokens, never dropped."""
+    window: int | torch.Tensor
+    """Newest tokens, never dropped; int64 ``[B, 1, 1]`` where rows differ."""
+    sinks: int | torch.Tensor = 0
+    """First tokens, never dropped; int64 ``[B, 1, 1]`` where rows differ."""
     step: int = 1
     """Tokens that are kept or dropped together: those whose position divided by ``step`` is the same. Window
     and sinks are multiples of it; a newest step that is not complete yet counts as a step of the window."""

@@ -86,9 +86,7 @@ class KVWorldModel(WorldModel):
     def session(self) -> InferenceSession:
         """The session, made for the dtype and device that the weights have now."""
         if self._session is None:
-            self._session = InferenceSession(
-                self, self._env_num, self._num_simulations, self._search_rows
-            )
+            self._session = InferenceSession(self, self._env_num, self._num_simulations, self._search_rows)
             manager = self._session.manager
             self.keys_values_wm_list = manager.keys_values_wm_list
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list

@@ -192,7 +192,7 @@ class WindowBudget:
                 # accumulated attention is that of all queries, anything else that of the last ones
                 last = width if 'accumulated' in self._reads else min(width, window)
                 queries, mask = seen.queries[:, :, width - last :], seen.mask[:, :, width - last :]
-                layer.observe(attention_probabilities(queries, seen.keys, mask), token_by_token=True)
+                layer.observe(attention_probabilities(queries, seen.keys, mask))
             self.narrow(layer, len(layers))
             layers.append(layer)
             if len(layers) == len(self._widths):

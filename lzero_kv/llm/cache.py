@@ -1,0 +1,232 @@
+"""transformers' cache under a layer budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerCache, Preference
+from lzero_kv.llm.attention import visible, watch_attention
+from lzero_kv.llm.families import check_attention, check_family, sliding_windows
+
+
+class BudgetCache(Cache):
+    """Keys and values of one prompt and what is generated behind it, each layer within its budget.
+
+    ``model.generate(**inputs, past_key_values=BudgetCache(model.config, dict(ratio=0.25)))``. The prompt is
+    cut layer by layer while it is computed, generated tokens every few steps. A budget that covers the
+    context changes no bit. Rows of a batch have budgets of their own and may be padded on the left.
+
+    Arguments:
+        config: ``model.config``.
+        budget: a :class:`~lzero_kv.budget.BudgetConfig` or its fields as a dict. ``ratio`` is meant of the
+            tokens seen so far; a sequence that is too short for it keeps the window, the sinks and
+            ``interval`` other tokens in each layer.
+        dynamic: whether slots move while tokens are generated; False leaves them as the prompt made them.
+        interval: generated tokens between two choices.
+
+    Raises:
+        TypeError, ValueError: the model or the budget is impossible: one sentence says why.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        budget: BudgetConfig | Mapping[str, Any],
+        *,
+        dynamic: bool = True,
+        interval: int = 8,
+    ) -> None:
+        check_family(config)
+        check_attention(config)
+        self.budget = BudgetConfig.read(budget)
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise ValueError(f'interval must be an integer of at least 1, got {interval!r}')
+        self._dynamic, self._interval = dynamic, interval
+        self._windows = sliding_windows(config)
+        self._longest = getattr(config, 'max_position_embeddings', None)
+        self._tokens = self._empty()
+        watch_attention()
+        super().__init__(layers=[BudgetLayer(self, number) for number in range(len(self._windows))])
+
+    def _empty(self) -> BudgetedCache:
+        return BudgetedCache(
+            self.budget,
+            len(self._windows),
+            limits=[None if window is None else window - 1 for window in self._windows],
+            dynamic=self._dynamic,
+            interval=self._interval,
+        )
+
+    @property
+    def slots(self) -> list[tuple[int, ...]]:
+        """For each row the tokens that each layer may hold."""
+        return list(self._tokens.slots)
+
+    @property
+    def preferences(self) -> list[list[Preference]]:
+        """For each row the dispersion and shift of each layer; empty where the allocation reads none."""
+        return [list(row) for row in self._tokens.preferences]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all layers, with what is remembered of the attention."""
+        return self._tokens.bytes
+
+    @property
+    def peak_tokens(self) -> int:
+        """Most tokens of all layers together that were held at once, for each row."""
+        return self._tokens.peak_tokens
+
+    @property
+    def seen(self) -> list[int]:
+        """Tokens of each row so far, padding not counted."""
+        return list(self._tokens.seen)
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        """The tokens of a layer: ``cache[layer].positions`` int64 ``[B, G, n]``, right-aligned."""
+        return self._tokens[layer]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``b`` becomes what row ``beam_idx[b]`` was."""
+        self._tokens.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        self._tokens.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._tokens.select_rows(torch.arange(len(self._tokens.seen)).repeat_interleave(repeats))
+
+    def crop(self, *_: Any, **__: Any) -> None:
+        """Refused: dropped tokens do not come back.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            'a cache under a budget cannot be cropped, its dropped tokens do not come back; assisted decoding '
+            'and prompt lookup need a full cache'
+        )
+
+    def reset(self) -> None:
+        """Forget everything: the cache of a new prompt."""
+        self._tokens = self._empty()
+        for layer in self.layers:
+            layer.length = 0
+
+
+class BudgetLayer(CacheLayerMixin):
+    """One layer of a :class:`BudgetCache`, as transformers sees it: as long as the tokens it has seen."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, cache: BudgetCache, number: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._number = number
+        self._window = cache._windows[number]
+        self.is_sliding = self._window is not None
+        self.length = 0
+        """Columns seen so far, padding counted."""
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+        """Nothing: the first block brings device and dtype."""
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the layer with the new ones behind; :func:`budget_attention` goes on from there.
+
+        Raises:
+            ValueError: gradients are wanted, or the sequence is longer than the model.
+            RuntimeError: the layer before was not attended by :func:`budget_attention`.
+        """
+        if key_states.requires_grad:
+            raise ValueError(
+                'no gradients go through a cache under a budget; write torch.no_grad() around the call, or '
+                'use_cache=False to train'
+            )
+        block, longest = key_states.shape[2], self._cache._longest
+        if longest is not None and self.length + block > longest:
+            raise ValueError(
+                f'the model has positions for {longest} tokens (max_position_embeddings), got '
+                f'{self.length + block}; shorten the prompt or max_new_tokens'
+            )
+        keys, values = self._cache._tokens.join(self._number, key_states, value_states)
+        self.length += block
+        self.is_initialized = True
+        keys.budget_layer = self
+        return keys, values
+
+    def begin(self, mask: torch.Tensor | None, queries: torch.Tensor) -> torch.Tensor | None:
+        """Add the tokens of the block; the mask of their attention.
+
+        Arguments:
+            mask: what transformers made of the padding, bool ``[B, 1, Q, columns]``; None without any.
+            queries: of the block, ``[B, heads, Q, head_dim]``.
+
+        Raises:
+            ValueError: the mask has holes, or padding on the right.
+        """
+        tokens, number, (heads, block) = self._cache._tokens, self._number, queries.shape[1:3]
+        held = tokens.append(number, None if number else self._added(mask, block))
+        if tokens.whole(number) and (mask is None or mask.shape[-1] == held.columns):
+            return mask
+        if block == 1 and tokens.all_real(number):
+            return None
+        far = self._window is not None and block > 1 and max(tokens.seen) > self._window
+        return visible(held, block, self._window if far else None, heads)
+
+    def end(self, queries: torch.Tensor, scale: float | None) -> None:
+        """Take in the queries of the block, and drop what is over the budget."""
+        self._cache._tokens.scale = scale
+        self._cache._tokens.observe(self._number, queries)
+
+    def _added(self, mask: torch.Tensor | None, block: int) -> list[int] | None:
+        """Tokens of the block in each row, read from the mask: a token sees itself, padding sees nothing."""
+        if mask is None:
+            return None
+        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        own = seen.diagonal(seen.shape[2] - block, dim1=1, dim2=2)
+        added, visible_last = own.sum(1).tolist(), seen[:, -1].sum(1).tolist()
+        before = self._cache._tokens.seen or [0] * len(added)
+        padded_left = own.long().diff(dim=1).ge(0).all().item()
+        longest = [least(count + new, self._window) for count, new in zip(before, added, strict=True)]
+        inside = any(count and new < block for count, new in zip(before, added, strict=True))
+        if not padded_left or inside or visible_last != [*longest]:
+            raise ValueError(
+                'a cache under a budget takes padding on the left of a row alone, without holes; write '
+                "tokenizer.padding_side = 'left'"
+            )
+        return added
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Columns that a full cache would have, and the first one's number."""
+        block = query_length if isinstance(query_length, int) else query_length.shape[0]
+        first = 0 if self._window is None else max(0, self.length - self._window + 1)
+        return self.length - first + block, first
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Tokens seen so far, padding counted: positions follow from it."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+def least(tokens: int, most: int | None) -> int:
+    """``tokens``, or ``most`` where that is less."""
+    return tokens if most is None else min(tokens, most)

@@ -1,0 +1,74 @@
+"""The switch that gives every prompt of a model a cache under a budget."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicCache
+
+from lzero_kv.budget import BudgetConfig
+from lzero_kv.llm.cache import BudgetCache
+
+_enabled: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+
+
+def enable(model: Any, budget: BudgetConfig | Mapping[str, Any], **options: Any) -> Any:
+    """Give every prompt of a model a :class:`BudgetCache` of its own, until :func:`disable`.
+
+    Nothing is written on the model or its configuration: a forward hook puts the cache in the place of the
+    empty one that ``generate`` made. Enabling again replaces the budget.
+
+    Arguments:
+        model: a causal language model of transformers.
+        budget, options: as of :class:`BudgetCache`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError, ValueError: the model or the budget is impossible; nothing is changed.
+    """
+    base = _base_of(model)
+    chosen = BudgetConfig.read(budget)
+    BudgetCache(base.config, chosen, **options)
+    disable(model)
+    name = 'cache' if 'cache' in inspect.signature(base.forward).parameters else 'past_key_values'
+
+    def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get('cache', kwargs.get('past_key_values'))
+        wanted = kwargs.get('use_cache')
+        if given is None and not (module.config.use_cache if wanted is None else wanted):
+            return None
+        if isinstance(given, BudgetCache):
+            return None
+        if given is not None and not (type(given) is DynamicCache and not given.get_seq_length()):
+            raise TypeError(
+                f'this model runs under a budget: past_key_values must be a BudgetCache, an empty '
+                f'DynamicCache or None, got {type(given).__name__}; write lzero_kv.llm.disable(model) first, '
+                f'static, compiled and paged caches have no budget'
+            )
+        others = {key: value for key, value in kwargs.items() if key not in ('cache', 'past_key_values')}
+        return args, {**others, name: BudgetCache(module.config, chosen, **options)}
+
+    _enabled[base] = base.register_forward_pre_hook(give_cache, with_kwargs=True)
+    return model
+
+
+def disable(model: Any) -> Any:
+    """Undo :func:`enable`; a model that is not enabled stays as it is. Returns the model."""
+    handle = _enabled.pop(_base_of(model), None)
+    if handle is not None:
+        handle.remove()
+    return model
+
+
+def _base_of(model: Any) -> Any:
+    base = getattr(model, 'base_model', None)
+    if not isinstance(base, nn.Module) or not hasattr(base, 'config'):
+        raise TypeError(f'expected a language model of transformers, got {type(model).__name__}')
+    return base
