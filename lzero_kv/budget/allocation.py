@@ -239,10 +239,17 @@ def _first_guess(
     low, high = 0.0, 1.0
     while sum(at(high)) < min(total, sum(caps)) and high < sys.float_info.max / 4:
         low, high = high, high * 4
+    guess = at(low)
     for _ in range(64):
         middle = (low + high) / 2
-        low, high = (low, middle) if sum(at(middle)) > total else (middle, high)
-    return at(low)
+        slots = at(middle)
+        if sum(slots) > total:
+            high = middle
+            continue
+        low, guess = middle, slots
+        if sum(slots) == total:
+            break
+    return guess
 
 
 def _checked(weights: Sequence[Weight], total: int, caps: Sequence[int], minimum: int) -> list[Fraction]:

@@ -81,6 +81,7 @@ class BudgetedCache:
         self._whole: list[bool] = []  # whether no token was dropped for the budget
         self._joined: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self._added: list[int] = []
+        self._placed: torch.Tensor | None = None  # positions of the block
         self._block = 0
         self._first = True
         self._steps = -1  # single tokens since the last longer block; -1 in such a block
@@ -246,7 +247,7 @@ class BudgetedCache:
         if self._first:
             self.preferences = [[] for _ in range(rows)]
         self._steps = self._steps + 1 if not self._first and block == 1 and min(seen) else -1
-        self._block, self._added = block, given
+        self._block, self._added, self._placed = block, given, None
         self.seen = [before + new for before, new in zip(seen, given, strict=True)]
 
     def _empty(self, keys: torch.Tensor) -> LayerCache:
@@ -262,10 +263,13 @@ class BudgetedCache:
 
     def _positions(self, device: torch.device) -> torch.Tensor:
         """int64 ``[B, Q]``: positions of the block; 0 for padding."""
+        if self._placed is not None and self._placed.device == device:
+            return self._placed
         ends = self.seen if len(set(self.seen)) > 1 else self.seen[:1]
         last = torch.tensor(ends, device=device)[:, None]
         back = torch.arange(self._block - 1, -1, -1, device=device)
-        return (last - 1 - back).clamp(min=0).expand(len(self.seen), -1)
+        self._placed = (last - 1 - back).clamp(min=0).expand(len(self.seen), -1)
+        return self._placed
 
     def _take_in(self, layer: int, held: LayerCache, queries: torch.Tensor) -> None:
         if self.reads_attention and held.queries is not None:
@@ -333,8 +337,8 @@ class BudgetedCache:
         self._counts[layer] = [min(count, limit) for count in self._counts[layer]]
 
     def _rows_to_measure(self, layer: int, window_seen: bool) -> list[int]:
-        """Rows whose preference is measured: all at a block of a window's size, whose variance means something,
-        and those that have none yet."""
+        """Rows whose preference is measured: all at a block of a window's size, whose variance means
+        something, and those that have none yet."""
         if not self._allocation.needs_preference:
             return []
         if self._steps < 0 and window_seen:

@@ -38,7 +38,7 @@ class LayerCache:
     """Tokens that are kept or dropped together."""
     scores: torch.Tensor | None = None
     """``[B, G, n]``: scores to choose by in the place of a selection's; negative for a token that has none
-    yet."""
+    yet, fewer than ``n`` while tokens were appended that were not scored."""
     queries: torch.Tensor | None = None
     """``[B, heads, p, head_dim]``: newest queries whose attention was not read yet."""
 
@@ -107,8 +107,6 @@ class LayerCache:
         block = keys.shape[2] - self.columns
         if positions is None:
             positions = self.positions[:, 0, -1:] + 1 + torch.arange(block, device=keys.device)
-        if self.scores is not None:
-            self.scores = F.pad(self.scores, (0, block), value=-1.0)
         self.keys, self.values = keys, values
         of_groups = positions[:, None].expand(-1, self.positions.shape[1], -1)
         self.positions = torch.cat([self.positions, of_groups], dim=2)
@@ -150,7 +148,8 @@ class LayerCache:
             record.recent = record.queries = None
             if self.scores is not None and 'recent' in reads:
                 share = min(1.0, reading.queries.shape[2] / horizon)
-                new = torch.where(self.scores < 0, new, self.scores + share * (new - self.scores))
+                older = F.pad(self.scores, (0, new.shape[2] - self.scores.shape[2]), value=-1.0)
+                new = torch.where(older < 0, new, older + share * (new - older))
             self.scores = torch.where(self.tokens.evictable, new, -1.0)
 
     def choose(self, slots: int | Sequence[int], selection: Selection) -> Kept:

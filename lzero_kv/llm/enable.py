@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from lzero_kv.budget import BudgetConfig
 from lzero_kv.llm.cache import BudgetCache
+from lzero_kv.llm.prefill import SharedPrefill
 
 _enabled: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
@@ -44,7 +45,7 @@ def enable(model: Any, budget: BudgetConfig | Mapping[str, Any], **options: Any)
         wanted = kwargs.get('use_cache')
         if given is None and not (module.config.use_cache if wanted is None else wanted):
             return None
-        if isinstance(given, BudgetCache):
+        if isinstance(given, BudgetCache | SharedPrefill):
             return None
         if given is not None and not (type(given) is DynamicCache and not given.get_seq_length()):
             raise TypeError(
