@@ -15,7 +15,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lzero_kv.budget import ALLOCATIONS
-from lzero_kv.llm.experiment.summary import FULL, Number, Summary, by_ratio, pareto_front
+from lzero_kv.llm.experiment.methods import FULL
+from lzero_kv.llm.experiment.metrics import Estimate
+from lzero_kv.llm.experiment.summary import Summary, by_ratio, pareto_front
 
 # Colours that colour-blind readers tell apart; further algorithms take matplotlib's own.
 COLOURS = {
@@ -76,12 +78,12 @@ def _draw_measure(panel: Axes, shown: Sequence[Summary], name: str) -> None:
     panel.grid(alpha=0.3, axis='y')
     algorithms = _names(one.algorithm for one in shown)
     for one in shown:
-        number: Number = getattr(one, name)
+        number: Estimate = getattr(one, name)
         beside = BESIDE * (algorithms.index(one.algorithm) - (len(algorithms) - 1) / 2)
         panel.errorbar(
             100 * one.part * 2**beside,
-            number.mean,
-            [[max(0, number.mean - number.low)], [max(0, number.high - number.mean)]],
+            number.value,
+            [[max(0, number.value - number.low)], [max(0, number.high - number.value)]],
             fmt=_marker(one),
             color=_colour(one.algorithm),
             markersize=5,
@@ -104,7 +106,7 @@ def _draw_measure(panel: Axes, shown: Sequence[Summary], name: str) -> None:
 def _draw_front(panel: Axes, shown: Sequence[Summary], name: str) -> None:
     """The steps of what the bytes buy at best."""
     sign = 1 if name == 'kl' else -1
-    points = [(one.part, sign * getattr(one, name).mean) for one in shown]
+    points = [(one.part, sign * getattr(one, name).value) for one in shown]
     front = [points[index] for index in pareto_front(points)]
     parts, means = zip(*front, strict=True)
     right = max(part for part, _ in points)
@@ -200,11 +202,11 @@ def draw_speed(found: Sequence[Summary], path: Path) -> None:
         (panels[1], 'next_token', 'time of each further token, ms'),
     ):
         factor = 1 if name == 'first_token' else 1000
-        numbers: list[Number] = [getattr(one, name) for one in timed]
-        means = [factor * number.mean for number in numbers]
+        numbers: list[Estimate] = [getattr(one, name) for one in timed]
+        means = [factor * number.value for number in numbers]
         errors = [
-            [max(0, factor * (number.mean - number.low)) for number in numbers],
-            [max(0, factor * (number.high - number.mean)) for number in numbers],
+            [max(0, factor * (number.value - number.low)) for number in numbers],
+            [max(0, factor * (number.high - number.value)) for number in numbers],
         ]
         colours = [_colour(one.algorithm) for one in timed]
         panel.barh(places, means, xerr=errors, color=colours, height=0.75, error_kw={'elinewidth': 0.8})

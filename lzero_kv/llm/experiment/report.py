@@ -10,8 +10,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from lzero_kv.llm.experiment.metrics import Estimate
 from lzero_kv.llm.experiment.rows import RowsError, read_rows
-from lzero_kv.llm.experiment.summary import Number, Summary, by_ratio, by_task, summaries
+from lzero_kv.llm.experiment.summary import Summary, by_ratio, by_task, summaries
 from lzero_kv.telemetry.table import format_bytes
 
 PAGE = 'report.md'
@@ -22,8 +23,8 @@ def _percent(value: float) -> str:
     return f'{value:.1f} %'
 
 
-def _interval(number: Number, show: Callable[[float], str]) -> str:
-    return f'{show(number.mean)} [{show(number.low)}, {show(number.high)}]'
+def _interval(number: Estimate, show: Callable[[float], str]) -> str:
+    return f'{show(number.value)} [{show(number.low)}, {show(number.high)}]'
 
 
 def _kl(value: float) -> str:
@@ -38,15 +39,15 @@ with what is remembered of the attention. In brackets: 95 % bootstrap intervals 
 Cell = Callable[[Summary], str | None]
 COLUMNS: dict[str, Cell] = {
     'method': lambda one: one.method,
-    'score': lambda one: one.score and f'{one.score.mean:.3f}',
+    'score': lambda one: one.score and f'{one.score.value:.3f}',
     '% of full': lambda one: one.relative and _interval(one.relative, lambda value: f'{value:.0f}'),
     'KL': lambda one: one.kl and _interval(one.kl, _kl),
-    'perplexity': lambda one: one.perplexity and f'{one.perplexity.mean:.2f}',
-    'agreement': lambda one: one.agreement and _percent(100 * one.agreement.mean),
+    'perplexity': lambda one: one.perplexity and f'{one.perplexity.value:.2f}',
+    'agreement': lambda one: one.agreement and _percent(100 * one.agreement.value),
     'bytes': lambda one: _percent(100 * one.part),
     'peak': lambda one: _percent(100 * one.peak_part),
-    'first token': lambda one: one.first_token and f'{one.first_token.mean:.2f} s',
-    'next token': lambda one: one.next_token and f'{1000 * one.next_token.mean:.1f} ms',
+    'first token': lambda one: one.first_token and f'{one.first_token.value:.2f} s',
+    'next token': lambda one: one.next_token and f'{1000 * one.next_token.value:.1f} ms',
 }
 """What a table shows of a method; a column that no method of the task fills is left out."""
 
@@ -117,8 +118,8 @@ def best_sentences(found: Sequence[Summary]) -> list[str]:
         ]
         head = f'**{task}**'
         if control.score is not None:
-            head += f', full cache {control.score.mean:.2f}'
-            if not control.score.mean:
+            head += f', full cache {control.score.value:.2f}'
+            if not control.score.value:
                 head += ' (the model cannot do this task, so its scores say nothing about budgets)'
         sentences.append('\n'.join([f'{head}:', *lines]))
     return sentences
@@ -127,17 +128,17 @@ def best_sentences(found: Sequence[Summary]) -> list[str]:
 def _best(group: Sequence[Summary]) -> str:
     texts = []
     if measured := [(one.kl, one.method) for one in group if one.kl]:
-        lowest, method = min(measured, key=lambda pair: pair[0].mean)
+        lowest, method = min(measured, key=lambda pair: pair[0].value)
         texts.append(f'lowest KL {_interval(lowest, _kl)} with {method}{_as_good(lowest, method, measured)}')
     if scored := [(one.relative, one.method) for one in group if one.relative]:
-        highest, method = max(scored, key=lambda pair: pair[0].mean)
-        texts.append(f'best score {highest.mean:.0f} % of full with {method}')
+        highest, method = max(scored, key=lambda pair: pair[0].value)
+        texts.append(f'best score {highest.value:.0f} % of full with {method}')
     return '; '.join(texts)
 
 
-def _as_good(best: Number, method: str, others: Sequence[tuple[Number, str]]) -> str:
+def _as_good(best: Estimate, method: str, others: Sequence[tuple[Estimate, str]]) -> str:
     """The methods whose means are within the interval of the best one."""
-    names = [name for number, name in others if number.mean <= best.high and name != method]
+    names = [name for number, name in others if number.value <= best.high and name != method]
     return f' (within its interval: {", ".join(names)})' if names else ''
 
 
@@ -195,7 +196,7 @@ def write_scalars(found: Sequence[Summary], folder: Path) -> None:
 def numbers(one: Summary) -> dict[str, float]:
     """The means of a summary, and the parts of the full cache, by name."""
     means = {
-        name: number.mean
+        name: number.value
         for name in ('score', 'relative', 'kl', 'perplexity', 'agreement', 'first_token', 'next_token')
         if (number := getattr(one, name)) is not None
     }

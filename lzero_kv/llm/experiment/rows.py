@@ -207,7 +207,7 @@ def _row_of(line: bytes) -> Row | None:
 
 
 def _differences(old: Any, new: Any, name: str = '') -> Iterator[str]:
-    """One line for each value that differs between two headers."""
+    """One line for each value that differs between two headers; the order of a list does not count."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _differences(old.get(key), new.get(key), f'{name}.{key}' if name else key)
@@ -216,8 +216,6 @@ def _differences(old: Any, new: Any, name: str = '') -> Iterator[str]:
             yield f'{name}: no longer {_listed(gone)}'
         if more := [item for item in new if item not in old]:
             yield f'{name}: added {_listed(more)}'
-        if not gone and not more and old != new:
-            yield f'{name}: another order'
     elif old != new:
         yield f'{name}: {json.dumps(old)} in the file, {json.dumps(new)} now'
 

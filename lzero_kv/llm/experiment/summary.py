@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from lzero_kv.llm.experiment.rows import Row
+from lzero_kv.llm.experiment.methods import FULL
+from lzero_kv.llm.experiment.metrics import Bootstrap, Estimate
+from lzero_kv.llm.experiment.rows import Row, RowsError
 
-FULL = 'full'
-RESAMPLES = 2000
-LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Number:
-    """A mean over documents and its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
+ESTIMATES = Bootstrap()
 
 
 @dataclass(frozen=True)
@@ -34,15 +24,15 @@ class Summary:
     ratio: float
     allocation: str | None
     documents: int
-    score: Number | None
+    score: Estimate | None
     """Of the task, 1 for all right."""
-    relative: Number | None
+    relative: Estimate | None
     """100 x score / the full cache's score on the same documents."""
-    kl: Number | None
+    kl: Estimate | None
     """KL divergence of the method's next-token distribution from the full cache's, nats per token."""
-    perplexity: Number | None
+    perplexity: Estimate | None
     """Geometric mean over documents."""
-    agreement: Number | None
+    agreement: Estimate | None
     """Part of the next tokens that are the full cache's."""
     bytes: float
     """Kept, with what is remembered of the attention."""
@@ -54,9 +44,9 @@ class Summary:
     """``[layers]``: tokens that each layer holds, as a part of the document's."""
     kept: np.ndarray
     """``[layers, bins]``: part of the tokens that stays, from the oldest to the newest."""
-    first_token: Number | None
+    first_token: Estimate | None
     """Seconds to the first token."""
-    next_token: Number | None
+    next_token: Estimate | None
     """Seconds for each further token."""
 
     @property
@@ -92,54 +82,54 @@ def control_name(rows: Sequence[Row]) -> str:
 
 
 def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
+    shares = np.mean([np.divide(row['slots'], row['tokens']) for row in rows], axis=0)
     scores, controls = _values(rows, 'score'), _values(control, 'score')
     return Summary(
-        **{name: rows[0][name] for name in ('task', 'method', 'algorithm', 'ratio', 'allocation')},
+        **{name: rows[0][name] for name in ('task', 'method', 'algorithm', 'allocation')},
+        ratio=rows[0]['ratio'] or round(float(shares.mean()), 3),
         documents=len(rows),
-        score=_number(scores, np.mean),
-        relative=_relative(scores, controls),
-        kl=_number(_values(rows, 'kl'), np.mean),
-        perplexity=_number(_values(rows, 'perplexity'), _geometric_mean),
-        agreement=_number(_values(rows, 'agreement'), np.mean),
+        score=_mean(scores),
+        relative=None if not scores or not np.sum(controls) else ESTIMATES.relative_score(scores, controls),
+        kl=_mean(_values(rows, 'kl')),
+        perplexity=_geometric_mean(_values(rows, 'perplexity')),
+        agreement=_mean(_values(rows, 'agreement')),
         bytes=float(np.mean([row['bytes'] for row in rows])),
         part=float(np.mean([row['bytes'] / row['full_bytes'] for row in rows])),
         peak_part=float(np.mean([row['peak_bytes'] / row['full_bytes'] for row in rows])),
-        shares=np.mean([np.divide(row['slots'], row['tokens']) for row in rows], axis=0),
+        shares=shares,
         kept=np.mean([row['kept'] for row in rows], axis=0),
-        first_token=_number(_values(rows, 'first_token'), np.mean),
-        next_token=_number(_values(rows, 'next_token'), np.mean),
+        first_token=_mean(_values(rows, 'first_token')),
+        next_token=_mean(_values(rows, 'next_token')),
     )
 
 
-def _values(rows: Sequence[Row], name: str) -> np.ndarray | None:
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    """A number of each document; empty where a document has none.
+
+    Raises:
+        RowsError: a number is not finite.
+    """
     values = [row.get(name) for row in rows]
-    return None if None in values else np.array(values, dtype=float)
+    if None in values:
+        return []
+    if not np.isfinite(values).all():
+        place = rows[int(np.argmin(np.isfinite(values)))]
+        raise RowsError(
+            f'{name} of {place["method"]} on {place["task"]} {place["document"]} is not finite: the model '
+            f'overflowed; write another dtype, such as bfloat16 in the place of float16'
+        )
+    return values
 
 
-def _relative(scores: np.ndarray | None, controls: np.ndarray | None) -> Number | None:
-    if scores is None or controls is None or not controls.sum():
+def _mean(values: Sequence[float]) -> Estimate | None:
+    return ESTIMATES.mean(values) if values else None
+
+
+def _geometric_mean(values: Sequence[float]) -> Estimate | None:
+    if not values:
         return None
-    pairs = np.stack([scores, controls], axis=-1)
-
-    def relative(some: np.ndarray, axis: int) -> Any:
-        sums = some.sum(axis)
-        return 100 * sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], np.nan)
-
-    return _number(pairs, relative)
-
-
-def _geometric_mean(values: np.ndarray, axis: int) -> Any:
-    return np.exp(np.log(values).mean(axis))
-
-
-def _number(values: np.ndarray | None, mean: Callable[..., Any]) -> Number | None:
-    """A mean over the first axis, and the interval of the same mean over resampled documents."""
-    if values is None:
-        return None
-    random = np.random.default_rng(0)  # the same documents in the same draw for every method
-    drawn = values[random.integers(len(values), size=(RESAMPLES, len(values)))]
-    low, high = np.nanquantile(mean(drawn, axis=1), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Number(float(mean(values, axis=0)), float(low), float(high))
+    logarithm = ESTIMATES.mean(np.log(values))
+    return Estimate(*(float(np.exp(value)) for value in (logarithm.value, logarithm.low, logarithm.high)))
 
 
 def by_task(found: Iterable[Summary]) -> dict[str, list[Summary]]:

@@ -5,30 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lzero_kv.llm.experiment.claims import CLAIMS, Claims
+from lzero_kv.llm.experiment.documents import Document
 from lzero_kv.llm.experiment.rows import ROWS, Row, RowFile, Unit
 
-
-class Measured(Protocol):
-    """What a sweep needs to know of a document."""
-
-    @property
-    def task(self) -> str: ...
-
-    @property
-    def name(self) -> str:
-        """Unlike that of every other document of the task."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """Tokens; progress is counted in them."""
-        ...
-
-
-Score = Callable[[Any], Iterable[Row]]
+Score = Callable[[Document], Iterable[Row]]
 """The rows of one document, one for each method."""
 
 
@@ -40,17 +23,18 @@ class Progress:
     """Documents of the sweep."""
     done: int
     """Documents with all their rows."""
-    tokens: int
-    """Tokens of the documents."""
-    tokens_done: int
-    """Tokens of the documents with all their rows."""
+    work: float
+    """Of all documents, in the unit of their costs."""
+    work_done: float
+    """Of the documents with all their rows."""
     current: str
-    """Task and name of the document in work here; empty where there is none."""
+    """Task and id of the document in work here; empty where there is none."""
     waiting: bool
     """Whether that document is in work in another process, whose end is waited for."""
 
 
 Watch = Callable[[Progress], None]
+Cost = Callable[[Document], float]
 
 
 class Sweep:
@@ -75,12 +59,16 @@ class Sweep:
         """All rows so far, in the order in which they were written."""
         return list(self._file.rows)
 
-    def left(self, documents: Iterable[Measured]) -> list[Measured]:
+    def left(self, documents: Iterable[Document]) -> list[Document]:
         """The documents that have no rows yet."""
         return [document for document in documents if unit_of(document) not in self._file.done]
 
     def run(
-        self, documents: Sequence[Measured], score: Score, watch: Watch = lambda progress: None
+        self,
+        documents: Sequence[Document],
+        score: Score,
+        watch: Watch = lambda progress: None,
+        cost: Cost = lambda document: document.size,
     ) -> list[Row]:
         """Measure the documents that have no rows yet, and return all rows.
 
@@ -92,47 +80,51 @@ class Sweep:
             documents: the same, in the same order, in every process.
             score: measures one document.
             watch: is told before and after each document.
+            cost: work of a document, such as seconds; its tokens where nothing better is known.
 
         Raises:
-            ValueError: two documents have the same task and name.
+            ValueError: two documents have the same task and id.
         """
-        _check_names(documents)
+        _check_ids(documents)
+
+        def tell(current: Document | None = None, waiting: bool = False) -> None:
+            watch(self._progress(documents, cost, current, waiting))
+
         with Claims(self.folder / CLAIMS) as claims:
             for wait in (False, True):
                 for index, document in enumerate(documents):
                     if not self.left([document]):
                         continue
-                    watch(self.progress(documents, document, waiting=wait))
+                    tell(document, wait)
                     with claims.claimed(index, wait=wait) as mine:
                         self._file.refresh()  # its last holder may have written the rows
                         if mine and self.left([document]):
-                            watch(self.progress(documents, document))
+                            tell(document)
                             self._file.append(score(document))
-                    watch(self.progress(documents))
+                    tell()
         return self.rows
 
-    def progress(
-        self, documents: Sequence[Measured], current: Measured | None = None, *, waiting: bool = False
+    def _progress(
+        self, documents: Sequence[Document], cost: Cost, current: Document | None, waiting: bool
     ) -> Progress:
-        """Where the sweep stands."""
         left = self.left(documents)
-        tokens, tokens_left = (sum(one.size for one in some) for some in (documents, left))
+        work, work_left = (sum(map(cost, some)) for some in (documents, left))
         return Progress(
             documents=len(documents),
             done=len(documents) - len(left),
-            tokens=tokens,
-            tokens_done=tokens - tokens_left,
-            current='' if current is None else f'{current.task} {current.name}',
+            work=work,
+            work_done=work - work_left,
+            current='' if current is None else f'{current.task} {current.id}',
             waiting=waiting,
         )
 
 
-def unit_of(document: Measured) -> Unit:
+def unit_of(document: Document) -> Unit:
     """The key of a document's rows."""
-    return document.task, document.name
+    return document.task, document.id
 
 
-def _check_names(documents: Sequence[Measured]) -> None:
+def _check_ids(documents: Sequence[Document]) -> None:
     units = [unit_of(document) for document in documents]
     if twice := sorted({unit for unit in units if units.count(unit) > 1}):
-        raise ValueError(f'each document of a task needs a name of its own, got twice: {twice}')
+        raise ValueError(f'each document of a task needs an id of its own, got twice: {twice}')

@@ -5,46 +5,38 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from lzero_kv.llm.experiment.documents import Document
 
 METHODS = ('full', 'cake 0.5', 'h2o 0.5', 'cake 0.25', 'h2o 0.25')
 HEADER = {'model': 'made', 'seed': 3, 'methods': list(METHODS), 'versions': {'torch': '2.13.0'}}
 
 
-@dataclass(frozen=True)
-class Made:
-    """A document of a sweep."""
-
-    task: str
-    name: str
-    size: int
-
-
-def documents(count: int = 6) -> list[Made]:
+def documents(count: int = 6) -> list[Document]:
     """Documents of two tasks, all of different sizes."""
     return [
-        Made(task, f'text {index}', 100 + 7 * index + offset)
+        Document(task, f'text {index}', tuple(range(100 + 7 * index)), tuple(range(offset + 1)))
         for index in range(count)
         for offset, task in enumerate(('continuation', 'needle'))
     ]
 
 
-def score(document: Made) -> Iterator[dict[str, object]]:
+def score(document: Document) -> Iterator[dict[str, object]]:
     """Rows that tell the documents and the methods apart."""
     for index, method in enumerate(METHODS):
         yield {
             'task': document.task,
-            'document': document.name,
+            'document': document.id,
             'method': method,
             'kl': 0.01 * index + 0.001 * document.size,
         }
 
 
-def slow_score(document: Made, begun: Path, seconds: float) -> Iterator[dict[str, object]]:
+def slow_score(document: Document, begun: Path, seconds: float) -> Iterator[dict[str, object]]:
     """The same, each row after some time; a line in a file says that the document was begun."""
     with begun.open('a', encoding='utf-8') as file:
-        file.write(f'{document.task} {document.name}\n')
+        file.write(f'{document.task} {document.id}\n')
     for row in score(document):
         time.sleep(seconds / len(METHODS))
         yield row

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.llm.experiment.claims import Claims
+from lzero_kv.llm.experiment.documents import Document
 from lzero_kv.llm.experiment.rows import ROWS, RowFile, RowsError, read_rows, unit_of
 from lzero_kv.llm.experiment.sweep import Progress, Sweep
 from tests.llm.experiment import made
@@ -36,7 +37,7 @@ def test_one_line_for_the_sweep_and_one_for_each_method_of_each_document(tmp_pat
 def test_a_second_start_measures_nothing_again(tmp_path: Path) -> None:
     documents, asked = made.documents(3), []
 
-    def stopping(document: made.Made):
+    def stopping(document: Document):
         if len(asked) == 4:
             raise KeyboardInterrupt
         asked.append(document)
@@ -45,7 +46,7 @@ def test_a_second_start_measures_nothing_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Sweep(tmp_path, made.HEADER).run(documents, stopping)
     assert [unit_of(row) for row in Sweep(tmp_path, made.HEADER).rows[:: len(made.METHODS)]] == [
-        (document.task, document.name) for document in asked
+        (document.task, document.id) for document in asked
     ]
     again = []
     Sweep(tmp_path, made.HEADER).run(
@@ -55,10 +56,11 @@ def test_a_second_start_measures_nothing_again(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 1 + 6 * len(made.METHODS)
 
 
-def test_what_is_left_is_counted_in_documents_and_tokens(tmp_path: Path) -> None:
+def test_what_is_left_is_counted_in_documents_and_in_work(tmp_path: Path) -> None:
     documents, seen = made.documents(1), []
     Sweep(tmp_path, made.HEADER).run(documents, made.score, seen.append)
     tokens = documents[0].size + documents[1].size
+    assert documents[0].size != documents[1].size
     assert seen[0] == Progress(2, 0, tokens, 0, 'continuation text 0', False)
     assert Progress(2, 1, tokens, documents[0].size, 'needle text 0', False) in seen
     assert seen[-1] == Progress(2, 2, tokens, tokens, '', False)
@@ -219,7 +221,7 @@ def test_two_processes_divide_the_documents(tmp_path: Path) -> None:
     processes = [start(tmp_path / 'sweep', file) for file in files]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     first, second = (begun_by(file) for file in files)
-    assert sorted(first + second) == sorted(f'{one.task} {one.name}' for one in made.documents())
+    assert sorted(first + second) == sorted(f'{one.task} {one.id}' for one in made.documents())
     rows = read_rows(tmp_path / 'sweep')[1]
     counts = collections.Counter((*unit_of(row), row['method']) for row in rows)
     assert set(counts.values()) == {1}
@@ -252,7 +254,7 @@ def test_the_start_after_a_kill_measures_only_what_is_left(tmp_path: Path) -> No
     assert len(done) in (4, 5)
     assert start(tmp_path / 'sweep', again, seconds=0).wait(timeout=120) == 0
     assert begun_by(again) == [
-        name for one in made.documents() if (name := f'{one.task} {one.name}') not in done
+        name for one in made.documents() if (name := f'{one.task} {one.id}') not in done
     ]
     assert len(read_rows(tmp_path / 'sweep')[1]) == len(made.documents()) * len(made.METHODS)
 
