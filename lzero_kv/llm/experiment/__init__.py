@@ -1,1 +1,1 @@
-"""Experiments: tasks, methods, scores, sweeps and their reports."""
+"""Experiment platform: documents, methods and their scores under layer budgets."""
