@@ -30,16 +30,18 @@ COLOURS = {
 }
 MARKERS = dict(zip(ALLOCATIONS, 'osv^', strict=True))
 DPI = 110
+COLUMNS = 3
 MOST = 2.5  # colours of the layers end here, at a multiple of the mean
 BESIDE = 0.06  # octaves between the points of two algorithms at the same bytes
 
 
 def draw_all(found: Sequence[Summary], folder: Path) -> dict[str, str]:
     """Draw what was measured: the file of each picture in ``folder``, and what it shows."""
+    held = by_ratio(one for one in found if one.memory)
     pictures: dict[str, tuple[Callable[[Sequence[Summary], Path], None], str, bool]] = {
         'quality.png': (draw_quality, 'Quality against bytes', any(one.kl or one.relative for one in found)),
-        'layers.png': (draw_layers, 'Tokens of each layer', bool(by_ratio(found))),
-        'kept.png': (draw_kept, 'Where kept tokens stand', bool(by_ratio(found))),
+        'layers.png': (draw_layers, 'Tokens of each layer', bool(held)),
+        'kept.png': (draw_kept, 'Where kept tokens stand', bool(held)),
         'speed.png': (draw_speed, 'Speed', any(one.next_token for one in found)),
     }
     for name, (draw, _, measured) in pictures.items():
@@ -49,27 +51,23 @@ def draw_all(found: Sequence[Summary], folder: Path) -> dict[str, str]:
 
 
 def draw_quality(found: Sequence[Summary], path: Path) -> None:
-    """KL divergence and relative score against the kept part of the full cache, a column for each task."""
-    tasks = _names(one.task for one in found)
-    measures = [
-        (name, label)
+    """KL divergence and relative score against the kept part of the full cache, a panel for each task."""
+    shown = [one for one in found if one.algorithm != FULL and one.memory]
+    panels = [
+        (task, name, label, some)
         for name, label in (('kl', 'KL, nats per token'), ('relative', 'score, % of full'))
-        if any(getattr(one, name) for one in found if one.algorithm != FULL)
+        for task in _names(one.task for one in shown)
+        if (some := [one for one in shown if one.task == task and getattr(one, name)])
     ]
-    figure = _figure(max(4.4 * len(tasks), 6), 3.4 * len(measures) + 1.1)
-    panels = figure.subplots(len(measures), len(tasks), squeeze=False)
-    for line, (name, label) in zip(panels, measures, strict=True):
-        for panel, task in zip(line, tasks, strict=True):
-            shown = [
-                one for one in found if one.task == task and one.algorithm != FULL and getattr(one, name)
-            ]
-            if not shown:
-                panel.axis('off')
-                continue
-            panel.set_title(f'{task}: {label}', fontsize=10, loc='left')
-            panel.set_xlabel('bytes kept, % of the full cache', fontsize=9)
-            _draw_measure(panel, shown, name)
-    figure.legend(handles=_legend(found), loc='outside lower center', ncols=6, fontsize=8, frameon=False)
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure = _figure(4.4 * columns + 0.6, 3.4 * rows + 0.8)
+    for place, (task, name, label, some) in enumerate(panels, 1):
+        panel = figure.add_subplot(rows, columns, place)
+        panel.set_title(f'{task}: {label}', fontsize=10, loc='left')
+        panel.set_xlabel('bytes kept, % of the full cache', fontsize=9)
+        _draw_measure(panel, some, name)
+    figure.legend(handles=_legend(shown), loc='outside lower center', ncols=6, fontsize=8, frameon=False)
     figure.savefig(path, dpi=DPI)
 
 
@@ -81,7 +79,7 @@ def _draw_measure(panel: Axes, shown: Sequence[Summary], name: str) -> None:
         number: Estimate = getattr(one, name)
         beside = BESIDE * (algorithms.index(one.algorithm) - (len(algorithms) - 1) / 2)
         panel.errorbar(
-            100 * one.part * 2**beside,
+            100 * one.memory.part * 2**beside,
             number.value,
             [[max(0, number.value - number.low)], [max(0, number.high - number.value)]],
             fmt=_marker(one),
@@ -106,7 +104,7 @@ def _draw_measure(panel: Axes, shown: Sequence[Summary], name: str) -> None:
 def _draw_front(panel: Axes, shown: Sequence[Summary], name: str) -> None:
     """The steps of what the bytes buy at best."""
     sign = 1 if name == 'kl' else -1
-    points = [(one.part, sign * getattr(one, name).value) for one in shown]
+    points = [(one.memory.part, sign * getattr(one, name).value) for one in shown]
     front = [points[index] for index in pareto_front(points)]
     parts, means = zip(*front, strict=True)
     right = max(part for part, _ in points)
@@ -137,14 +135,14 @@ def _legend(found: Sequence[Summary]) -> list[Line2D]:
 def draw_layers(found: Sequence[Summary], path: Path) -> None:
     """Heat map of the tokens that each layer holds, as a multiple of the mean of the layers: a panel for each
     ratio, a line for each method, the mean over all tasks."""
-    groups = by_ratio(found)
+    groups = by_ratio(one for one in found if one.memory)
     heights = [len(_names(one.method for one in group)) for group in groups.values()]
     figure = _figure(9, sum(0.22 * height + 0.5 for height in heights) + 0.6)
     panels = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     image = None
     for panel, (ratio, group) in zip(panels, groups.items(), strict=True):
         methods = _names(one.method for one in group)
-        shares = np.stack([_mean_of(group, method, lambda one: one.shares) for method in methods])
+        shares = np.stack([_mean_of(group, method, lambda one: one.memory.shares) for method in methods])
         image = panel.imshow(
             shares / shares.mean(axis=1, keepdims=True), aspect='auto', cmap='PuOr_r',
             norm=TwoSlopeNorm(1, 0, MOST), interpolation='nearest',
@@ -160,7 +158,7 @@ def draw_layers(found: Sequence[Summary], path: Path) -> None:
 
 def draw_kept(found: Sequence[Summary], path: Path) -> None:
     """Where kept tokens stand in the document: layers against positions, a line of panels for each ratio."""
-    groups = by_ratio(found)
+    groups = by_ratio(one for one in found if one.memory)
     most = max(len(_names(one.method for one in group)) for group in groups.values())
     columns = min(most, 6)
     lines = [
@@ -176,7 +174,7 @@ def draw_kept(found: Sequence[Summary], path: Path) -> None:
         for panel in line[len(methods) :]:
             panel.axis('off')
         for panel, method in zip(line, methods, strict=False):
-            kept = _mean_of(group, method, lambda one: one.kept)
+            kept = _mean_of(group, method, lambda one: one.memory.kept)
             edge = len(kept) - 0.5
             image = panel.imshow(
                 100 * kept, aspect='auto', cmap='viridis', norm=PowerNorm(0.5, 0, 100),

