@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import time
 import warnings
@@ -153,9 +154,19 @@ def _measure(
 
     # transformers 5.24 renames the argument to `cache`, which older versions do not know
     warnings.filterwarnings('ignore', '`past_key_values` is deprecated', FutureWarning)
+    _without_bars()
+    chosen = own_device() if device is None else checked_device(device)
     with Display() as display:
         display.say(f'loading {plan.model}')
-        run_sweep(plan, out, device=device or own_device(), begun=display.begin, watch=display.show)
+        run_sweep(plan, out, device=chosen, begun=display.begin, watch=display.show)
+
+
+def _without_bars() -> None:
+    """No bar of transformers beside our own."""
+    with contextlib.suppress(ImportError):  # a missing transformers is reported where the model is loaded
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def own_device() -> str:
@@ -163,6 +174,24 @@ def own_device() -> str:
     import torch
 
     return f'cuda:{os.environ.get("LOCAL_RANK", "0")}' if torch.cuda.is_available() else 'cpu'
+
+
+def checked_device(name: str) -> str:
+    """The device, where there is one of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f'--device: expected a device of torch such as cpu or cuda:0, got {name!r}: {reason}'
+        ) from None
+    return name
 
 
 def _parsed(parameters: Names) -> dict[str, list[Any]]:
@@ -230,15 +259,13 @@ class Display:
         self._bar.update(self._task, completed=progress.work_done, documents=documents, current=current)
         if not self._console.is_terminal and now - self._line > LINE_SECONDS:
             self._line = now
-            self.say(f'{documents}{self._left(progress, now)}; {current}')
+            self.say(', '.join(filter(None, (documents, self._left(progress, now), current))))
 
     def _left(self, progress: sweep.Progress, now: float) -> str:
-        """What is left, from what was done since this process began."""
+        """What is left, from what was done since this process began; empty where nothing was or is."""
         begun, before = self._begun
-        done = progress.work_done - before
-        if done <= 0:
-            return ''
-        return f', about {duration((now - begun) * (progress.work - progress.work_done) / done)} left'
+        done, left = progress.work_done - before, progress.work - progress.work_done
+        return f'about {duration((now - begun) * left / done)} left' if done > 0 and left > 0 else ''
 
 
 def duration(seconds: float) -> str:

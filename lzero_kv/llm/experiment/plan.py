@@ -194,7 +194,7 @@ def _read_by(method: Method) -> set[str]:
     tables = (SELECTIONS, method.algorithm), (ALLOCATIONS, method.allocation)
     chosen = {name for table, key in tables for name in parameters_of(table[key])}
     special = {name for table, _ in tables for one in table.values() for name in parameters_of(one)}
-    return (set(BudgetConfig.model_fields) - special) | chosen
+    return (_PARAMETERS - special) | chosen
 
 
 def _problems(plan: Plan) -> list[str]:
@@ -224,6 +224,9 @@ def _missing_data(plan: Plan) -> Iterator[str]:
 
 
 def _wrong_methods(plan: Plan) -> Iterator[str]:
+    if unknown := [name for name in plan.parameters if name not in _PARAMETERS]:
+        yield from (f'parameters.{name}: {_no_parameter(name)}' for name in unknown)
+        return
     try:
         methods = plan.grid()
     except Mistakes as error:
@@ -238,6 +241,12 @@ def _wrong_methods(plan: Plan) -> Iterator[str]:
             yield from _too_small(method, plan.length)
 
 
+def _no_parameter(name: str) -> str:
+    if name in _WORDS:
+        return f'it has a word of its own; write {_WORDS[name]}'
+    return f'there is no such field of a BudgetConfig{did_you_mean(name, sorted(_PARAMETERS))}'
+
+
 def _too_small(method: Method, length: int) -> Iterator[str]:
     budget = BudgetConfig.read(method.budget() or {})
     needed = budget.window + budget.sinks + budget.minimum
@@ -249,6 +258,9 @@ def _too_small(method: Method, length: int) -> Iterator[str]:
         )
 
 
+_WORDS = {'ratio': 'ratios', 'allocation': 'allocation', 'selection': 'algorithm', 'tokens': 'methods'}
+"""Fields of a BudgetConfig that are no parameters, and the field of a plan for each."""
+_PARAMETERS = set(BudgetConfig.model_fields) - set(_WORDS)
 _EXPECTED = {
     'model': 'a name or a folder',
     'family': f'one of {list(FAMILIES)} or nothing',

@@ -113,9 +113,11 @@ def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
 
 
 def _memory(rows: Sequence[Row]) -> Memory:
+    # a stock cache remembers nothing of the attention; the control is measured in one that could
+    name = 'full_bytes' if rows[0]['algorithm'] == FULL else 'bytes'
     return Memory(
-        bytes=float(np.mean([row['bytes'] for row in rows])),
-        part=float(np.mean([row['bytes'] / row['full_bytes'] for row in rows])),
+        bytes=float(np.mean([row[name] for row in rows])),
+        part=float(np.mean([row[name] / row['full_bytes'] for row in rows])),
         peak_part=float(np.mean([row['peak_bytes'] / row['full_bytes'] for row in rows])),
         shares=np.mean([np.divide(row['slots'], row['tokens']) for row in rows], axis=0),
         kept=np.mean([row['kept'] for row in rows], axis=0),

@@ -13,7 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lzero_kv.cli import main
-from lzero_kv.llm.experiment.report import SCALARS, best_sentences, page, tables, write_report
+from lzero_kv.llm.experiment.report import SCALARS, best_sentences, page, tables, write_scalars
 from lzero_kv.llm.experiment.rows import ROWS, RowsError
 from lzero_kv.llm.experiment.summary import Summary, pareto_front, summaries
 from tests.llm.experiment import drawn
@@ -183,9 +183,9 @@ def scalars(folder: Path, run: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_scalars_of_a_method_run_over_its_ratios(rows: list[dict], tmp_path: Path) -> None:
-    folder = drawn.write(tmp_path, rows)
+    folder, found = tmp_path, summaries(rows)
     for _ in range(2):  # a second report takes the place of the first
-        found = write_report(folder)[1]
+        write_scalars(found, folder / SCALARS)
     ratios = (0.125, 0.25, 0.5)
     read = scalars(folder, 'cake attention_based')
     for task, name in (('needle', 'kl'), ('continuation', 'perplexity'), ('speed', 'next_token')):
