@@ -40,6 +40,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         'lightzero': ['LightZero==0.2.0'],
+        'llm': ['transformers>=4.57'],
         'test': ['hypothesis>=6.100', 'pytest>=8.0'],
         'dev': ['hypothesis>=6.100', 'import-linter>=2.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.6'],
     },

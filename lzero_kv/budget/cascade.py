@@ -45,6 +45,7 @@ class BudgetedCache:
             all.
         dynamic: whether the slots move while single tokens are appended.
         interval: single tokens between two choices, at least 1; fewer where ``config.tokens`` is small.
+        measure: whether dispersion and shift are read where the allocation needs none of them.
         scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
     """
 
@@ -56,6 +57,7 @@ class BudgetedCache:
         limits: Sequence[int | None] | None = None,
         dynamic: bool = True,
         interval: int = 8,
+        measure: bool = False,
         scale: float | None = None,
     ) -> None:
         self._allocation, self._selection = config.allocator(), config.selector()
@@ -66,6 +68,7 @@ class BudgetedCache:
         room = interval if config.tokens is None else config.tokens - config.window - config.sinks
         self.interval = max(1, min(interval, room))
         self.scale = scale
+        self._measures = measure or self._allocation.needs_preference
         self.cascade = self._allocation.cascades
         """Whether layers shrink before the last one has seen the prompt."""
         self.seen: list[int] = []
@@ -91,9 +94,7 @@ class BudgetedCache:
     @property
     def reads_attention(self) -> bool:
         """Whether :meth:`observe` reads the queries."""
-        return not self._keeps_everything and (
-            self._allocation.needs_preference or bool(self._selection.reads)
-        )
+        return not self._keeps_everything and (self._measures or bool(self._selection.reads))
 
     @property
     def held_tokens(self) -> int:
@@ -339,7 +340,7 @@ class BudgetedCache:
     def _rows_to_measure(self, layer: int, window_seen: bool) -> list[int]:
         """Rows whose preference is measured: all at a block of a window's size, whose variance means
         something, and those that have none yet."""
-        if not self._allocation.needs_preference:
+        if not self._measures:
             return []
         if self._steps < 0 and window_seen:
             return list(range(len(self.seen)))

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerCache, Preference
+from lzero_kv.budget.allocation import AttentionBased
 from lzero_kv.llm.attention import visible, watch_attention
 from lzero_kv.llm.families import check_attention, check_family, sliding_windows
 
@@ -27,6 +28,8 @@ class BudgetCache(Cache):
             ``interval`` other tokens in each layer.
         dynamic: whether slots move while tokens are generated; False leaves them as the prompt made them.
         interval: generated tokens between two choices.
+        measure: whether :attr:`preferences` and :attr:`importance` are read off the attention where the
+            allocation does not need them.
 
     Raises:
         TypeError, ValueError: the model or the budget is impossible: one sentence says why.
@@ -39,13 +42,14 @@ class BudgetCache(Cache):
         *,
         dynamic: bool = True,
         interval: int = 8,
+        measure: bool = False,
     ) -> None:
         check_family(config)
         check_attention(config)
         self.budget = BudgetConfig.read(budget)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval must be an integer of at least 1, got {interval!r}')
-        self._dynamic, self._interval = dynamic, interval
+        self._dynamic, self._interval, self._measure = dynamic, interval, measure
         self._windows = sliding_windows(config)
         self._tokens = self._empty()
         longest = getattr(config, 'max_position_embeddings', None)
@@ -64,6 +68,7 @@ class BudgetCache(Cache):
             limits=[None if window is None else window - 1 for window in self._windows],
             dynamic=self._dynamic,
             interval=self._interval,
+            measure=self._measure,
         )
 
     @property
@@ -73,8 +78,18 @@ class BudgetCache(Cache):
 
     @property
     def preferences(self) -> list[list[Preference]]:
-        """For each row the dispersion and shift of each layer; empty where the allocation reads none."""
+        """For each row the dispersion and shift of each layer; empty where neither the allocation nor
+        ``measure`` reads them."""
         return [list(row) for row in self._tokens.preferences]
+
+    @property
+    def importance(self) -> list[tuple[float, ...]]:
+        """For each row each layer's share of ``P_l = H_l^(1/tau1) V_l^(1/tau2)``, as CAKE weighs layers;
+        empty where :attr:`preferences` is."""
+        budget = self.budget
+        cake = AttentionBased(1.0, budget.tau1, budget.tau2, budget.preference)
+        weights = [cake.weights(len(row), row) if row else [] for row in self._tokens.preferences]
+        return [tuple(float(weight / sum(row)) for weight in row) for row in weights]
 
     @property
     def bytes(self) -> int:
@@ -172,8 +187,8 @@ class BudgetLayer(CacheLayerMixin):
             keys, values = self.tokens.join(self._number, key_states, value_states)
         except RuntimeError as error:
             raise RuntimeError(
-                "the attention of the layer before was not seen: a budget needs attn_implementation='sdpa' of "
-                'transformers all the time, and a cache whose last call failed cannot go on'
+                "the attention of the layer before was not seen: a budget needs attn_implementation='sdpa' "
+                'all the time, and a cache whose last call failed cannot go on'
             ) from error
         self.length += block
         self.is_initialized = True

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTS = ('lzero', 'ding', 'zoo', 'gym', 'gymnasium')
+HOSTS = ('lzero', 'ding', 'zoo', 'gym', 'gymnasium', 'transformers')
 
 REPORT = 'import sys; print(*[name for name in {hosts!r} if name in sys.modules])'
 
@@ -30,6 +30,7 @@ def hosts_loaded_by(statement: str) -> list[str]:
         'import lzero_kv.telemetry.tensorboard, lzero_kv.telemetry.table',
         'import lzero_kv.cli',
         'import lzero_kv.budget',
+        'import lzero_kv.llm',
         'import lzero_kv.cache.manager, lzero_kv.config',
     ],
 )

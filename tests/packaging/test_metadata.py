@@ -19,6 +19,8 @@ PACKAGE = ROOT / 'lzero_kv'
 
 # Imported by lzero_kv.lightzero and lzero_kv.plugin alone, and declared as the extra `lightzero`.
 HOST_IMPORTS = {'lzero', 'ding'}
+# Imported by lzero_kv.llm alone, and declared as the extra `llm`.
+LLM_IMPORTS = {'transformers'}
 # Declared whether imported or not: a config is an EasyDict, and the environments to train in are gymnasium's.
 PART_OF_THE_INTERFACE = {'easydict', 'gymnasium'}
 
@@ -32,7 +34,7 @@ def metadata():
 def test_declared_dependencies_are_those_imported(metadata) -> None:
     declared = {canonicalize_name(Requirement(line).name) for line in metadata.install_requires}
     imported = {canonicalize_name(name) for name in third_party_imports(PACKAGE)}
-    assert declared - PART_OF_THE_INTERFACE == imported - HOST_IMPORTS - PART_OF_THE_INTERFACE
+    assert declared - PART_OF_THE_INTERFACE == imported - HOST_IMPORTS - LLM_IMPORTS - PART_OF_THE_INTERFACE
     assert declared >= PART_OF_THE_INTERFACE
 
 
@@ -41,6 +43,8 @@ def test_only_the_adapter_and_what_runs_a_host_import_one() -> None:
     # the doctor looks at an installed host, and validation runs its models
     allowed = ('lightzero/', 'cli/', 'validation/')
     assert [file for file in files if not file.startswith(allowed)] == []
+    files = {file for name in LLM_IMPORTS for file in third_party_imports(PACKAGE).get(name, [])}
+    assert [file for file in files if not file.startswith('llm/')] == []
 
 
 def test_imports_are_found_wherever_they_stand() -> None:

@@ -173,6 +173,7 @@ def all_stages(environment: Environment) -> list[Stage]:
         Stage('roms', 'Atari game files', ROM_WHEEL, copy_roms, has_roms),
         pinned_stage('memory', 'memory tasks (pycolab)', 'memory.txt'),
         pinned_stage('library', 'libraries of lzero_kv ({count} packages)', 'library.txt'),
+        pinned_stage('llm', 'language models: transformers ({count} packages)', 'llm.txt'),
         pinned_stage('dev', 'test tools ({count} packages)', 'dev.txt'),
         Stage('project', 'lzero_kv itself, editable', f'{ROOT}\n{metadata}', install_project, has_project),
         Stage('check', 'check: imports, tree search, Pong', CHECK, check),

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from lzero_kv.budget import BudgetConfig
 from lzero_kv.llm.cache import BudgetCache
-from lzero_kv.llm.prefill import SharedPrefill
+from lzero_kv.llm.shared_prefill import SharedPrefill
 
 _enabled: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
