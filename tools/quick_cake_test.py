@@ -11,7 +11,6 @@ import copy
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def padded_row_is_the_row_alone(model: Any) -> bool:
 
 def switch_leaves_the_model(model: Any) -> bool:
     """enable changes what is generated, disable leaves model and configuration as they were."""
-    from lzero_kv.llm.enable import disable, enable
+    from lzero_kv.llm import disable, enable
 
     ids, config = prompt(model), copy.deepcopy(model.config.to_dict())
     before = generated(model, ids).logits
@@ -165,8 +164,9 @@ def quick_cake_test(skip_model: bool = False, model: str = 'smollm2') -> int:
     Returns:
         0 when all checks hold, else 1.
     """
-    # transformers 5.24 renames the argument to `cache`, which older versions do not know
-    warnings.filterwarnings('ignore', '`past_key_values` is deprecated', FutureWarning)
+    from lzero_kv.llm.experiment.experiment import quiet_transformers
+
+    quiet_transformers()
     begun, held, asked = time.monotonic(), run_checks(tiny_models()), len(CHECKS)
     if not skip_model:
         from lzero_kv.llm.experiment.models import load

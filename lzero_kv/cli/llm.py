@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -152,21 +150,10 @@ def _measure(
     plan = Plan.read({**of_file, **given})
     from lzero_kv.llm.experiment.experiment import run_sweep
 
-    # transformers 5.24 renames the argument to `cache`, which older versions do not know
-    warnings.filterwarnings('ignore', '`past_key_values` is deprecated', FutureWarning)
-    _without_bars()
     chosen = own_device() if device is None else checked_device(device)
     with Display() as display:
         display.say(f'loading {plan.model}')
         run_sweep(plan, out, device=chosen, begun=display.begin, watch=display.show)
-
-
-def _without_bars() -> None:
-    """No bar of transformers beside our own."""
-    with contextlib.suppress(ImportError):  # a missing transformers is reported where the model is loaded
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
 
 
 def own_device() -> str:

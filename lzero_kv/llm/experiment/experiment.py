@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,7 @@ def run_sweep(
         ImportError, OSError, ValueError: the model or a text cannot be loaded, or a document cannot be made.
     """
     sweep, methods = Sweep(folder, plan.header()), plan.grid()
+    quiet_transformers()
     model, tokenizer = load(plan.model, plan.dtype, plan.family, device=device)
     asked = documents_of(plan, tokenizer)
     left = sweep.left(asked)
@@ -114,3 +117,13 @@ def _first(found: Iterable[Document], count: int) -> list[Document]:
     for document in found:
         some.setdefault(document.task, []).append(document)
     return [document for group in some.values() for document in group[:count]]
+
+
+def quiet_transformers() -> None:
+    """No bar of transformers while a model is loaded, and no word about an argument that it renamed."""
+    # 5.24 renames it to `cache`, which older versions do not know
+    warnings.filterwarnings('ignore', '`past_key_values` is deprecated', FutureWarning)
+    with contextlib.suppress(ImportError):  # told where the model is loaded
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

@@ -92,11 +92,15 @@ class Plan(BaseModel):
     def read(cls, given: Mapping[str, Any]) -> Self:
         """A mapping as a plan.
 
+        Arguments:
+            given: fields by name. ``cake_experiment_config`` and ``cake_model_specific_config``, in the words
+                of :func:`lzero_kv.llm.apply_cake_to_model`, stand for the methods of their experiments.
+
         Raises:
             ValueError: unknown names, wrong values or impossible choices: one line for each, all at once.
         """
         try:
-            return cls.model_validate(dict(given))
+            return cls.model_validate(_with_experiments(dict(given)))
         except ValidationError as error:
             items = error.errors()
         if items[0]['loc']:
@@ -146,6 +150,27 @@ class Plan(BaseModel):
             'methods': [method.name for method in self.grid()],
             'versions': versions(),
         }
+
+
+def _with_experiments(given: dict[str, Any]) -> dict[str, Any]:
+    """The methods of a CAKE experiment in the place of its configuration, and no other algorithm unless
+    asked for."""
+    configs = [given.pop(name, None) for name in ('cake_experiment_config', 'cake_model_specific_config')]
+    if configs == [None, None]:
+        return given
+    from lzero_kv.llm import CAKEExperimentConfig
+
+    experiment = CAKEExperimentConfig.read(configs[0] or {}, 'cake_experiment_config')
+    budgets = [budget for _, budget in experiment.budgets(configs[1])]
+    names = [_method_of(budget).name for budget in budgets]
+    return {'algorithm': FULL, **given, 'methods': [*_several(given.get('methods', [])), *names]}
+
+
+def _method_of(budget: Mapping[str, Any]) -> Method:
+    """The method with these fields of a BudgetConfig."""
+    others = dict(budget)
+    own = {name: others.pop(name, None) for name in ('ratio', 'tokens', 'allocation')}
+    return Method(others.pop('selection'), **own, options=others)
 
 
 def plan_from_file(path: Path) -> dict[str, Any]:

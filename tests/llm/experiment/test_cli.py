@@ -236,6 +236,37 @@ def test_a_grid_in_a_file_and_flags_that_go_before_it(
     assert [sum(row['slots']) for row in rows[1:]] == [3 * 45, 3 * 45, 3 * 45, 3 * (18 + 9)]
 
 
+def test_the_configuration_of_a_cake_experiment_is_a_grid(
+    checkpoint: Path, story: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    grid = {
+        'cake_experiment_config': {
+            'h2o_ratios': [0.2, 0.3],
+            'layer_allocation_strategies': ['uniform', 'adaptive'],
+            'cache_budgets': [0.4, 60],
+        },
+        'cake_model_specific_config': {'window_size': 16, 'gamma': 0.8},
+    }
+    (tmp_path / 'cake.json').write_text(json.dumps(grid))
+    common = ['--model', str(checkpoint), '--data', str(story), '--length', '90', '--documents', '1']
+    arguments = ['llm', 'run', '--grid', str(tmp_path / 'cake.json'), '--out', str(tmp_path / 'out'), *common]
+    assert main(arguments) == 0
+    header, rows = read_rows(tmp_path / 'out')
+    assert header['methods'] == [
+        'full',
+        'h2o uniform heavy_ratio=0.2 recent_ratio=0.2',
+        'hace uniform gamma=0.8 window=16 0.4',
+        'h2o uniform heavy_ratio=0.3 recent_ratio=0.3',
+        'hace uniform gamma=0.8 window=16 0.6',
+        *(f'cake {name} gamma=0.8 window=16 {size}' for name in ('uniform', 'adaptive') for size in ('0.4', 'tokens=60')),
+    ]  # fmt: skip
+    assert [sum(row['slots']) for row in rows] == [270, 108, 108, 162, 162, 108, 180, 108, 180]
+    grid['cake_experiment_config']['cake_enable'] = True
+    (tmp_path / 'cake.json').write_text(json.dumps(grid))
+    assert main(arguments) == 1
+    assert "cake_enable: there is no such field; did you mean 'cake_enabled'?" in capsys.readouterr().err
+
+
 def test_records_bring_tasks_of_their_own(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
