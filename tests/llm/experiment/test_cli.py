@@ -258,8 +258,11 @@ def test_the_configuration_of_a_cake_experiment_is_a_grid(
         'hace uniform gamma=0.8 window=16 0.4',
         'h2o uniform heavy_ratio=0.3 recent_ratio=0.3',
         'hace uniform gamma=0.8 window=16 0.6',
-        *(f'cake {name} gamma=0.8 window=16 {size}' for name in ('uniform', 'adaptive') for size in ('0.4', 'tokens=60')),
-    ]  # fmt: skip
+        'cake uniform gamma=0.8 window=16 0.4',
+        'cake uniform gamma=0.8 window=16 tokens=60',
+        'cake adaptive gamma=0.8 window=16 0.4',
+        'cake adaptive gamma=0.8 window=16 tokens=60',
+    ]
     assert [sum(row['slots']) for row in rows] == [270, 108, 108, 162, 162, 108, 180, 108, 180]
     grid['cake_experiment_config']['cake_enable'] = True
     (tmp_path / 'cake.json').write_text(json.dumps(grid))
