@@ -59,7 +59,7 @@ def draw_quality(found: Sequence[Summary], path: Path) -> None:
         for task in _names(one.task for one in shown)
         if (some := [one for one in shown if one.task == task and getattr(one, name)])
     ]
-    columns = min(len(panels), COLUMNS)
+    columns = min(len(_names(one.task for one in shown)), COLUMNS)
     rows = -(-len(panels) // columns)
     figure = _figure(4.4 * columns + 0.6, 3.4 * rows + 0.8)
     for place, (task, name, label, some) in enumerate(panels, 1):

@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from lzero_kv.llm.experiment.estimate import SPEED
 from lzero_kv.llm.experiment.metrics import Estimate
 from lzero_kv.llm.experiment.rows import RowsError, read_rows
 from lzero_kv.llm.experiment.summary import ESTIMATES, Summary, by_ratio, by_task, summaries
@@ -35,7 +36,8 @@ LEGEND = """\
 Each line is one method on the same documents. `KL` is the divergence of its next-token distribution from the
 full cache's, in nats per token; `score` is the task's, 1 for all right, and `% of full` the same divided by
 the full cache's; `bytes` and `peak` (the most at once, while the prompt is read) are parts of the full cache,
-with what is remembered of the attention. In brackets: 95 % bootstrap intervals over documents."""
+with what is remembered of the attention. In brackets: 95 % bootstrap intervals over documents. In the pictures,
+points of one ratio are drawn side by side."""
 Cell = Callable[[Summary], str | None]
 COLUMNS: dict[str, Cell] = {
     'method': lambda one: one.method,
@@ -181,12 +183,19 @@ def write_report(folder: Path) -> tuple[Path, list[Summary]]:
     header, rows = read_rows(folder)
     if not rows:
         raise RowsError(f'{folder} holds no finished document yet; run the sweep first')
-    found = summaries(rows)
+    found = in_order(summaries(rows), header.get('tasks', []))
     pictures = draw_all(found, folder)
     path = folder / PAGE
     path.write_text(page(header, found, pictures, str(folder)), encoding='utf-8')
     write_scalars(found, folder / SCALARS)
     return path, found
+
+
+def in_order(found: Sequence[Summary], tasks: Sequence[str]) -> list[Summary]:
+    """Summaries in the order of the tasks that were asked for, not in that in which documents were done."""
+    places = {task: place for place, task in enumerate(tasks)}
+    ends = {SPEED: len(places) + 1}
+    return sorted(found, key=lambda one: (places | ends).get(one.task.partition('/')[0], len(places)))
 
 
 def write_scalars(found: Sequence[Summary], folder: Path) -> None:

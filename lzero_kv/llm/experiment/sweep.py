@@ -63,6 +63,10 @@ class Sweep:
         """The documents that have no rows yet."""
         return [document for document in documents if unit_of(document) not in self._file.done]
 
+    def append(self, rows: Iterable[Row]) -> bool:
+        """Write the rows of a document that was measured elsewhere; see :meth:`RowFile.append`."""
+        return self._file.append(rows)
+
     def run(
         self,
         documents: Sequence[Document],

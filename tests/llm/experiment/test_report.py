@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lzero_kv.cli import main
-from lzero_kv.llm.experiment.report import SCALARS, best_sentences, page, tables, write_scalars
+from lzero_kv.llm.experiment.report import SCALARS, best_sentences, in_order, page, tables, write_scalars
 from lzero_kv.llm.experiment.rows import ROWS, RowsError
 from lzero_kv.llm.experiment.summary import Summary, pareto_front, summaries
 from tests.llm.experiment import drawn
@@ -153,6 +154,14 @@ def test_the_page_has_a_table_for_each_task_and_all_settings(found: list[Summary
         'lzero-kv llm report folder',
     ):
         assert line in text
+
+
+def test_tasks_stand_in_the_order_in_which_they_were_asked_for(found: list[Summary]) -> None:
+    mixed = [one for task in ('speed', 'needle_after', 'continuation') for one in found if one.task == task]
+    named = [replace(one, task='needle/story') if one.task == 'needle_after' else one for one in mixed]
+    ordered = in_order(named, ['continuation', 'needle'])
+    assert list(dict.fromkeys(one.task for one in ordered)) == ['continuation', 'needle/story', 'speed']
+    assert [one.method for one in ordered[:16]] == [one.name for one in drawn.METHODS]
 
 
 def test_pareto_front_is_what_nothing_beats() -> None:
