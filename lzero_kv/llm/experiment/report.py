@@ -36,8 +36,8 @@ LEGEND = """\
 Each line is one method on the same documents. `KL` is the divergence of its next-token distribution from the
 full cache's, in nats per token; `score` is the task's, 1 for all right, and `% of full` the same divided by
 the full cache's; `bytes` and `peak` (the most at once, while the prompt is read) are parts of the full cache,
-with what is remembered of the attention. In brackets: 95 % bootstrap intervals over documents. In the pictures,
-points of one ratio are drawn side by side."""
+with what is remembered of the attention. In brackets: 95 % bootstrap intervals over documents. In the
+pictures, points of one ratio are drawn side by side."""
 Cell = Callable[[Summary], str | None]
 COLUMNS: dict[str, Cell] = {
     'method': lambda one: one.method,
