@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.MULTILINE | re.DOTALL)
-NOT_HERE = {'make test', 'make docs', 'make soak', 'pip install .'}
+NOT_HERE = {'make test', 'make docs', 'make soak', 'pip install .', "pip install '.[llm]'"}
 CONFIGS = """
 from easydict import EasyDict
 import atari_unizero_kv_config
@@ -35,6 +35,16 @@ class Block:
     page: Path
     language: str
     text: str
+
+
+# A language model and a prompt, as the README has them.
+MODEL = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, eos_token_id=None)).eval()
+inputs = dict(input_ids=torch.randint(2, 97, (1, 200)))
+"""
 
 
 def pages() -> list[Path]:
@@ -65,9 +75,11 @@ def commands(page: Path) -> list[str]:
 
 
 def snippets(page: Path) -> str:
-    """All Python of a page, as one program in which a config is at hand."""
+    """All Python of a page, as one program in which a config is at hand, and a model where it takes one."""
     found = [block.text for block in blocks(page) if block.language == 'python']
-    return '\n'.join([CONFIGS, *found]) if found else ''
+    text = '\n'.join(found)
+    model = MODEL if 'enable(model' in text and 'LlamaConfig' not in text else ''
+    return '\n'.join([CONFIGS, model, text]) if found else ''
 
 
 def run_snippets(page: Path) -> None:

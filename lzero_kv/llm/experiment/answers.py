@@ -15,7 +15,7 @@ _PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
 def found(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Part of the answers that occur in the prediction, whatever their case (RULER's ``string_match_all``)."""
+    """Part of the answers that occur in the prediction, in any case (RULER's ``string_match_all``)."""
     return sum(answer.lower() in prediction.lower() for answer in answers) / len(answers)
 
 
@@ -39,8 +39,8 @@ def rouge_l(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()
 
 
 def edit(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Similarity ``2 M / T`` of the first line of code that is no comment, ``M`` matching characters of ``T``;
-    the best answer counts."""
+    """Similarity ``2 M / T`` of the first line that is no comment, ``M`` matching characters of ``T``; the
+    best answer counts."""
     lines = prediction.lstrip('\n').split('\n')
     line = next((line for line in lines if not any(mark in line for mark in ('`', '#', '//'))), '')
     return max(difflib.SequenceMatcher(None, line, answer, autojunk=False).ratio() for answer in answers)

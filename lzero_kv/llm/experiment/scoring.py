@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import statistics
 import time
@@ -195,11 +196,10 @@ def _forced(document: Document, logits: torch.Tensor, full: torch.Tensor) -> Row
     )
 
 
-@torch.no_grad()
 def _read(model: Any, cache: Any, tokens: Sequence[int], stepwise: bool) -> torch.Tensor:
     """Logits behind each token, ``[tokens, vocabulary]``."""
     blocks = [[token] for token in tokens] if stepwise else [tokens] if tokens else []
-    read = [model(_ids(model, block), past_key_values=cache, use_cache=True).logits[0] for block in blocks]
+    read = [_forward(model, cache, block) for block in blocks]
     return torch.cat(read) if read else torch.empty(0, model.config.vocab_size, device=model.device)
 
 
@@ -244,7 +244,7 @@ def _held(cache: Any, tokens: int) -> Row:
 
 
 def _kept(layer: Any, tokens: int) -> list[float]:
-    """Part of the tokens that stays in each of :data:`BINS` parts of the prompt, mean over groups of heads."""
+    """Part of the tokens that stays in each of :data:`BINS` parts of a prompt, mean over groups of heads."""
     kept = layer.positions[layer.tokens.real].cpu().numpy()
     edges = np.linspace(0, tokens, BINS + 1)
     held, there = (np.histogram(some, edges)[0] for some in (kept, np.arange(tokens)))
@@ -276,10 +276,16 @@ def _own_cache(model: Any, method: Method) -> Any:
     return DynamicCache(config=model.config) if budget is None else BudgetCache(model.config, budget)
 
 
-@torch.no_grad()
 def _next(model: Any, cache: Any, tokens: Sequence[int]) -> int:
-    output = model(_ids(model, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return int(output.logits[0, -1].argmax())
+    return int(_forward(model, cache, tokens, logits_to_keep=1)[-1].argmax())
+
+
+@torch.no_grad()
+def _forward(model: Any, cache: Any, tokens: Sequence[int], **options: Any) -> torch.Tensor:
+    """Logits ``[tokens, vocabulary]`` of a block that is added to a cache."""
+    # the argument's name in transformers before 5.24, and since then
+    name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
+    return model(_ids(model, tokens), use_cache=True, **{name: cache}, **options).logits[0]
 
 
 def _now(model: Any) -> float:

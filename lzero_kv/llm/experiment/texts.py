@@ -51,12 +51,13 @@ class Stretches:
     def __len__(self) -> int:
         return len(self._order)
 
-    def text(self, number: int) -> str:
-        """Characters of a piece, from a line's beginning where there is one; it may run on behind its end."""
+    def text(self, number: int, pieces: int = 2) -> str:
+        """Characters from the beginning of a piece, of its first line where there is one, to the end of the
+        following ``pieces``."""
         start = self._order[number % len(self)] * self._size
         line = self._text.find('\n', start, start + self._size // 10) + 1
         begin = line or start
-        return self._text[begin : begin + 2 * self._size]
+        return self._text[begin : begin + pieces * self._size]
 
     def tokens(self, number: int) -> list[int]:
         """Tokens of a piece.
@@ -67,8 +68,8 @@ class Stretches:
         found = encode(self._tokenizer, self.text(number))[: self._tokens]
         if len(found) < self._tokens:
             raise ValueError(
-                f'piece {number} of {self.source} has {len(found)} of {self._tokens} tokens; lower the length '
-                f'or give a longer text'
+                f'piece {number} of {self.source} has {len(found)} of {self._tokens} tokens; lower the '
+                f'length or give a longer text'
             )
         return found
 
