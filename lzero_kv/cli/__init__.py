@@ -1,7 +1,8 @@
 """The command `lzero-kv`.
 
 `report` shows a log, `doctor` checks an installation and a config, `validate` runs a config with both caches
-side by side, `explain` reads a finding that a validation saved.
+side by side, `explain` reads a finding that a validation saved, `llm` measures layer budgets of language
+models.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tyro
 from lzero_kv.cli.console import show_error
 from lzero_kv.cli.doctor import doctor
 from lzero_kv.cli.explain import explain
+from lzero_kv.cli.llm import llm
 from lzero_kv.cli.report import report
 from lzero_kv.cli.validate import validate_with
 
@@ -31,18 +33,26 @@ def main(args: Sequence[str] | None = None) -> int:
     if of_config and own[:1] != ['validate']:
         show_error(f'only validate takes arguments of a config after --, got {" ".join(of_config)}')
         return 2
+    if own[:1] == ['llm']:
+        return llm(own[1:])
     commands = {
         'report': report,
         'doctor': doctor,
         'validate': validate_with(of_config),
         'explain': explain,
+        'llm': _llm_help,
     }
     return tyro.extras.subcommand_cli_from_dict(
         commands,
         prog='lzero-kv',
-        description='See and check the KV cache of a LightZero UniZero training.',
+        description='See and check the KV cache of a LightZero UniZero training, or of a language model.',
         args=own,
     )
+
+
+def _llm_help() -> int:
+    """Measure layer budgets of language models beside the full cache, and report: run, report."""
+    return llm(['--help'])
 
 
 def _parted(args: list[str]) -> tuple[list[str], list[str]]:

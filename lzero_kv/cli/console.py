@@ -15,9 +15,9 @@ def show_line(text: str) -> None:
     Console().print(text, soft_wrap=True, markup=False, highlight=False)
 
 
-def show_table(table: Table) -> None:
-    """Write a table to standard output."""
-    console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+def show_table(table: Table, width: int = TABLE_WIDTH) -> None:
+    """Write a table to standard output; where that is no terminal, at most ``width`` wide."""
+    console = Console() if sys.stdout.isatty() else Console(width=width)
     console.print(table)
 
 

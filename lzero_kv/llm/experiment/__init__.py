@@ -1,0 +1,1 @@
+"""Experiment platform: documents, methods and their scores under layer budgets."""

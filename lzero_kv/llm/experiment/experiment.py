@@ -1,0 +1,129 @@
+"""One sweep of a plan: documents, model, rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lzero_kv.llm.experiment.documents import Document
+from lzero_kv.llm.experiment.estimate import SPEED, TIMED_REPEATS, TIMED_TOKENS, Rates
+from lzero_kv.llm.experiment.methods import Method
+from lzero_kv.llm.experiment.models import load
+from lzero_kv.llm.experiment.plan import RECORDS, Plan
+from lzero_kv.llm.experiment.records import read_records
+from lzero_kv.llm.experiment.rows import Row
+from lzero_kv.llm.experiment.scoring import score, timing
+from lzero_kv.llm.experiment.sweep import Sweep, Watch
+from lzero_kv.llm.experiment.tasks import TASKS, documents
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A sweep that is about to run."""
+
+    documents: int
+    methods: int
+    done: int
+    """Documents whose rows are there already."""
+    seconds: float
+    """About what the others take, in one process."""
+
+
+def run_sweep(
+    plan: Plan,
+    folder: Path,
+    *,
+    device: str = 'cpu',
+    begun: Callable[[Begun], None] = lambda begun: None,
+    watch: Watch = lambda progress: None,
+) -> list[Row]:
+    """Measure what a plan asks for and has no rows yet, beside other processes that do the same.
+
+    Arguments:
+        plan: what is measured.
+        folder: of the rows.
+        device: of torch.
+        begun: is told what there is to do, once, when the model is loaded.
+        watch: is told before and after each document; its work is in seconds.
+
+    Returns:
+        All rows.
+
+    Raises:
+        RowsError: the folder holds another sweep; the model is not loaded then.
+        ImportError, OSError, ValueError: the model or a text cannot be loaded, or a document cannot be made.
+    """
+    sweep, methods = Sweep(folder, plan.header()), plan.grid()
+    quiet_transformers()
+    model, tokenizer = load(plan.model, plan.dtype, plan.family, device=device)
+    asked = documents_of(plan, tokenizer)
+    left = sweep.left(asked)
+    rates = Rates.measured(model) if left else Rates(0, 0)
+    seconds = sum(rates.seconds(document, len(methods)) for document in left)
+    begun(Begun(len(asked), len(methods), len(asked) - len(left), seconds))
+    return sweep.run(
+        asked,
+        lambda document: measured(model, tokenizer, document, methods),
+        watch,
+        lambda document: rates.seconds(document, len(methods)),
+    )
+
+
+def measured(model: Any, tokenizer: Any, document: Document, methods: Sequence[Method]) -> Iterator[Row]:
+    """The rows of one document, one for each method: scores, or seconds where its task is :data:`SPEED`."""
+    if document.task != SPEED:
+        yield from score(model, tokenizer, document, methods)
+        return
+    for method in methods:
+        yield timing(model, document, method, TIMED_TOKENS, repeats=TIMED_REPEATS)
+
+
+def documents_of(plan: Plan, tokenizer: Any) -> list[Document]:
+    """The documents of a plan, one of each task after the other, so that half a sweep is half of each task.
+
+    Raises:
+        ImportError, OSError, ValueError: a text is missing, too short, or a record is wrong.
+    """
+    texts, records = plan.texts, [name for name in plan.data if name.endswith(RECORDS)]
+    groups = [
+        _of_task(plan, task, tokenizer, text) for task in plan.asked for text in _texts_for(task, texts)
+    ]
+    groups += [_first(read_records(name, tokenizer, plan.length), plan.documents) for name in records]
+    timed = [dataclasses.replace(one, task=SPEED) for one in groups[0][: plan.speed]]
+    rounds = itertools.zip_longest(*groups)
+    return [*(one for some in rounds for one in some if one is not None), *timed]
+
+
+def _of_task(plan: Plan, task: str, tokenizer: Any, text: str | None) -> list[Document]:
+    options = {} if text is None else {'text': text}
+    return documents(task, tokenizer, plan.documents, plan.length, plan.seed, **options)
+
+
+def _texts_for(task: str, texts: Sequence[str]) -> Sequence[str | None]:
+    """The given texts, where a task reads one; None for its own."""
+    return texts if texts and 'text' in inspect.signature(TASKS[task]).parameters else [None]
+
+
+def _first(found: Iterable[Document], count: int) -> list[Document]:
+    """The first documents of each task."""
+    some: dict[str, list[Document]] = {}
+    for document in found:
+        some.setdefault(document.task, []).append(document)
+    return [document for group in some.values() for document in group[:count]]
+
+
+def quiet_transformers() -> None:
+    """No bar of transformers while a model is loaded, and no word about an argument that it renamed."""
+    # 5.24 renames it to `cache`, which older versions do not know
+    warnings.filterwarnings('ignore', '`past_key_values` is deprecated', FutureWarning)
+    with contextlib.suppress(ImportError):  # told where the model is loaded
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

@@ -1,0 +1,298 @@
+"""Scores of methods on a document, beside the full cache on the same document."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lzero_kv.llm.experiment.answers import SCORES
+from lzero_kv.llm.experiment.documents import Document
+from lzero_kv.llm.experiment.methods import FULL, Method
+
+Row = dict[str, Any]
+BINS = 32
+"""Parts of a prompt for which the kept tokens are counted."""
+_EVERYTHING = dict(ratio=1.0, allocation='uniform', selection='streaming')
+
+
+def score(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    methods: Sequence[Method],
+    *,
+    stepwise: bool = False,
+    together: int = 16,
+) -> Iterator[Row]:
+    """One row for the full cache, then one for each method.
+
+    The prompt is computed once for up to ``together`` methods. Then the target is read with each cache
+    (teacher forcing), and where the document has answers one is generated greedily from a copy of it.
+
+    ``kl``, ``perplexity``, ``agreement`` and ``forced`` are of the tokens that are predicted with the cut
+    cache: all of the target, without the first one where no question stands between it and the prompt. None
+    where there is none.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        tokenizer: of the model.
+        document: what is read.
+        methods: with different names; the full cache is added where it is missing.
+        stepwise: read the target token by token, not in one block: tokens are then dropped between them.
+        together: caches that are held at the same time.
+
+    Yields:
+        JSON-able rows. ``task``, ``document``, the fields of :meth:`Method.fields`; ``score``: the document's
+        metric, or ``forced`` where it has no answers; ``chance``; ``forced``: part of the target that is the
+        argmax; ``kl``: KL(full || method), nats per token; ``perplexity``; ``agreement``: part of the argmax
+        that is the full cache's; ``prediction``: the generated text; ``tokens`` of the prompt; of the cache
+        behind the prompt ``bytes``, ``full_bytes`` (keys and values alone), ``slots`` per layer,
+        ``peak_tokens`` and ``peak_bytes`` (most keys and values held at once, as if the method had been
+        alone), ``kept`` (``[layers][32]``, part of the tokens that stays, from the oldest to the newest),
+        ``dispersion`` and ``shift`` per layer, None where the allocation does not read them.
+
+    Raises:
+        ValueError: two methods have the same name, ``together`` is less than 1, or the document does not fit
+            the model.
+    """
+    asked = _with_control(methods, together)
+    control = None
+    for start in range(0, len(asked), together):
+        group = asked[start : start + together]
+        caches, logits = _filled(model, document, group)
+        while caches:
+            method, cache = group[len(group) - len(caches)], caches.pop(0)
+            measured = _Measured.of(model, tokenizer, document, cache, logits, stepwise)
+            control = control or measured
+            yield _row(document, method, measured, control)
+            del cache
+
+
+def timing(model: Any, document: Document, method: Method, new_tokens: int = 32, *, repeats: int = 3) -> Row:
+    """Seconds to the first token and for each further one, by prefills and decodings of its own.
+
+    The full cache is transformers' own.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        document: its prompt is read, its answer is not.
+        method: the cache.
+        new_tokens: tokens that are generated, at least 2.
+        repeats: of both; medians are returned.
+
+    Returns:
+        ``task``, ``document``, the fields of the method, ``tokens`` of the prompt, ``new_tokens``,
+        ``first_token`` and ``next_token`` in seconds.
+    """
+    if new_tokens < 2 or repeats < 1:
+        raise ValueError(f'expected at least 2 new_tokens and 1 repeat, got {new_tokens} and {repeats}')
+    seconds = [_timed(model, document, method, new_tokens) for _ in range(repeats)]
+    first, following = (statistics.median(column) for column in zip(*seconds, strict=True))
+    return dict(
+        task=document.task,
+        document=document.id,
+        **method.fields(),
+        tokens=len(document.prompt),
+        new_tokens=new_tokens,
+        first_token=first,
+        next_token=following,
+    )
+
+
+def _with_control(methods: Sequence[Method], together: int) -> list[Method]:
+    asked = [Method(FULL), *(method for method in methods if method.algorithm != FULL)]
+    names = [method.name for method in asked]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f'each method must be given once, got twice: {twice}')
+    if together < 1:
+        raise ValueError(f'together must be at least 1, got {together}')
+    return asked
+
+
+def _filled(model: Any, document: Document, methods: Sequence[Method]) -> tuple[list[Any], torch.Tensor]:
+    """Caches with the prompt, and the logits of its last token ``[vocabulary]``."""
+    from lzero_kv.llm.cache import BudgetCache
+    from lzero_kv.llm.prefill import prefill
+
+    caches = [BudgetCache(model.config, method.budget() or _EVERYTHING) for method in methods]
+    return caches, prefill(model, _ids(model, document.prompt), caches)[0]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one cache gave."""
+
+    held: Row
+    """Fields of the row about the cache behind the prompt."""
+    key_value_bytes: int
+    prediction: str | None
+    logits: torch.Tensor
+    """``[target, vocabulary]``: of each token of the target before it was read."""
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        document: Document,
+        cache: Any,
+        logits: torch.Tensor,
+        stepwise: bool,
+    ) -> _Measured:
+        held, size = _held(cache, len(document.prompt)), _key_value_bytes(cache)
+        if document.question:
+            logits = _read(model, cache, document.question, stepwise=False)[-1]
+        prediction = None
+        if document.answers:
+            prediction = _generate(model, tokenizer, document, copy.deepcopy(cache), logits)
+        further = _read(model, cache, document.target[:-1], stepwise)
+        return cls(held, size, prediction, torch.cat([logits[None], further]))
+
+
+def _row(document: Document, method: Method, measured: _Measured, control: _Measured) -> Row:
+    forced = _forced(document, measured.logits, control.logits)
+    scored = forced['forced']
+    if measured.prediction is not None:
+        scored = SCORES[document.metric](measured.prediction, document.answers, document.classes)
+    return dict(
+        task=document.task,
+        document=document.id,
+        **method.fields(),
+        score=scored,
+        chance=document.chance,
+        **forced,
+        prediction=measured.prediction,
+        tokens=len(document.prompt),
+        full_bytes=control.key_value_bytes,
+        **measured.held,
+    )
+
+
+def _forced(document: Document, logits: torch.Tensor, full: torch.Tensor) -> Row:
+    """Metrics of the target's tokens, from logits ``[target, vocabulary]``."""
+    first = 0 if document.question else 1
+    if len(logits) <= first:
+        return dict(forced=None, kl=None, perplexity=None, agreement=None)
+    target = torch.tensor(document.target[first:], device=logits.device)
+    said, right = (values[first:].float().log_softmax(-1) for values in (logits, full))
+    kl = (right.exp() * (right - said)).sum(-1)
+    loss = -said.gather(-1, target[:, None]).mean()
+    best = said.argmax(-1)
+    return dict(
+        forced=(best == target).double().mean().item(),
+        # rounding may leave less than 0
+        kl=max(0.0, kl.double().mean().item()),
+        perplexity=math.exp(loss.item()),
+        agreement=(best == right.argmax(-1)).double().mean().item(),
+    )
+
+
+def _read(model: Any, cache: Any, tokens: Sequence[int], stepwise: bool) -> torch.Tensor:
+    """Logits behind each token, ``[tokens, vocabulary]``."""
+    blocks = [[token] for token in tokens] if stepwise else [tokens] if tokens else []
+    read = [_forward(model, cache, block) for block in blocks]
+    return torch.cat(read) if read else torch.empty(0, model.config.vocab_size, device=model.device)
+
+
+def _generate(model: Any, tokenizer: Any, document: Document, cache: Any, logits: torch.Tensor) -> str:
+    """Greedy text behind a cache."""
+    ends, made = _ends(model), []
+    while len(made) < document.new_tokens:
+        token = int(logits.argmax())
+        if token in ends:
+            break
+        made.append(token)
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        if document.stop and document.stop in text.lstrip('\n'):
+            break
+        if len(made) < document.new_tokens:
+            logits = _read(model, cache, [token], stepwise=False)[-1]
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    return text.lstrip('\n').partition(document.stop)[0] if document.stop else text
+
+
+def _ends(model: Any) -> set[int]:
+    """Tokens that end a generated text."""
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def _held(cache: Any, tokens: int) -> Row:
+    """What a cache with one prompt holds."""
+    layers = [cache[layer] for layer in range(len(cache))]
+    of_token = layers[0].keys[:, :, :1].nbytes + layers[0].values[:, :, :1].nbytes
+    preferences = cache.preferences[0] if cache.preferences else []
+    slots = cache.slots[0] if cache.slots else [layer.columns for layer in layers]
+    return dict(
+        bytes=cache.bytes,
+        slots=[int(number) for number in slots],
+        peak_tokens=cache.peak_tokens,
+        peak_bytes=cache.peak_tokens * of_token,
+        kept=[_kept(layer, tokens) for layer in layers],
+        dispersion=[one.dispersion for one in preferences] or None,
+        shift=[one.shift for one in preferences] or None,
+    )
+
+
+def _kept(layer: Any, tokens: int) -> list[float]:
+    """Part of the tokens that stays in each of :data:`BINS` parts of a prompt, mean over groups of heads."""
+    kept = layer.positions[layer.tokens.real].cpu().numpy()
+    edges = np.linspace(0, tokens, BINS + 1)
+    held, there = (np.histogram(some, edges)[0] for some in (kept, np.arange(tokens)))
+    groups = layer.positions.shape[1]
+    return [round(float(part), 4) for part in held / np.maximum(1, there * groups)]
+
+
+def _key_value_bytes(cache: Any) -> int:
+    return sum(cache[layer].keys.nbytes + cache[layer].values.nbytes for layer in range(len(cache)))
+
+
+def _timed(model: Any, document: Document, method: Method, new_tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and the mean of the following ones."""
+    cache = _own_cache(model, method)
+    start = _now(model)
+    token = _next(model, cache, document.prompt)
+    first = _now(model)
+    for _ in range(new_tokens - 1):
+        token = _next(model, cache, [token])
+    return first - start, (_now(model) - first) / (new_tokens - 1)
+
+
+def _own_cache(model: Any, method: Method) -> Any:
+    from transformers.cache_utils import DynamicCache
+
+    from lzero_kv.llm.cache import BudgetCache
+
+    budget = method.budget()
+    return DynamicCache(config=model.config) if budget is None else BudgetCache(model.config, budget)
+
+
+def _next(model: Any, cache: Any, tokens: Sequence[int]) -> int:
+    return int(_forward(model, cache, tokens, logits_to_keep=1)[-1].argmax())
+
+
+@torch.no_grad()
+def _forward(model: Any, cache: Any, tokens: Sequence[int], **options: Any) -> torch.Tensor:
+    """Logits ``[tokens, vocabulary]`` of a block that is added to a cache."""
+    # the argument's name in transformers before 5.24, and since then
+    name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
+    return model(_ids(model, tokens), use_cache=True, **{name: cache}, **options).logits[0]
+
+
+def _now(model: Any) -> float:
+    if model.device.type == 'cuda':
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def _ids(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([list(tokens)], device=model.device)

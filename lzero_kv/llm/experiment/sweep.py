@@ -1,0 +1,134 @@
+"""Measurement of methods on documents, shared by any number of processes and resumed after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lzero_kv.llm.experiment.claims import CLAIMS, Claims
+from lzero_kv.llm.experiment.documents import Document
+from lzero_kv.llm.experiment.rows import ROWS, Row, RowFile, Unit
+
+Score = Callable[[Document], Iterable[Row]]
+"""The rows of one document, one for each method."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a sweep stands, all processes together."""
+
+    documents: int
+    """Documents of the sweep."""
+    done: int
+    """Documents with all their rows."""
+    work: float
+    """Of all documents, in the unit of their costs."""
+    work_done: float
+    """Of the documents with all their rows."""
+    current: str
+    """Task and id of the document in work here; empty where there is none."""
+    waiting: bool
+    """Whether that document is in work in another process, whose end is waited for."""
+
+
+Watch = Callable[[Progress], None]
+Cost = Callable[[Document], float]
+
+
+class Sweep:
+    """The rows of a sweep in a folder, and what is left to measure.
+
+    Arguments:
+        folder: of the rows; it is created where it is missing.
+        header: what the sweep is, with the names of the methods as ``methods``; see :class:`RowFile`.
+
+    Raises:
+        RowsError: the folder holds another sweep.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._file = RowFile(folder / ROWS, header, header['methods'])
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows so far, in the order in which they were written."""
+        return list(self._file.rows)
+
+    def left(self, documents: Iterable[Document]) -> list[Document]:
+        """The documents that have no rows yet."""
+        return [document for document in documents if unit_of(document) not in self._file.done]
+
+    def append(self, rows: Iterable[Row]) -> bool:
+        """Write the rows of a document that was measured elsewhere; see :meth:`RowFile.append`."""
+        return self._file.append(rows)
+
+    def run(
+        self,
+        documents: Sequence[Document],
+        score: Score,
+        watch: Watch = lambda progress: None,
+        cost: Cost = lambda document: document.size,
+    ) -> list[Row]:
+        """Measure the documents that have no rows yet, and return all rows.
+
+        Several processes may do so at the same time: each document is measured by one of them. It returns
+        when all rows are there: a process with nothing left to begin waits for the others, and takes over the
+        document of one that died.
+
+        Arguments:
+            documents: the same, in the same order, in every process.
+            score: measures one document.
+            watch: is told before and after each document.
+            cost: work of a document, such as seconds; its tokens where nothing better is known.
+
+        Raises:
+            ValueError: two documents have the same task and id.
+        """
+        _check_ids(documents)
+
+        def tell(current: Document | None = None, waiting: bool = False) -> None:
+            watch(self._progress(documents, cost, current, waiting))
+
+        with Claims(self.folder / CLAIMS) as claims:
+            for wait in (False, True):
+                for index, document in enumerate(documents):
+                    if not self.left([document]):
+                        continue
+                    tell(document, wait)
+                    with claims.claimed(index, wait=wait) as mine:
+                        self._file.refresh()  # its last holder may have written the rows
+                        if mine and self.left([document]):
+                            tell(document)
+                            self._file.append(score(document))
+                    tell()
+        return self.rows
+
+    def _progress(
+        self, documents: Sequence[Document], cost: Cost, current: Document | None, waiting: bool
+    ) -> Progress:
+        left = self.left(documents)
+        work, work_left = (sum(map(cost, some)) for some in (documents, left))
+        return Progress(
+            documents=len(documents),
+            done=len(documents) - len(left),
+            work=work,
+            work_done=work - work_left,
+            current='' if current is None else f'{current.task} {current.id}',
+            waiting=waiting,
+        )
+
+
+def unit_of(document: Document) -> Unit:
+    """The key of a document's rows."""
+    return document.task, document.id
+
+
+def _check_ids(documents: Sequence[Document]) -> None:
+    units = [unit_of(document) for document in documents]
+    if twice := sorted({unit for unit in units if units.count(unit) > 1}):
+        raise ValueError(f'each document of a task needs an id of its own, got twice: {twice}')

@@ -1,0 +1,357 @@
+"""Tasks of the experiments, made offline: text that goes on, needles, variables, frequent words, code.
+
+Document ``i`` of a task is a function of the task, the text, the length, the tokenizer and the number
+``seed * count + i``: different seeds give different documents, as long as the text has room for them.
+
+Prompts are written to be continued, not as instructions, so that a base model answers too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lzero_kv.llm.experiment.documents import Document, beginning, encode, line_starts
+from lzero_kv.llm.experiment.texts import PYTHON, SHAKESPEARE, Stretches
+from lzero_kv.mistakes import did_you_mean
+
+Text = str | Path
+KEYS = ['lighthouse', 'garden', 'castle', 'bridge', 'harbour', 'market', 'tower', 'forest']
+_SYLLABLES = [consonant + vowel for consonant in 'bdfgklmnprstvz' for vowel in 'aeio']
+_LETTERS = 'ABCDEFGHJKLMNPQRSTUVWXYZ'
+_NEEDLE = 'The secret number of the {key} is {number}.\n'
+_QUESTION = '\n\nThe secret number of the {key} is'
+_ASSIGNED = (
+    'Question: Which variables are assigned the value {number}?\n'
+    'Answer: The variables that are assigned the value {number} are'
+)
+_MOST_FREQUENT = (
+    '\n\nThe most frequent word of the list is',
+    '\n\nThe {asked} most frequent words of the list are',
+)
+_STATEMENT = re.compile(
+    r'(return|yield|raise|if|elif|for|while|with|def|class|import|from)\b|[\w.\[\]]+( =|\()'
+)
+_LINES = 400
+"""Tokens behind the prompt of a program in which a line of code is looked for."""
+_CODE_CHANCE = 0.0
+_DIGITS = 5
+_DEEPEST = 0.9
+"""Needles lie in the first part of a prompt: not in the window that every method keeps."""
+
+
+def documents(
+    task: str, tokenizer: Any, count: int, length: int, seed: int = 0, **options: Any
+) -> list[Document]:
+    """Documents of a task.
+
+    Args:
+        task: one of :data:`TASKS`.
+        tokenizer: of the model.
+        count: documents.
+        length: tokens of a prompt.
+        seed: the documents ``seed * count`` to ``(seed + 1) * count - 1`` of the task.
+        options: further arguments of the task's function, such as ``text``.
+
+    Raises:
+        ValueError: the task or an option is unknown, a number is not positive, or the length is too short.
+        ImportError: a text's package is missing.
+    """
+    make = TASKS.get(task)
+    if make is None:
+        raise ValueError(f'task must be one of {list(TASKS)}, got {task!r}{did_you_mean(task, list(TASKS))}')
+    known = [name for name, one in inspect.signature(make).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f'{", ".join(unknown)}: task {task!r} reads {known or "no options"}; leave it out')
+    if count < 1 or length < 1 or seed < 0:
+        raise ValueError(
+            f'count and length must be at least 1, seed at least 0; got {count}, {length}, {seed}'
+        )
+    return make(tokenizer, range(seed * count, (seed + 1) * count), length, **options)
+
+
+def continuation(
+    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE, target: int = 128
+) -> list[Document]:
+    """Text that goes on; ``target`` tokens of it are compared."""
+    first = beginning(tokenizer)
+    stretches = _stretches(text, tokenizer, length - len(first) + target, numbers)
+    made = []
+    for number in numbers:
+        tokens = [*first, *stretches.tokens(number)]
+        made.append(
+            Document(
+                task=_named('continuation', stretches, SHAKESPEARE),
+                id=f'continuation-{stretches.name}-{length}-{number}',
+                prompt=tuple(tokens[:length]),
+                target=tuple(tokens[length:]),
+            )
+        )
+    return made
+
+
+def needle(
+    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE
+) -> list[Document]:
+    """A number hidden in a text; the question for it stands in the window that every method keeps."""
+    return _planted('needle', tokenizer, numbers, length, text, _one_needle)
+
+
+def needle_after(
+    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE
+) -> list[Document]:
+    """A number hidden in a text; the question for it comes after the cut, in a block of its own."""
+    return _planted('needle_after', tokenizer, numbers, length, text, _one_needle, asked_after=True)
+
+
+def needles(
+    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE, hidden: int = 4
+) -> list[Document]:
+    """Several numbers hidden in a text, one of which is asked for in the window (RULER's niah_multikey)."""
+    if not 1 < hidden <= len(KEYS):
+        raise ValueError(f'hidden must be from 2 to {len(KEYS)}, got {hidden}')
+    return _planted('needles', tokenizer, numbers, length, text, partial(_needles, hidden=hidden))
+
+
+def variables(
+    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE, hops: int = 2
+) -> list[Document]:
+    """A number that is passed from variable to variable, in lines hidden in a text; the names of all of them
+    are asked for in the window (RULER's variable tracking, one chain), behind a worked example."""
+    if not 0 < hops < len(_LETTERS):
+        raise ValueError(f'hops must be from 1 to {len(_LETTERS) - 1}, got {hops}')
+    return _planted('variables', tokenizer, numbers, length, text, partial(_chain, hops=hops))
+
+
+def words(tokenizer: Any, numbers: Sequence[int], length: int, *, asked: int = 1) -> list[Document]:
+    """The most frequent ones of made-up words, as often as Zipf's law has it with exponent 1.2 (RULER's
+    frequent words); the question stands in the window. Chance is a word of the list.
+
+    RULER asks for three words; of models with 135 million parameters only ``asked=1`` is above chance.
+    """
+    if not 0 < asked <= 10:
+        raise ValueError(f'asked must be from 1 to 10, got {asked}')
+    return [_frequent_words(tokenizer, number, length, asked) for number in numbers]
+
+
+def code(tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = PYTHON) -> list[Document]:
+    """The next line of a program, scored by its similarity as in LongBench. Chance is another line of the
+    same kind."""
+    stretches = _stretches(text, tokenizer, length + _LINES, numbers)
+    return [_next_line(tokenizer, stretches, number, length) for number in numbers]
+
+
+TASKS: dict[str, Callable[..., list[Document]]] = {
+    'continuation': continuation,
+    'needle': needle,
+    'needle_after': needle_after,
+    'needles': needles,
+    'variables': variables,
+    'words': words,
+    'code': code,
+}
+"""The function of each task: of the tokenizer, the numbers of the documents and the tokens of a prompt."""
+
+
+@dataclass(frozen=True)
+class _Plant:
+    """What is hidden in a text, and asked."""
+
+    facts: Sequence[str]
+    """In their order in the text."""
+    question: str
+    answers: Sequence[str]
+    target: str
+    example: str = ''
+    """In front of the text."""
+    chance: float = 0.0
+
+
+def _needles(random_: random.Random, hidden: int) -> _Plant:
+    keys = random_.sample(KEYS, hidden)
+    numbers = [_number(random_) for _ in keys]
+    facts = [_NEEDLE.format(key=key, number=number) for key, number in zip(keys, numbers, strict=True)]
+    asked = random_.randrange(hidden)
+    return _Plant(
+        facts,
+        _QUESTION.format(key=keys[asked]),
+        [numbers[asked]],
+        f' {numbers[asked]}',
+        chance=0.0 if hidden == 1 else 1 / hidden,
+    )
+
+
+def _one_needle(random_: random.Random) -> _Plant:
+    return _needles(random_, 1)
+
+
+def _chain(random_: random.Random, hops: int) -> _Plant:
+    (names, number, facts), example = (_chain_of(random_, hops) for _ in range(2))
+    return _Plant(
+        facts,
+        '\n\n' + _ASSIGNED.format(number=number),
+        names,
+        ' ' + ', '.join(f'VAR {name}' for name in names),
+        _worked(*example),
+    )
+
+
+def _chain_of(random_: random.Random, hops: int) -> tuple[list[str], str, list[str]]:
+    """Names of variables, their number, and a line for each."""
+    letters = random_.sample(_LETTERS, hops + 1)
+    names = [f'{letter}{random_.randrange(1, 10)}' for letter in letters]
+    number = _number(random_)
+    values = [number, *(f'VAR {name}' for name in names)]
+    return names, number, [f'VAR {name} = {value}.\n' for name, value in zip(names, values, strict=False)]
+
+
+def _worked(names: Sequence[str], number: str, facts: Sequence[str]) -> str:
+    between = 'The grass is green. The sky is blue.\n'
+    answer = ', '.join(f'VAR {name}' for name in names)
+    return f'{between.join(facts)}{_ASSIGNED.format(number=number)} {answer}.\n\n'
+
+
+def _frequent_words(tokenizer: Any, number: int, length: int, asked: int) -> Document:
+    random_ = random.Random(f'words {number}')
+    kinds = [''.join(random_.choices(_SYLLABLES, k=3)) for _ in range(100)]
+    kinds = list(dict.fromkeys(kinds))
+    shares = [1 / (place + 1) ** 1.2 for place in range(len(kinds))]
+    question = encode(tokenizer, _MOST_FREQUENT[asked > 1].format(asked=asked))
+    tokens = [*beginning(tokenizer), *encode(tokenizer, 'A list of words:')]
+    said: list[str] = []
+    while True:
+        [word] = random_.choices(kinds, shares)
+        more = encode(tokenizer, f' {word},')
+        if len(tokens) + len(more) + len(question) > length:
+            break
+        tokens += more
+        said.append(word)
+    if len(said) < 4 * asked:
+        raise ValueError(
+            f'words needs a length for {4 * asked} words at least, {length} has room for {len(said)}'
+        )
+    counts = Counter(said).most_common(asked)
+    answers = [word for word, _ in counts]
+    target = encode(tokenizer, ' ' + ', '.join(answers))
+    return Document(
+        task='words',
+        id=f'words-{length}-{number}',
+        prompt=(*tokens, *question),
+        target=tuple(target),
+        answers=tuple(answers),
+        new_tokens=len(target) + 8,
+        stop='\n',
+        chance=sum(count for _, count in counts) / len(said) / asked,
+    )
+
+
+def _next_line(tokenizer: Any, stretches: Stretches, number: int, length: int) -> Document:
+    text, front = stretches.text(number, pieces=40), beginning(tokenizer)  # past any table
+    room = length - len(front)
+    behind = len(tokenizer.decode(stretches.tokens(number)[:room]))
+    lines = (
+        (match.start(), match[1]) for match in re.finditer(r'\n(.*)(?=\n)', text) if match.start() >= behind
+    )
+    end, line = next(((end, line) for end, line in lines if _is_code(line)), (0, ''))
+    before = encode(tokenizer, text[:end])
+    if len(before) < room:
+        raise ValueError(f'piece {number} of {stretches.source} has no line of code behind {length} tokens')
+    return Document(
+        task=_named('code', stretches, PYTHON),
+        id=f'code-{stretches.name}-{length}-{number}',
+        prompt=(*front, *before[-room:]),
+        # the line's beginning belongs to it: tokens join it with the spaces that follow
+        target=tuple(encode(tokenizer, f'\n{line}')),
+        answers=(line,),
+        metric='edit',
+        new_tokens=64,
+        stop='\n',
+        chance=_CODE_CHANCE,
+    )
+
+
+def _is_code(line: str) -> bool:
+    """Whether a line is an assignment, a call or a statement with a block, not a comment or prose."""
+    clean = line.strip()
+    return len(clean) > 9 and bool(_STATEMENT.match(clean)) and not any(mark in line for mark in '`#')
+
+
+def _planted(
+    task: str,
+    tokenizer: Any,
+    numbers: Sequence[int],
+    length: int,
+    text: Text,
+    plant_of: Callable[[random.Random], _Plant],
+    *,
+    asked_after: bool = False,
+) -> list[Document]:
+    """Documents with facts at random lines of a text."""
+    stretches = _stretches(text, tokenizer, length, numbers)
+    made = []
+    for number in numbers:
+        # the same facts with the question inside and after
+        random_ = random.Random(f'{task.removesuffix("_after")} {number}')
+        plant = plant_of(random_)
+        question = encode(tokenizer, plant.question)
+        front = [*beginning(tokenizer), *encode(tokenizer, plant.example)]
+        facts = [encode(tokenizer, fact) for fact in plant.facts]
+        behind = [] if asked_after else question
+        room = length - sum(map(len, [front, behind, *facts]))
+        if room < length // 4:
+            raise ValueError(
+                f'{task} needs a length of more than {(length - room) * 4 // 3} tokens, got {length}'
+            )
+        filled = _hidden(tokenizer, stretches.tokens(number)[:room], facts, random_)
+        made.append(
+            Document(
+                task=_named(task, stretches, SHAKESPEARE),
+                id=f'{task}-{stretches.name}-{length}-{number}',
+                prompt=(*front, *filled, *behind),
+                question=tuple(question) if asked_after else (),
+                target=tuple(encode(tokenizer, plant.target)),
+                answers=tuple(plant.answers),
+                new_tokens=len(encode(tokenizer, plant.target)) + 2,
+                stop='\n',
+                chance=plant.chance,
+            )
+        )
+    return made
+
+
+def _hidden(tokenizer: Any, text: list[int], facts: Sequence[list[int]], random_: random.Random) -> list[int]:
+    """The text with the facts in front of lines of it, at random depths and in order."""
+    starts = list(line_starts(tokenizer, text))
+    depths = sorted(random_.uniform(0, _DEEPEST) for _ in facts)
+    places = [starts[bisect.bisect_right(starts, depth * len(text)) - 1] for depth in depths]
+    pieces: list[int] = []
+    for fact, begin, end in zip(facts, [0, *places], places, strict=False):
+        pieces += [*text[begin:end], *fact]
+    return [*pieces, *text[places[-1] :]]
+
+
+def _stretches(text: Text, tokenizer: Any, tokens: int, numbers: Sequence[int]) -> Stretches:
+    found = Stretches(text, tokenizer, tokens)
+    if len(numbers) > len(found):
+        raise ValueError(
+            f'the text of {text} has room for {len(found)} documents of {tokens} tokens, {len(numbers)} were '
+            f'asked for; lower the count or the length, or give a longer text'
+        )
+    return found
+
+
+def _named(task: str, stretches: Stretches, usual: str) -> str:
+    """The task's name, with the text's where that is not the usual one."""
+    return task if stretches.source == usual else f'{task}/{stretches.name}'
+
+
+def _number(random_: random.Random) -> str:
+    return str(random_.randrange(10 ** (_DIGITS - 1), 10**_DIGITS))
