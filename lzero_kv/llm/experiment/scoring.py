@@ -121,7 +121,7 @@ def _with_control(methods: Sequence[Method], together: int) -> list[Method]:
 def _filled(model: Any, document: Document, methods: Sequence[Method]) -> tuple[list[Any], torch.Tensor]:
     """Caches with the prompt, and the logits of its last token ``[vocabulary]``."""
     from lzero_kv.llm.cache import BudgetCache
-    from lzero_kv.llm.prefill import prefill
+    from lzero_kv.llm.shared_prefill import prefill
 
     caches = [BudgetCache(model.config, method.budget() or _EVERYTHING) for method in methods]
     return caches, prefill(model, _ids(model, document.prompt), caches)[0]
