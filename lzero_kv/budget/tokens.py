@@ -65,7 +65,8 @@ class Tokens:
         """bool ``[B, G, n]``: tokens outside window and sinks."""
         numbers = self.step_numbers
         newest = numbers[..., -1:]
-        first, last = self.sinks // self.step, self.window // self.step
+        # half a step of sinks may be left where the first tokens expire
+        first, last = (self.sinks + self.step - 1) // self.step, self.window // self.step
         return self.real & (numbers >= first) & (numbers <= newest - last)
 
     def sum_of_steps(self, values: torch.Tensor) -> torch.Tensor:
