@@ -27,7 +27,8 @@ class Tokens:
     """First tokens, never dropped; int64 ``[B, 1, 1]`` where rows differ."""
     step: int = 1
     """Tokens that are kept or dropped together: those whose position divided by ``step`` is the same. Window
-    and sinks are multiples of it; a newest step that is not complete yet counts as a step of the window."""
+    and sinks are multiples of it; a newest step that is not complete yet counts as a step of the window, and
+    one step of sinks may have lost its first tokens."""
 
     @classmethod
     def of_prompt(
