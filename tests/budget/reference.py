@@ -108,7 +108,8 @@ def shift(heads: Sequence[Matrix], keys: Sequence[int]) -> float:
 def may_go(positions: Sequence[int], window: int, sinks: int, step: int = 1) -> list[int]:
     """Places (in ``positions``, ascending) of the tokens outside the first and the newest steps."""
     numbers = sorted({position // step for position in positions})
-    spared = set(numbers[: (sinks + step - 1) // step]) | set(numbers[max(0, len(numbers) - window // step) :])
+    first, newest = (sinks + step - 1) // step, max(0, len(numbers) - window // step)
+    spared = {*numbers[:first], *numbers[newest:]}
     return [place for place, position in enumerate(positions) if position // step not in spared]
 
 

@@ -72,9 +72,7 @@ class Group:
         """Score of each token that may go, by its place."""
         places = reference.may_go(self.positions, window, sinks, step)
         accumulated = [token.accumulated for token in self.tokens]
-        return reference.scores(
-            selection, places, self.positions, accumulated, self.matrices(), **parameters
-        )
+        return reference.scores(selection, places, self.positions, accumulated, self.matrices(), **parameters)
 
     def shrink(self, scored: dict[int, float], slots: int, step: int) -> None:
         """Drop the tokens that are over ``slots``."""
@@ -184,9 +182,7 @@ class ReferenceCache:
         evictable = max(0, self.total(seen) - self.layers * kept)
         if evictable >= sum(caps):
             return tuple(most)
-        weights = reference.weights(
-            layers=self.layers, preferences=self.preferences[row], **self.allocation
-        )
+        weights = reference.weights(layers=self.layers, preferences=self.preferences[row], **self.allocation)
         blocks = reference.apportion(
             weights,
             evictable // self.step,
@@ -209,7 +205,7 @@ class ReferenceCache:
                 for group in row.groups:
                     group.tokens += [Token(position) for position in range(past, seen)]
                     group.pending += range(past, seen)
-        if self.given.get('ratio') == 1 or self.steps > 0 and self.steps % self.interval:
+        if self.given.get('ratio') == 1 or (self.steps > 0 and self.steps % self.interval):
             self._expire()
             return
         if not first:
