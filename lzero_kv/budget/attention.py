@@ -132,13 +132,13 @@ class QueryAttention:
         for first in range(0, total, _PIECE):
             end = min(total, first + _PIECE)
             ages = torch.arange(total - 1 - first, total - 1 - end, -1, device=self.keys.device)
-            weights = (decay**ages).to(self.keys.dtype)[None]
+            weights = (decay ** ages.to(self.keys.dtype))[None]
             real = self._real(first, end)
             weights = weights if real is None else weights * real
             seen = weights[:, None, None] @ self._probabilities(first, end)
             sums[..., : seen.shape[3]] += mean_of_groups(seen[:, :, 0], groups)
         if before is not None:
-            sums[..., : before.shape[2]] += decay ** self.count(total)[..., None] * before
+            sums[..., : before.shape[2]] += decay ** self.count(total)[..., None].to(before.dtype) * before
         return sums
 
     def _real(self, first: int, end: int) -> torch.Tensor | None:
@@ -250,7 +250,7 @@ class AttentionRecord:
     def _accumulate(self, attention: torch.Tensor) -> None:
         decay, block = self.decay, attention.shape[2]
         if decay < 1:
-            ages = torch.arange(block - 1, -1, -1, device=attention.device)
+            ages = torch.arange(block - 1, -1, -1, dtype=attention.dtype, device=attention.device)
             attention, decay = attention * (decay**ages)[:, None], decay**block
         new = mean_of_groups(attention.sum(2), self.groups)
         if self.accumulated is not None:

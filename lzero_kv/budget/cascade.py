@@ -282,11 +282,15 @@ class BudgetedCache:
         held.queries = None
         sizes = [self._sizes(seen) for seen in self.seen]
         self._set_always_kept(layer, held, sizes)
+        if not self._first:
+            # before the first layer is measured anew: preferences of one block alone can be compared
+            self._share_out(layer, sizes)
         if self.reads_attention:
             self._read(layer, held, queries, sizes)
         else:
             self._expire(layer, held)
-        self._share_out(layer, sizes)
+        if self._first:
+            self._share_out(layer, sizes)
         for number in self._layers_to_cut(layer):
             self._cut(number, sizes)
 
@@ -305,7 +309,7 @@ class BudgetedCache:
     def _read(self, layer: int, held: LayerCache, queries: torch.Tensor, sizes: Sequence[Sizes]) -> None:
         reading = self._reading(layer, held, queries)
         horizon = max(size.window for size in sizes)
-        rows = self._rows_to_measure(layer, queries.shape[2] >= horizon)
+        rows = self._rows_to_measure(layer, queries.shape[2], sizes)
         recent = reading.newest(horizon) if rows or 'recent' in self._selection.reads else None
         self._expire(layer, held)
         if recent is not None and rows:
@@ -337,15 +341,17 @@ class BudgetedCache:
         held.expire(oldest)
         self._counts[layer] = [min(count, limit) for count in self._counts[layer]]
 
-    def _rows_to_measure(self, layer: int, window_seen: bool) -> list[int]:
-        """Rows whose preference is measured: all at a block of a window's size, whose variance means
+    def _rows_to_measure(self, layer: int, queries: int, sizes: Sequence[Sizes]) -> list[int]:
+        """Rows whose preference is measured: those with a block of their window's size, whose variance means
         something, and those that have none yet."""
         if not self._measures:
             return []
-        if self._steps < 0 and window_seen:
-            return list(range(len(self.seen)))
         return [
-            row for row, known in enumerate(self.preferences) if layer >= len(known) or not any(known[layer])
+            row
+            for row, known in enumerate(self.preferences)
+            if (self._steps < 0 and queries >= sizes[row].window)
+            or layer >= len(known)
+            or not any(known[layer])
         ]
 
     def _measure(
@@ -380,7 +386,8 @@ class BudgetedCache:
         contexts = [self._most(row, number, layer) for number in range(known)]
         ahead = self.seen[row] + self._slack
         full = [_least(ahead, limit) for limit in self.limits]
-        if self._sizes(ahead).total >= sum(full):
+        moves = self.dynamic or self._steps < 0  # slots that stay must bound the tokens after these, too
+        if moves and self._sizes(ahead).total >= sum(full):
             return tuple(contexts)
         weights = self._allocation.weights(self.layers, self.preferences[row])
         return allocate(weights[:known], contexts=contexts, reserved_layers=self.layers, **sizes._asdict())

@@ -193,7 +193,7 @@ def select(scores: torch.Tensor, tokens: Tokens, slots: int | Sequence[int]) -> 
         Indices ``[B, G, k]`` with the most slots of a row as ``k``, at most ``n``; and lengths.
 
     Raises:
-        ValueError: window and sinks do not fit into ``slots``, where that is one number.
+        ValueError: window and sinks do not fit into ``slots``, where all three are one number for all rows.
     """
     columns = scores.shape[-1]
     if isinstance(slots, int):
@@ -218,8 +218,9 @@ def select(scores: torch.Tensor, tokens: Tokens, slots: int | Sequence[int]) -> 
 
 
 def _check_always_kept(slots: int, tokens: Tokens, columns: int) -> None:
-    if slots < min(tokens.window + tokens.sinks, columns):
+    always = tokens.window + tokens.sinks
+    if isinstance(always, int) and slots < min(always, columns):
         raise ValueError(
-            f'window and sinks are always kept: expected at least {tokens.window + tokens.sinks} slots, got '
+            f'window and sinks are always kept: expected at least {always} slots, got '
             f'{slots}; raise the budget or lower window={tokens.window}, sinks={tokens.sinks}'
         )

@@ -27,7 +27,8 @@ class Tokens:
     """First tokens, never dropped; int64 ``[B, 1, 1]`` where rows differ."""
     step: int = 1
     """Tokens that are kept or dropped together: those whose position divided by ``step`` is the same. Window
-    and sinks are multiples of it; a newest step that is not complete yet counts as a step of the window."""
+    and sinks are multiples of it; a newest step that is not complete yet counts as a step of the window, and
+    one step of sinks may have lost its first tokens."""
 
     @classmethod
     def of_prompt(
@@ -65,7 +66,8 @@ class Tokens:
         """bool ``[B, G, n]``: tokens outside window and sinks."""
         numbers = self.step_numbers
         newest = numbers[..., -1:]
-        first, last = self.sinks // self.step, self.window // self.step
+        # half a step of sinks may be left where the first tokens expire
+        first, last = (self.sinks + self.step - 1) // self.step, self.window // self.step
         return self.real & (numbers >= first) & (numbers <= newest - last)
 
     def sum_of_steps(self, values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from lzero_kv.budget import AttentionRecord, LayerCache
 
 from .methods import config_of
-from .reference_cache import ReferenceCache
+from .reference_cache import Group, Token
 
 KV_HEADS, HEADS, HEAD_DIM, WINDOW, SINKS = 2, 6, 5, 4, 2
 
@@ -29,14 +29,10 @@ class Pair:
         self, names: list[int], lengths: list[int], *, selection: dict[str, Any], groups: int, step: int
     ) -> None:
         self.selector = config_of(selection, ratio=1.0).selector()
-        self.names, decay = names, self.selector.decay
-        parameters = {name: selection[name] for name in ('gamma', 'kernel', 'mix') if name in selection}
-        self.slow = ReferenceCache(
-            layers=1, heads=HEADS, groups=groups, lengths=lengths, total=0, window=WINDOW, sinks=SINKS,
-            minimum=0, step=step, allocation={}, selection=selection['selection'], decay=decay,
-            parameters=parameters,
-            attention=lambda layer, row, head, query, keys: self.attention(row, head, query, keys),
-        )  # fmt: skip
+        self.names, self.step, decay = names, step, self.selector.decay
+        self.selection = selection['selection']
+        self.parameters = {name: selection[name] for name in ('gamma', 'kernel', 'mix') if name in selection}
+        self.slow = [[Group(HEADS // groups) for _ in range(groups)] for _ in names]
         record = AttentionRecord(groups, WINDOW, decay, {'accumulated', 'recent'})
         columns = max(lengths)
         position = torch.arange(columns) - columns + torch.tensor(lengths)[:, None]
@@ -45,8 +41,20 @@ class Pair:
             both[:, 0], both[:, 1], torch.tensor(lengths), record, sinks=SINKS, step=step
         )
         for row, length in enumerate(lengths):
-            self.slow._see(0, row, list(range(length)))
+            self.see(row, list(range(length)))
         self.fast.observe(self.probabilities(columns))
+
+    def see(self, row: int, positions: list[int]) -> None:
+        """New tokens of a row of the reference, each an observation of its own."""
+        for number, group in enumerate(self.slow[row]):
+            group.tokens += [Token(position) for position in positions]
+            first = number * group.share
+
+            def attention(head: int, query: int, keys: list[int], first: int = first) -> list[float]:
+                return self.attention(row, first + head, query, keys)
+
+            group.see(positions, attention, self.selector.decay)
+            group.recent = group.recent[-WINDOW:]
 
     def attention(self, row: int, head: int, query: int, keys: list[int]) -> list[float]:
         """One number for each key."""
@@ -83,7 +91,7 @@ class Pair:
         positions = self.fast.positions[:, 0, -1:] + 1 + torch.arange(block)
         self.fast.append(self.stamp(positions), -self.stamp(positions))
         for row, own in enumerate(positions.tolist()):
-            self.slow._see(0, row, own)
+            self.see(row, own)
         self.fast.observe(self.probabilities(block))
 
     def append_step(self, begins: int) -> None:
@@ -100,27 +108,30 @@ class Pair:
             self.fast.values[:, :, at] = -self.stamp(positions)[:, :, token]
             for row in range(rows):
                 if token or not empty[row]:
-                    self.slow._see(0, row, [int(positions[row, token])])
+                    self.see(row, [int(positions[row, token])])
             self.fast.observe(self.probabilities(1, at + 1))
 
     def shrink(self, slots: int) -> None:
         self.fast.shrink(slots, self.selector)
-        self.slow._shrink(0, slots)
+        for groups in self.slow:
+            for group in groups:
+                scored = group.scores(self.selection, self.parameters, WINDOW, SINKS, self.step)
+                group.shrink(scored, slots, self.step)
 
     def select_rows(self, rows: list[int]) -> None:
         self.fast.select_rows(torch.tensor(rows))
         self.names = [self.names[row] for row in rows]
-        self.slow.groups[0] = [copy.deepcopy(self.slow.groups[0][row]) for row in rows]
+        self.slow = [copy.deepcopy(self.slow[row]) for row in rows]
 
     def put_rows(self, rows: list[int], other: Pair) -> None:
         self.fast.put_rows(torch.tensor(rows), other.fast)
-        for row, name, held in zip(rows, other.names, other.slow.groups[0], strict=True):
-            self.names[row], self.slow.groups[0][row] = name, copy.deepcopy(held)
+        for row, name, held in zip(rows, other.names, other.slow, strict=True):
+            self.names[row], self.slow[row] = name, copy.deepcopy(held)
 
     def check(self) -> None:
         """Tokens, positions, keys, values and record agree."""
         fast, share = self.fast, HEADS // self.fast.positions.shape[1]
-        for row, groups in enumerate(self.slow.groups[0]):
+        for row, groups in enumerate(self.slow):
             for number, group in enumerate(groups):
                 count = len(group.tokens)
                 assert int(fast.lengths[row, number]) == count
@@ -134,7 +145,7 @@ class Pair:
                 accumulated = [token.accumulated for token in group.tokens]
                 got = fast.record.accumulated[row, number, real].tolist()
                 assert got == pytest.approx(accumulated, rel=1e-9)
-                heads = torch.tensor(self.slow._matrices(group), dtype=torch.float64)
+                heads = torch.tensor(group.matrices(), dtype=torch.float64)
                 queries = int(fast.record.queries[row, number])
                 assert queries == len(group.recent)
                 recent = fast.record.recent[

@@ -108,8 +108,17 @@ def shift(heads: Sequence[Matrix], keys: Sequence[int]) -> float:
 def may_go(positions: Sequence[int], window: int, sinks: int, step: int = 1) -> list[int]:
     """Places (in ``positions``, ascending) of the tokens outside the first and the newest steps."""
     numbers = sorted({position // step for position in positions})
-    spared = set(numbers[: sinks // step]) | set(numbers[max(0, len(numbers) - window // step) :])
+    first, newest = (sinks + step - 1) // step, max(0, len(numbers) - window // step)
+    spared = {*numbers[:first], *numbers[newest:]}
     return [place for place, position in enumerate(positions) if position // step not in spared]
+
+
+def accumulated(heads: Sequence[Matrix], decay: float) -> list[float]:
+    """``s <- decay s + a`` for every query, ``a`` the mean over the heads."""
+    sums = [0.0] * len(heads[0][0])
+    for query in zip(*heads, strict=True):
+        sums = [decay * past + sum(now) / len(now) for past, *now in zip(sums, *query, strict=True)]
+    return sums
 
 
 def pooled(scores: dict[int, float], kernel: int) -> dict[int, float]:

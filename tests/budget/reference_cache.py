@@ -1,19 +1,22 @@
 """A whole cache under a budget, slowly: the oracle of ``BudgetedCache``.
 
-A row is a list of tokens per layer and group of heads, a token is a :class:`Token`. All layers see the prompt
-first and shrink at the end; there are no cascades, columns or padding.
+A row is a list of tokens per layer and group of heads, a token is a :class:`Token`. All layers see a block
+first and shrink at its end; there are no cascades, columns or padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from . import reference
 
-Attention = Callable[[int, int, int, int, list[int]], list[float]]
-"""``attention(layer, row, query head, query position, key positions)``: one number for each key."""
+Attention = Callable[[int, int, list[int]], list[float]]
+"""``attention(query head of the group, query position, key positions)``: one number for each key."""
 
 
 @dataclass
@@ -22,23 +25,77 @@ class Token:
 
     position: int
     accumulated: float = 0.0
+    score: float | None = None
 
 
 @dataclass
 class Group:
     """Tokens that one group of heads of a row holds in one layer."""
 
+    share: int
+    """Query heads of the group."""
     tokens: list[Token] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    """Positions of the queries whose attention was not read yet."""
     recent: list[dict[int, list[float]]] = field(default_factory=list)
-    """For each of the last queries: key position to the attention of each query head of the group."""
+    """For each of the last queries: key position to the attention of each query head."""
 
     @property
     def positions(self) -> list[int]:
         return [token.position for token in self.tokens]
 
+    def see(
+        self, queries: Sequence[int], attention: Attention, decay: float, reach: float = math.inf
+    ) -> None:
+        """Read the attention of queries over the tokens that are held now."""
+        for query in queries:
+            keys = [position for position in self.positions if query - reach < position <= query]
+            given = [attention(head, query, keys) for head in range(self.share)]
+            columns = {key: [of_head[place] for of_head in given] for place, key in enumerate(keys)}
+            for token in self.tokens:
+                token.accumulated = (
+                    decay * token.accumulated + sum(columns.get(token.position, [])) / self.share
+                )
+            self.recent.append(columns)
+
+    def matrices(self) -> list[list[list[float]]]:
+        """For each query head, the rows of the last queries over the tokens that are held."""
+        nothing = [0.0] * self.share
+        return [
+            [[query.get(position, nothing)[head] for position in self.positions] for query in self.recent]
+            for head in range(self.share)
+        ]
+
+    def scores(
+        self, selection: str, parameters: dict[str, Any], window: int, sinks: int, step: int
+    ) -> dict[int, float]:
+        """Score of each token that may go, by its place."""
+        places = reference.may_go(self.positions, window, sinks, step)
+        accumulated = [token.accumulated for token in self.tokens]
+        return reference.scores(selection, places, self.positions, accumulated, self.matrices(), **parameters)
+
+    def shrink(self, scored: dict[int, float], slots: int, step: int) -> None:
+        """Drop the tokens that are over ``slots``."""
+        if len(self.tokens) > slots:
+            kept = reference.keep(scored, self.positions, slots, step)
+            self.tokens = [self.tokens[place] for place in kept]
+
+
+@dataclass
+class Row:
+    """What one sequence holds in one layer."""
+
+    groups: list[Group]
+    count: int = 0
+    """Tokens, at most: fewer where steps are kept whole or groups lost different ones."""
+
 
 class ReferenceCache:
-    """Arguments: the numbers of the model, the sizes of the budget, and the attention that is given out."""
+    """Arguments: the numbers of the model, those of the budget, and the attention that is given out.
+
+    ``ratio``, ``tokens`` or ``heavy_ratio`` and ``recent_ratio`` are exact; ``reads`` is what the selection
+    reads; ``attention(layer, row)`` is the attention of each query head over the whole row.
+    """
 
     def __init__(
         self,
@@ -46,109 +103,200 @@ class ReferenceCache:
         layers: int,
         heads: int,
         groups: int,
-        lengths: list[int],
-        total: int,
+        rows: int,
+        limits: Sequence[int | None],
+        dynamic: bool,
+        interval: int,
+        sizes: dict[str, Fraction | int],
         window: int,
         sinks: int,
         minimum: int,
         step: int,
         allocation: dict[str, Any],
         selection: str,
+        reads: set[str],
         decay: float,
         parameters: dict[str, Any],
-        attention: Attention,
+        attention: Callable[[int, int, int, int, list[int]], list[float]],
     ) -> None:
-        self.layers, self.heads, self.lengths = layers, heads, lengths
-        self.total, self.window, self.sinks, self.minimum, self.step = total, window, sinks, minimum, step
-        self.allocation, self.selection, self.decay = allocation, selection, decay
+        self.layers, self.dynamic, self.interval = layers, dynamic, interval
+        self.limits = [math.inf if limit is None else limit for limit in limits]
+        self.given, self.window, self.sinks, self.step = sizes, window, sinks, step
+        self.minimum = max(minimum, interval)
+        self.allocation, self.selection, self.reads, self.decay = allocation, selection, reads, decay
         self.parameters, self.attention = parameters, attention
         self.share = heads // groups
-        self.groups = [[[Group() for _ in range(groups)] for _ in lengths] for _ in range(layers)]
-        self.seen = 0
-        self.weights: list[Any] = []
-
-    def prompt(self) -> None:
-        """All layers see the prompt, then all shrink."""
-        self.seen = max(self.lengths)
-        preferences = []
-        for layer in range(self.layers):
-            for row, length in enumerate(self.lengths):
-                self._see(layer, row, list(range(length)))
-            preferences.append(self._preference(layer))
-        self.weights = reference.weights(layers=self.layers, preferences=preferences, **self.allocation)
-        for layer, slots in enumerate(self.slots()):
-            self._shrink(layer, slots)
-
-    def block(self, tokens: int) -> None:
-        """Every layer sees the same number of new tokens of each row, and shrinks."""
-        self.seen += tokens
-        for layer, slots in enumerate(self.slots()):
-            for row in range(len(self.lengths)):
-                first = self.groups[layer][row][0].positions[-1] + 1
-                self._see(layer, row, list(range(first, first + tokens)))
-            self._shrink(layer, slots)
-
-    def slots(self) -> list[int]:
-        """Slots of each layer now."""
-        always = min(self.seen, self.window + self.sinks)
-        cap = self.seen - always
-        evictable = max(0, self.total - self.layers * (self.window + self.sinks))
-        if evictable >= cap * self.layers:
-            return [self.seen] * self.layers
-        blocks = reference.apportion(
-            self.weights,
-            evictable // self.step,
-            [(cap + self.step - 1) // self.step] * self.layers,
-            (self.minimum + self.step - 1) // self.step,
-        )
-        return [min(self.seen, always + self.step * count) for count in blocks]
-
-    def _see(self, layer: int, row: int, positions: list[int]) -> None:
-        for number, group in enumerate(self.groups[layer][row]):
-            group.tokens += [Token(position) for position in positions]
-            for token in group.tokens:
-                token.accumulated *= self.decay
-            for query in positions:
-                keys = [position for position in group.positions if position <= query]
-                shares = range(number * self.share, (number + 1) * self.share)
-                given = [self.attention(layer, row, head, query, keys) for head in shares]
-                columns = {key: [of_head[place] for of_head in given] for place, key in enumerate(keys)}
-                for token in group.tokens:
-                    if token.position in columns:
-                        token.accumulated += sum(columns[token.position]) / self.share
-                group.recent = [*group.recent, columns][-self.window :]
-
-    def _matrices(self, group: Group) -> list[list[list[float]]]:
-        """For each query head of the group, the rows of the last queries over the tokens that are held."""
-        nothing = [0.0] * self.share
-        return [
-            [[query.get(position, nothing)[head] for position in group.positions] for query in group.recent]
-            for head in range(self.share)
+        self.rows = [
+            [Row([Group(self.share) for _ in range(groups)]) for _ in range(rows)] for _ in range(layers)
         ]
+        self.seen: list[int] = []
+        self.slots: list[tuple[int, ...]] = []
+        self.preferences: list[list[tuple[float, float]]] = [[(0.0, 0.0)] * layers for _ in range(rows)]
+        self.steps = -1
 
-    def _preference(self, layer: int) -> tuple[float, float]:
-        measured = []
-        for groups in self.groups[layer]:
-            keys = reference.may_go(groups[0].positions, self.window, self.sinks, self.step)
-            heads = [matrix for group in groups for matrix in self._matrices(group)]
-            if keys:
-                measured.append((reference.dispersion(heads, keys), reference.shift(heads, keys)))
-        if not measured:
-            return 0.0, 0.0
-        return tuple(sum(column) / len(measured) for column in zip(*measured, strict=True))
+    # sizes
 
-    def _shrink(self, layer: int, slots: int) -> None:
-        for groups in self.groups[layer]:
-            for group in groups:
-                places = reference.may_go(group.positions, self.window, self.sinks, self.step)
-                scored = reference.scores(
-                    self.selection,
-                    places,
-                    group.positions,
-                    [token.accumulated for token in group.tokens],
-                    self._matrices(group),
-                    **self.parameters,
-                )
-                if len(group.tokens) > slots:
-                    kept = reference.keep(scored, group.positions, slots, self.step)
-                    group.tokens = [group.tokens[place] for place in kept]
+    @property
+    def measures(self) -> bool:
+        """Whether the allocation reads the attention."""
+        return self.allocation['allocation'] == 'attention_based'
+
+    @property
+    def slack(self) -> int:
+        """Tokens that are appended before the next choice."""
+        return 0 if self.steps < 0 else self.interval - 1
+
+    def window_of(self, seen: int) -> int:
+        if 'recent_ratio' not in self.given:
+            return self.window
+        return max(1, math.floor(self.given['recent_ratio'] * seen))
+
+    def total(self, seen: int) -> int:
+        """Slots of all layers for a sequence of so many tokens."""
+        window, given = self.window_of(seen), self.given
+        contexts = [int(min(seen, limit)) for limit in self.limits]
+        needed = sum(min(context, window + self.sinks + self.minimum) for context in contexts)
+        if 'ratio' in given:
+            return max(needed, math.floor(given['ratio'] * sum(contexts) + Fraction(1, 2)))
+        if 'tokens' in given:
+            return max(needed, self.layers * int(given['tokens']))
+        heavy = max(1, math.floor(given['heavy_ratio'] * seen))
+        return max(needed, self.layers * (window + self.sinks + heavy))
+
+    def most(self, layer: int, row: int) -> int:
+        """Tokens that a layer can hold at the next choice."""
+        if not self.dynamic and self.steps >= 0:
+            return int(min(10**9, self.limits[layer]))
+        return int(min(self.rows[layer][row].count + self.slack, self.limits[layer]))
+
+    def slots_of(self, row: int) -> tuple[int, ...]:
+        """Slots of each layer now."""
+        seen, most = self.seen[row], [self.most(layer, row) for layer in range(self.layers)]
+        ahead = seen + self.slack
+        whole = sum(min(ahead, limit) for limit in self.limits)
+        if self.total(ahead) >= whole and (self.dynamic or self.steps < 0):
+            return tuple(most)
+        kept = self.window_of(seen) + self.sinks
+        always = [min(context, kept) for context in most]
+        caps = [context - least for context, least in zip(most, always, strict=True)]
+        evictable = max(0, self.total(seen) - self.layers * kept)
+        if evictable >= sum(caps):
+            return tuple(most)
+        weights = reference.weights(layers=self.layers, preferences=self.preferences[row], **self.allocation)
+        blocks = reference.apportion(
+            weights,
+            evictable // self.step,
+            [math.ceil(cap / self.step) for cap in caps],
+            math.ceil(self.minimum / self.step),
+        )
+        shares = zip(always, most, blocks, strict=True)
+        return tuple(min(context, least + self.step * count) for least, context, count in shares)
+
+    # blocks
+
+    def block(self, size: int, added: Sequence[int]) -> None:
+        """Every layer sees the new tokens of each row, and shrinks."""
+        first, before = not self.seen, self.seen or [0] * len(added)
+        self.steps = self.steps + 1 if not first and size == 1 and all(before) else -1
+        self.seen = [past + new for past, new in zip(before, added, strict=True)]
+        for layer in self.rows:
+            for row, past, seen in zip(layer, before, self.seen, strict=True):
+                row.count += seen - past
+                for group in row.groups:
+                    group.tokens += [Token(position) for position in range(past, seen)]
+                    group.pending += range(past, seen)
+        if self.given.get('ratio') == 1 or (self.steps > 0 and self.steps % self.interval):
+            self._expire()
+            return
+        if not first:
+            # the preferences of all layers are of one block: not yet of this one
+            self._share_out()
+        self._read()
+        if first:
+            self._share_out()
+        self._cut()
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Rows go on as copies of others."""
+        self.rows = [[deepcopy(layer[row]) for row in rows] for layer in self.rows]
+        for name in ('seen', 'slots', 'preferences'):
+            setattr(self, name, [deepcopy(getattr(self, name)[row]) for row in rows])
+
+    def _share_out(self) -> None:
+        if self.dynamic or self.steps <= 0:
+            self.slots = [self.slots_of(row) for row in range(len(self.seen))]
+
+    def _expire(self) -> None:
+        for limit, layer in zip(self.limits, self.rows, strict=True):
+            for row, seen in zip(layer, self.seen, strict=True):
+                row.count = int(min(row.count, limit))
+                for group in row.groups:
+                    group.tokens = [token for token in group.tokens if token.position >= seen - limit]
+
+    def _sinks_left(self, layer: int, row: int) -> int:
+        return int(max(0, self.sinks - max(0, self.seen[row] - self.limits[layer])))
+
+    def _read(self) -> None:
+        for layer in range(self.layers):
+            for row in range(len(self.seen)):
+                for number, group in enumerate(self.rows[layer][row].groups):
+                    group.recent = []
+
+                    def attention(head: int, query: int, keys: list[int], at: Any = (layer, row, number)):
+                        return self.attention(*at[:2], at[2] * self.share + head, query, keys)
+
+                    group.see(group.pending, attention, self.decay, self.limits[layer] + 1)
+        self._expire()
+        for layer in range(self.layers):
+            for row in range(len(self.seen)):
+                if self.measures:
+                    self._measure(layer, row)
+                for group in self.rows[layer][row].groups:
+                    self._score(layer, row, group)
+                    group.pending = []
+
+    def _measure(self, layer: int, row: int) -> None:
+        groups, window = self.rows[layer][row].groups, self.window_of(self.seen[row])
+        long = self.steps < 0 and len(groups[0].pending) >= window
+        if not long and any(self.preferences[row][layer]):
+            return
+        dispersion = shift = 0.0
+        for group in groups:
+            keys = reference.may_go(group.positions, window, self._sinks_left(layer, row), self.step)
+            heads = [matrix[-window:] for matrix in group.matrices()]
+            dispersion += reference.dispersion(heads, keys)
+            shift += reference.shift(heads, keys)
+        self.preferences[row][layer] = dispersion, shift
+
+    def _score(self, layer: int, row: int, group: Group) -> None:
+        if not self.reads:
+            return
+        window = self.window_of(self.seen[row])
+        group.recent = group.recent[-window:]
+        scored = group.scores(
+            self.selection, self.parameters, window, self._sinks_left(layer, row), self.step
+        )
+        share = min(1.0, len(group.pending) / window)
+        for place, token in enumerate(group.tokens):
+            new = scored.get(place)
+            if new is None or token.score is None or 'recent' not in self.reads:
+                token.score = new
+            else:
+                token.score += share * (new - token.score)
+
+    def _cut(self) -> None:
+        for layer in range(self.layers):
+            for number, row in enumerate(self.rows[layer]):
+                window, slots = self.window_of(self.seen[number]), self.slots[number][layer]
+                if slots >= self.most(layer, number):
+                    continue
+                row.count = min(row.count, max(slots - self.slack, window + self.sinks))
+                for group in row.groups:
+                    places = reference.may_go(
+                        group.positions, window, self._sinks_left(layer, number), self.step
+                    )
+                    scored = {
+                        place: group.tokens[place].score if self.reads else group.positions[place]
+                        for place in places
+                    }
+                    group.shrink(scored, row.count, self.step)

@@ -46,8 +46,10 @@ class SmallModel(nn.Module):
             else:
                 positions = Tokens.of_prompt(lengths[:, None], x.shape[1], window=1).positions[:, 0]
             queries, keys, values = self.heads_of(layer, x, positions)
-            attended, probabilities = attend(queries, cache.append(layer, keys, values, lengths))
-            cache.observe(layer, probabilities)
+            cache.join(layer, keys, values)
+            held = cache.append(layer, None if lengths is None else lengths.tolist())
+            attended, _ = attend(queries, held)
+            cache.observe(layer, queries)
             x = self.after(layer, x, attended)
         return x
 

@@ -13,7 +13,7 @@ import torch
 
 from lzero_kv.budget import allocation, attention, cascade, config, selection, tokens
 from lzero_kv.budget import layer as layer_module
-from lzero_kv.budget.attention import AttentionRecord
+from lzero_kv.budget.attention import AttentionRecord, QueryAttention
 from lzero_kv.budget.cascade import BudgetedCache
 from lzero_kv.budget.config import BudgetConfig, Sizes
 from lzero_kv.budget.layer import LayerCache
@@ -21,7 +21,7 @@ from lzero_kv.budget.selection import HACE, Kept
 from lzero_kv.budget.tokens import Tokens
 
 from . import reference
-from .driving import Case, compare
+from .driving import HEAD_DIM, Case, compare
 from .layer_driving import check_layer
 from .methods import config_of
 
@@ -82,6 +82,17 @@ def ratio_rounded_to_nothing(patch: Patch) -> None:
     patch.setattr(BudgetConfig, 'sizes', sizes)
 
 
+def ratio_rounded_down_in_every_layer(patch: Patch) -> None:
+    original = BudgetConfig._sizes
+
+    def sizes(self: BudgetConfig, seen: int, contexts: Any, minimum: int | None = None) -> Any:
+        found, needed = original(self, seen, contexts, minimum)
+        total = sum(int(self.ratio * context) for context in contexts) if self.ratio else found.total
+        return found._replace(total=total), needed
+
+    patch.setattr(BudgetConfig, '_sizes', sizes)
+
+
 def ratio_in_binary(patch: Patch) -> None:
     patch.setattr(config, '_exact', Fraction)
 
@@ -91,10 +102,11 @@ def ratio_in_binary(patch: Patch) -> None:
 
 def dispersion_over_the_window_too(patch: Patch) -> None:
     original = attention.dispersion_and_shift
-    patch.setattr(
-        attention, 'dispersion_and_shift',
-        lambda probabilities, evictable: original(probabilities, torch.ones_like(evictable))
-    )  # fmt: skip
+    for module in (attention, cascade):
+        patch.setattr(
+            module, 'dispersion_and_shift',
+            lambda probabilities, evictable, *rest: original(probabilities, torch.ones_like(evictable), *rest)
+        )  # fmt: skip
 
 
 def variance_of_the_population(patch: Patch) -> None:
@@ -321,25 +333,216 @@ def attention_before_the_newest_token_counts_it(patch: Patch) -> None:
     )  # fmt: skip
 
 
-def budgets_of_short_prompts_never_updated(patch: Patch) -> None:
-    original = BudgetedCache._share_out
-
-    def share_out(self: BudgetedCache) -> None:
-        if not self.slots or len(self.slots) < self.layers:
-            original(self)
-
-    patch.setattr(BudgetedCache, '_share_out', share_out)
+# --- queries that are read ---
 
 
-def weights_leak_into_the_next_cache(patch: Patch) -> None:
-    shared: list[Any] = []
+def scores_not_averaged(patch: Patch) -> None:
+    original = LayerCache.read
+
+    def read(self: LayerCache, *arguments: Any) -> None:
+        self.scores = None
+        original(self, *arguments)
+
+    patch.setattr(LayerCache, 'read', read)
+
+
+def unscored_tokens_taken_as_0(patch: Patch) -> None:
+    original = LayerCache.read
+
+    def read(self: LayerCache, *arguments: Any) -> None:
+        if self.scores is not None:
+            new = self.columns - self.scores.shape[2]
+            self.scores = torch.nn.functional.pad(self.scores.clamp(min=0), (0, new))
+        original(self, *arguments)
+
+    patch.setattr(LayerCache, 'read', read)
+
+
+def scores_averaged_over_readings_of_equal_weight(patch: Patch) -> None:
+    original = LayerCache.read
+    patch.setattr(
+        LayerCache, 'read',
+        lambda self, reading, recent, chosen_by, horizon: original(
+            self, reading, recent, chosen_by, 2 * reading.queries.shape[2])
+    )  # fmt: skip
+
+
+def pending_queries_forgotten(patch: Patch) -> None:
+    original = BudgetedCache.observe
+
+    def observe(self: BudgetedCache, layer: int, queries: torch.Tensor) -> None:
+        original(self, layer, queries)
+        self[layer].queries = None
+
+    patch.setattr(BudgetedCache, 'observe', observe)
+
+
+def reading_with(patch: Patch, **changes: Any) -> None:
+    original = BudgetedCache._reading
+    patch.setattr(
+        BudgetedCache, '_reading',
+        lambda self, *arguments: dataclasses.replace(original(self, *arguments), **changes)
+    )  # fmt: skip
+
+
+def queries_see_beyond_their_reach(patch: Patch) -> None:
+    reading_with(patch, positions=None)
+
+
+def queries_of_padding_counted(patch: Patch) -> None:
+    reading_with(patch, counts=None)
+
+
+def padding_seen(patch: Patch) -> None:
+    reading_with(patch, hidden=None)
+
+
+def scale_ignored(patch: Patch) -> None:
+    reading_with(patch, scale=HEAD_DIM**-0.5)
+
+
+def sums_of_long_blocks_lose_a_piece(patch: Patch) -> None:
+    patch.setattr(attention, '_PIECE', 5)
+    original = QueryAttention._probabilities
+    patch.setattr(
+        QueryAttention, '_probabilities', lambda self, first, end: original(self, first, end) * (first != 5)
+    )
+
+
+def accumulated_before_not_decayed(patch: Patch) -> None:
+    original = QueryAttention.accumulated
+
+    def accumulated(self: QueryAttention, groups: int, decay: float, before: Any) -> torch.Tensor:
+        sums = original(self, groups, decay, None)
+        if before is not None:
+            sums[..., : before.shape[2]] += before
+        return sums
+
+    patch.setattr(QueryAttention, 'accumulated', accumulated)
+
+
+# --- budgets of rows ---
+
+
+def limit_ignored(patch: Patch) -> None:
     original = BudgetedCache.__init__
+    patch.setattr(
+        BudgetedCache, '__init__',
+        lambda self, *arguments, limits, **named: original(self, *arguments, **named)
+    )  # fmt: skip
 
-    def init(self: BudgetedCache, *arguments: Any, **named: Any) -> None:
-        original(self, *arguments, **named)
-        self._preferences = shared
 
-    patch.setattr(BudgetedCache, '__init__', init)
+def expired_sinks_still_counted(patch: Patch) -> None:
+    original = BudgetedCache._set_always_kept
+
+    def set_always_kept(self: BudgetedCache, layer: int, held: LayerCache, sizes: Any) -> None:
+        original(self, layer, held, sizes)
+        held.sinks = sizes[0].sinks
+
+    patch.setattr(BudgetedCache, '_set_always_kept', set_always_kept)
+
+
+def half_a_step_of_sinks_given_up(patch: Patch) -> None:
+    def evictable(self: Tokens) -> torch.Tensor:
+        numbers = self.step_numbers
+        last = numbers[..., -1:] - self.window // self.step
+        return self.real & (numbers >= self.sinks // self.step) & (numbers <= last)
+
+    patch.setattr(Tokens, 'evictable', property(evictable))
+
+
+def rows_sharing_one_budget(patch: Patch) -> None:
+    original = BudgetedCache._slots_of
+    patch.setattr(
+        BudgetedCache, '_slots_of',
+        lambda self, row, layer, known, sizes: original(self, 0, layer, known, self._sizes(self.seen[0]))
+    )  # fmt: skip
+
+
+def rows_sharing_one_window(patch: Patch) -> None:
+    original = BudgetedCache._set_always_kept
+    patch.setattr(
+        BudgetedCache, '_set_always_kept',
+        lambda self, layer, held, sizes: original(self, layer, held, [max(sizes)] * len(sizes))
+    )  # fmt: skip
+
+
+def total_not_following_the_tokens_seen(patch: Patch) -> None:
+    original = BudgetedCache._share_out
+    patch.setattr(
+        BudgetedCache, '_share_out',
+        lambda self, *arguments: original(self, *arguments) if self._first else None
+    )  # fmt: skip
+
+
+def preferences_of_two_blocks_mixed(patch: Patch) -> None:
+    read, share_out = BudgetedCache._read, BudgetedCache._share_out
+
+    def read_and_share(self: BudgetedCache, layer: int, held: LayerCache, queries: Any, sizes: Any) -> None:
+        read(self, layer, held, queries, sizes)
+        if not self._first:
+            share_out(self, layer, sizes)
+
+    patch.setattr(BudgetedCache, '_read', read_and_share)
+
+
+def fixed_slots_without_bound(patch: Patch) -> None:
+    original = BudgetedCache._slots_of
+
+    def slots_of(self: BudgetedCache, row: int, layer: int, known: int, sizes: Sizes) -> tuple[int, ...]:
+        ahead = self.seen[row] + self._slack
+        if self._sizes(ahead).total >= sum(min(ahead, limit or ahead) for limit in self.limits):
+            return tuple(self._most(row, number, layer) for number in range(known))
+        return original(self, row, layer, known, sizes)
+
+    patch.setattr(BudgetedCache, '_slots_of', slots_of)
+
+
+def no_room_for_the_tokens_before_the_next_choice(patch: Patch) -> None:
+    patch.setattr(BudgetedCache, '_slack', 0)
+
+
+def rows_selected_without_their_numbers(patch: Patch) -> None:
+    def select_rows(self: BudgetedCache, rows: torch.Tensor) -> None:
+        for held in self._held:
+            held.select_rows(rows)
+
+    patch.setattr(BudgetedCache, 'select_rows', select_rows)
+
+
+def rows_selected_without_their_waiting_queries(patch: Patch) -> None:
+    original = LayerCache.select_rows
+
+    def select_rows(self: LayerCache, rows: torch.Tensor) -> None:
+        waiting, self.queries = self.queries, None
+        original(self, rows)
+        self.queries = waiting
+
+    patch.setattr(LayerCache, 'select_rows', select_rows)
+
+
+def tokens_of_a_short_row_counted_with_its_padding(patch: Patch) -> None:
+    original = LayerCache.extend
+    patch.setattr(
+        LayerCache, 'extend',
+        lambda self, keys, values, positions=None, added=None: original(self, keys, values, positions)
+    )  # fmt: skip
+
+
+def preferences_leak_into_the_next_cache(patch: Patch) -> None:
+    shared: dict[int, Any] = {}
+    original = BudgetedCache._begin_block
+
+    def begin_block(self: BudgetedCache, block: int, rows: int, added: Any) -> None:
+        original(self, block, rows, added)
+        if self._first:
+            self.preferences = shared.setdefault(rows, self.preferences)
+
+    def rows_to_measure(self: BudgetedCache, layer: int, *_: Any) -> list[int]:
+        return [row for row, known in enumerate(self.preferences) if layer >= len(known)]
+
+    patch.setattr(BudgetedCache, '_begin_block', begin_block)
+    patch.setattr(BudgetedCache, '_rows_to_measure', rows_to_measure)
 
 
 FAULTS: list[Callable[[Patch], None]] = [
@@ -348,6 +551,7 @@ FAULTS: list[Callable[[Patch], None]] = [
     minimum_ignored,
     window_and_sinks_paid_twice,
     ratio_rounded_to_nothing,
+    ratio_rounded_down_in_every_layer,
     ratio_in_binary,
     dispersion_over_the_window_too,
     variance_of_the_population,
@@ -368,15 +572,36 @@ FAULTS: list[Callable[[Patch], None]] = [
     values_left_behind,
     tokens_renumbered,
     heads_share_the_first_ones_tokens,
+    scored_anew_while_shrinking,
     positions_forgotten,
     rows_put_without_their_record,
     rows_selected_without_their_record,
     columns_padded_without_the_record,
     absent_tokens_counted,
     attention_before_the_newest_token_counts_it,
-    scored_anew_while_shrinking,
-    budgets_of_short_prompts_never_updated,
-    weights_leak_into_the_next_cache,
+    scores_not_averaged,
+    unscored_tokens_taken_as_0,
+    scores_averaged_over_readings_of_equal_weight,
+    pending_queries_forgotten,
+    queries_see_beyond_their_reach,
+    queries_of_padding_counted,
+    padding_seen,
+    scale_ignored,
+    sums_of_long_blocks_lose_a_piece,
+    accumulated_before_not_decayed,
+    limit_ignored,
+    expired_sinks_still_counted,
+    half_a_step_of_sinks_given_up,
+    rows_sharing_one_budget,
+    rows_sharing_one_window,
+    total_not_following_the_tokens_seen,
+    preferences_of_two_blocks_mixed,
+    fixed_slots_without_bound,
+    no_room_for_the_tokens_before_the_next_choice,
+    rows_selected_without_their_numbers,
+    rows_selected_without_their_waiting_queries,
+    tokens_of_a_short_row_counted_with_its_padding,
+    preferences_leak_into_the_next_cache,
 ]
 
 
@@ -400,22 +625,35 @@ def check_ratio() -> None:
 def checks() -> list[Callable[[], Any]]:
     """Comparisons with the references, from the quick to the slow ones."""
 
-    def of(blocks: tuple[int, ...] = (1, 1, 2), lengths: tuple[int, ...] = (17, 17, 10), **given: Any) -> Any:
-        full = config_of(dict(tokens=9, window=4, sinks=2), given)
-        return lambda: compare(Case(full, lengths=lengths), blocks)
+    def of(*blocks: Any, lengths: tuple[int, ...] = (17, 17, 10), case: Any = None, **given: Any) -> Any:
+        sizes = dict(tokens=9, window=4, sinks=2) if not {'ratio', 'heavy_ratio'} & set(given) else {}
+        named = dict(decoded=16, lengths=lengths) | (case or {})
+        return lambda: compare(Case(config_of(sizes, given), **named), blocks or (1, 1, 2))
 
+    part: dict[str, Any] = dict(ratio=0.63, window=4, sinks=2)
+    sliding: dict[str, Any] = dict(interval=3, limits=(None, 7, 12, None))
     return [
         check_rounding,
         check_ratio,
         check_layer,
         of(selection='hace', mix=0.4, kernel=3),
         of(selection='cake', step=2, lengths=(17, 13, 5)),
-        of(allocation='adaptive', selection='snapkv', blocks=(2, 3), lengths=(7, 6)),
+        of(2, 3, allocation='adaptive', selection='snapkv', lengths=(7, 6)),
         of(selection='cake', gamma=11.0, kernel=1),
-        of(selection='hace', strategy='time_decay', rho=0.2, blocks=(1, 1, 1, 1, 1)),
+        of(1, 1, 1, 1, 1, selection='hace', strategy='time_decay', rho=0.2),
         # most scores are below the threshold, which makes them equal
         of(selection='hace', strategy='attention', theta=0.8),
-    ]
+        of(*[1] * 5, [1, 1], 1, 1, [0, 1, 1], 4, 1, selection='hace', rho=0.7, **part, lengths=(16, 9),
+           case=dict(interval=3, scale=0.9)),
+        of(*[1] * 7, 5, 1, 1, selection='cake', **part, lengths=(15, 6), case=sliding),
+        of(*[1] * 9, selection='cake', step=2, tokens=9, window=4, sinks=2, lengths=(11, 8),
+           case=dict(interval=1, limits=(9, 10, None, 12))),
+        of(*[1] * 14, selection='h2o', **part, lengths=(4,), case=dict(interval=3, dynamic=False)),
+        of(5, 1, 1, 1, selection='h2o', heavy_ratio=0.15, recent_ratio=0.35, lengths=(24, 9),
+           case=dict(interval=2)),
+        of(24, 1, selection='cake', tokens=11, window=4, sinks=2, lengths=(3,), case=dict(decoded=40)),
+        of((6, (6, 3)), 1, 5, selection='hace', **part, lengths=(11, 0), case=sliding),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda fault: fault.__name__)

@@ -57,7 +57,7 @@ def test_dispersion_and_shift_agree_with_the_reference(seed, lengths, window, si
 def test_known_values():
     attention = torch.zeros(1, 2, 3, 9)
     attention[..., 2:6] = 0.25
-    evictable = torch.ones(1, 9, dtype=torch.bool)
+    evictable = torch.ones(1, 1, 9, dtype=torch.bool)
     # 2 heads and 3 queries, each ln 4
     dispersion, shift = dispersion_and_shift(attention, evictable)
     assert dispersion.tolist() == pytest.approx([6 * math.log(4)])
@@ -65,7 +65,7 @@ def test_known_values():
     attention[0, 1, 0, 2] = 0.85
     # values .85 .25 .25: mean .45, squares .16 + .04 + .04, divided by 2
     assert dispersion_and_shift(attention, evictable)[1].tolist() == pytest.approx([0.12])
-    evictable[0, 2] = False
+    evictable[0, 0, 2] = False
     assert dispersion_and_shift(attention, evictable)[1] == 0
 
 

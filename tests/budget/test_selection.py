@@ -132,7 +132,7 @@ def test_scores_agree_with_the_reference(variant, seed, length):
                 variant['selection'],
                 places,
                 range(own),
-                heads.sum(1).mean(0).tolist(),
+                reference.accumulated(heads.tolist(), selector.decay),
                 heads[:, -4:].tolist(),
                 **parameters,
             )
@@ -142,11 +142,11 @@ def test_scores_agree_with_the_reference(variant, seed, length):
             )
 
 
-def test_accumulation_decays_at_every_observation():
+def test_accumulation_decays_at_every_query():
     record = AttentionRecord(groups=1, window=2, decay=0.5, reads={'accumulated'})
     record.observe(torch.tensor([[[[4.0, 0.0], [2.0, 2.0]]]]), torch.tensor([[2]]))
     record.observe(torch.tensor([[[[1.0, 1.0, 1.0]]]]), torch.tensor([[3]]))
-    assert H2O(rho=0.5).scores(record, None).tolist() == [[[4.0, 2.0, 1.0]]]
+    assert H2O(rho=0.5).scores(record, None).tolist() == [[[3.0, 2.0, 1.0]]]
     assert record.recent is None
 
 
