@@ -46,11 +46,11 @@ def install() -> None:
     code. Installing twice is the same as once.
 
     Raises:
-        RuntimeError: LightZero is missing or of an unknown version. The host is left as it was.
+        RuntimeError: LightZero is missing, or is not one that the adapter knows. The host is left as it was.
     """
-    check_supported()
     if _seams:
         return
+    check_supported()
     from lzero.model import sampled_unizero_model, unizero_model
     from lzero.policy.unizero import UniZeroPolicy
 
