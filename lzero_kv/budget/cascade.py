@@ -274,7 +274,8 @@ class BudgetedCache:
 
     def _take_in(self, layer: int, held: LayerCache, queries: torch.Tensor) -> None:
         if self.reads_attention and held.queries is not None:
-            queries = torch.cat([held.queries, queries], dim=2)
+            # a query whose own token has left under the limit sees nothing that is held
+            queries = torch.cat([held.queries, queries], dim=2)[:, :, -held.columns :]
         if self._steps > 0 and self._steps % self.interval:
             held.queries = queries if self.reads_attention else None
             self._expire(layer, held)

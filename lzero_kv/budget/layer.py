@@ -208,9 +208,9 @@ class LayerCache:
             return
         for owner, name, tensor in self._tensors():
             if name not in ('lengths', 'queries'):
-                # what was not observed yet is missing behind
-                axis = 3 if name == 'recent' else 2
-                setattr(owner, name, tensor.narrow(axis, front, tensor.shape[axis] - front))
+                # what was not observed yet is missing behind: nothing may be left
+                own = tensor[..., front:] if name == 'recent' else tensor[:, :, front:]
+                setattr(owner, name, own)
 
     def pad(self, columns: int) -> None:
         """Put empty columns in front until there are ``columns``."""

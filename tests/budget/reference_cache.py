@@ -204,7 +204,10 @@ class ReferenceCache:
                 row.count += seen - past
                 for group in row.groups:
                     group.tokens += [Token(position) for position in range(past, seen)]
-                    group.pending += range(past, seen)
+                    # a query whose own token has left under the limit sees nothing that is held
+                    group.pending = [
+                        query for query in (*group.pending, *range(past, seen)) if query in group.positions
+                    ]
         if self.given.get('ratio') == 1 or (self.steps > 0 and self.steps % self.interval):
             self._expire()
             return

@@ -63,6 +63,14 @@ def test_sliding_layers_agree_with_the_slow_cache(selection, dynamic):
     compare(with_blocks(case, blocks), blocks)
 
 
+def test_limits_below_the_interval_agree_with_the_slow_cache():
+    """All tokens that were scored have left before the next choice."""
+    config = config_of(dict(allocation='attention_based', selection='hace', rho=0.8), **PART)
+    blocks = (*SINGLE, 3, 1, 1)
+    case = Case(config, lengths=(12, 5), limits=(None, 1, 2, 5), interval=6)
+    compare(with_blocks(case, blocks), blocks)
+
+
 @every_allocation
 @pytest.mark.parametrize('interval', [1, 2, 4, 8])
 def test_every_interval_agrees_with_the_slow_cache(allocation, interval):
