@@ -1,13 +1,14 @@
 """Answers to many prompts under a budget with Ray Data: each actor holds an enabled model.
 
     pip install 'ray[data]'
-    python examples/ray_generate.py --prompts prompts.jsonl --out data_lz/ray_answers
+    python examples/ray_generate.py --prompts prompts.jsonl --out answers.jsonl
 
-A line of prompts.jsonl is {"prompt": "..."}; the answers are JSON lines with the same fields and "answer".
+A line of prompts.jsonl is {"prompt": "..."}; a line of answers.jsonl has "answer" and "process" beside it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -44,7 +45,8 @@ class Enabled:
         )
         tokens = self.model.generate(**inputs, max_new_tokens=self.new_tokens, do_sample=False)
         behind = tokens[:, inputs['input_ids'].shape[1] :]
-        return {**batch, 'answer': self.tokenizer.batch_decode(behind, skip_special_tokens=True)}
+        answers = self.tokenizer.batch_decode(behind, skip_special_tokens=True)
+        return {**batch, 'answer': answers, 'process': [os.getpid()] * len(answers)}
 
 
 def main(
@@ -62,7 +64,7 @@ def main(
 
     Args:
         prompts: JSON lines with "prompt".
-        out: folder of the answers, JSON lines.
+        out: file of the answers, JSON lines, in any order.
         model: a name or a folder.
         selection: which tokens are kept.
         ratio: how many, as a part of all.
@@ -71,16 +73,26 @@ def main(
         batch: prompts at a time.
         new_tokens: of an answer.
     """
+    given = [json.loads(line) for line in prompts.read_text(encoding='utf-8').splitlines()]
     ray.init(ignore_reinit_error=True)
-    ray.data.read_json(str(prompts.resolve()), lines=True).map_batches(
+    # read and written by the driver: on two processors two actors leave none for tasks of Ray's own
+    blocks = ray.data.from_items(given, override_num_blocks=-(-len(given) // batch))
+    answers = blocks.map_batches(
         Enabled,
         fn_constructor_args=(
-            model, dict(selection=selection, ratio=ratio), 'cuda' if gpus else 'cpu', new_tokens,
+            model,
+            dict(selection=selection, ratio=ratio),
+            'cuda' if gpus else 'cpu',
+            new_tokens,
         ),
         batch_size=batch,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
         num_gpus=gpus or None,
-    ).write_json(str(out.resolve()))  # fmt: skip
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open('w', encoding='utf-8') as file:
+        file.writelines(json.dumps(answer) + '\n' for answer in answers.iter_rows())
+    print(f'{len(given)} answers: {out}')
     return 0
 
 

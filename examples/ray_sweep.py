@@ -40,12 +40,12 @@ class Worker:
         self.model, self.tokenizer = load(self.plan.model, self.plan.dtype, self.plan.family, device=device)
         self.documents = documents_of(self.plan, self.tokenizer)
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Rows of the documents with these numbers, each document's as one text of JSON."""
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        """Rows of the documents with these numbers, each document's as one text of JSON, and who did it."""
         methods = self.plan.grid()
         documents = [self.documents[number] for number in batch['number']]
         rows = [list(measured(self.model, self.tokenizer, one, methods)) for one in documents]
-        return {'rows': [json.dumps(some) for some in rows]}
+        return {'rows': [json.dumps(some) for some in rows], 'process': [os.getpid()] * len(rows)}
 
 
 def tokenizer_of(plan: Plan) -> Any:
@@ -64,7 +64,7 @@ def main(out: Path, grid: Path | None = None, workers: int = 2, gpus: float = 0)
         workers: actors.
         gpus: of each actor.
     """
-    small = dict(algorithm=['cake', 'hace'], ratios=[0.25], documents=2, length=256)
+    small = dict(algorithm=['cake', 'hace'], ratios=[0.25], documents=6, length=256)
     given = small if grid is None else plan_from_file(grid)
     plan = Plan.read(given)
     sweep = Sweep(out, plan.header())
@@ -72,15 +72,20 @@ def main(out: Path, grid: Path | None = None, workers: int = 2, gpus: float = 0)
     numbers = [number for number, one in enumerate(documents) if sweep.left([one])]
     if numbers:
         ray.init(ignore_reinit_error=True)
-        rows = ray.data.from_items([{'number': number} for number in numbers]).map_batches(
+        # a block for each document, handed to an actor when it is free
+        blocks = ray.data.from_items([{'number': one} for one in numbers], override_num_blocks=len(numbers))
+        rows = blocks.map_batches(
             Worker,
             fn_constructor_args=(dict(given), 'cuda' if gpus else 'cpu'),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers),
+            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
             num_gpus=gpus or None,
         )
+        processes = set()
         for row in rows.iter_rows():
             sweep.append(json.loads(row['rows']))
+            processes.add(row['process'])
+        print(f'{len(numbers)} documents measured by {len(processes)} actors')
     return report(out)
 
 
