@@ -6,9 +6,8 @@ pools. The transformer is that of the recomputation, scores and choice are those
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +35,10 @@ class Group:
     recent: list[dict[int, list[float]]] = field(default_factory=list)
     """For each of the last queries: key position to the attention of each head."""
 
+    def copy(self) -> Group:
+        """Keys, values and the attention of past queries are shared: nothing changes them in place."""
+        return Group([replace(token) for token in self.tokens], list(self.recent))
+
     @property
     def positions(self) -> list[int]:
         return [token.position for token in self.tokens]
@@ -55,6 +58,9 @@ class History:
     """Of each layer."""
     window: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     """Raw embeddings and logical positions of the whole window, dropped tokens included."""
+
+    def copy(self) -> History:
+        return History([[group.copy() for group in layer] for layer in self.groups], list(self.window))
 
 
 @dataclass
@@ -91,18 +97,18 @@ class SlowBudgets:
         if before is None:
             history, position = self.begin(), first
         else:
-            history, position = copy.deepcopy(before), before.window[-1][1] + 1
+            history, position = before.copy(), before.window[-1][1] + 1
             self._append(history, self.oracle.embed_action(action), position, watched=True)
             position += 1
         features = self._append(history, self.oracle.encode(observation), position, watched=True)
         answer = Answer(history, self.oracle.value(features), self.oracle.policy(features))
-        answer.seen = copy.deepcopy(history)
+        answer.seen = history.copy()
         answer.history = self._moved(history) or self.shrunk(history)
         return answer
 
     @torch.no_grad()
     def child(self, parent: Answer, action: Any, latent: torch.Tensor) -> Answer:
-        history = copy.deepcopy(parent.history)
+        history = parent.history.copy()
         position = history.window[-1][1] + 1
         features = self._append(history, self.oracle.embed_action(action), position)
         reward, predicted = self.oracle.reward(features), self.oracle.latent(features)

@@ -281,4 +281,4 @@ def test_a_planted_fault_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     policy = budgeted_policy(budget=budget)
     judge = Judge(policy, lengths={1: [5, 3]})
     monkeypatch.setattr(holder, name, property(faulty) if isinstance(original, property) else faulty)
-    assert judge.play(9).worst > TOLERANCE[torch.float64]
+    assert any(judge.play(1).worst > TOLERANCE[torch.float64] for _ in range(9))
