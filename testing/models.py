@@ -164,8 +164,8 @@ def _slices(compute: Callable[..., None], max_blocks: int, mask: tuple[float, ..
 
 @contextmanager
 def _shared_slices() -> Iterator[None]:
-    """The host computes the indices of each head anew and copies them, tensor by tensor, into the target model:
-    nine tenths of the time that a small policy takes.
+    """The host computes the indices of each head anew and copies them, tensor by tensor, into the target
+    model: nine tenths of the time that a small policy takes.
     """
     from lzero.model.unizero_world_models.slicer import Slicer
 
