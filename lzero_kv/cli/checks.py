@@ -1,4 +1,4 @@
-"""What the installation has, one line each; nothing here imports the host."""
+"""What the installation has, one line each; the check of the host alone imports it."""
 
 from __future__ import annotations
 

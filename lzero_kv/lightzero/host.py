@@ -24,10 +24,18 @@ class Probe:
     """What is found there, in the same words."""
 
     def found(self) -> str:
-        """What is there; what cannot be looked at is told, too."""
+        """What is there; what cannot be looked at is told, too.
+
+        Raises:
+            RuntimeError: a library that the host imports is missing.
+        """
         try:
-            return self.look()
-        except (AttributeError, ImportError) as error:
+            return self.look() or 'nothing of that kind'
+        except ImportError as error:
+            if error.name and not error.name.startswith('lzero'):
+                raise RuntimeError(f'LightZero cannot be imported: {error}; install {error.name}') from error
+            return f'{type(error).__name__}: {error}'
+        except Exception as error:  # whatever a changed host raises is a difference, not the end of doctor
             return f'{type(error).__name__}: {error}'
 
 
@@ -92,8 +100,8 @@ def check_supported() -> str:
     """The installed version, if the adapter knows it.
 
     Raises:
-        RuntimeError: LightZero is missing, is of another version, or differs from the release where the
-            adapter touches it.
+        RuntimeError: LightZero or a library of it is missing, it is of another version, or it differs from
+            the release where the adapter touches it.
     """
     version = installed_version()
     known = ', '.join(sorted(SUPPORTED))
@@ -108,7 +116,7 @@ def check_supported() -> str:
         )
     pairs = [(probe, probe.found()) for probe in PROBES]
     other = [
-        f'{probe.seam}: expected {probe.expected}, found {found or "neither"}'
+        f'{probe.seam}: expected {probe.expected}, found {found}'
         for probe, found in pairs
         if found != probe.expected
     ]

@@ -88,3 +88,21 @@ def test_each_difference_is_refused_by_name_and_nothing_is_installed(sentence, m
     seen = host_check()
     assert seen.mark is Mark.FAIL
     assert seen.remedy == str(caught.value)
+
+
+def test_a_missing_library_of_the_host_is_named(monkeypatch):
+    def look() -> str:
+        raise ModuleNotFoundError("No module named 'easydict'", name='easydict')
+
+    monkeypatch.setattr(host, 'PROBES', (host.Probe('a place', 'anything', look),))
+    with pytest.raises(RuntimeError, match=r"^LightZero cannot be imported: .*'easydict'; install easydict$"):
+        host.check_supported()
+
+
+def test_whatever_a_changed_host_raises_is_a_difference(monkeypatch):
+    def look() -> str:
+        raise OSError('no such thing')
+
+    monkeypatch.setattr(host, 'PROBES', (host.Probe('a place', 'anything', look),))
+    with pytest.raises(RuntimeError, match='a place: expected anything, found OSError: no such thing'):
+        host.check_supported()
