@@ -220,4 +220,4 @@ def test_without_a_registry_the_set_up_says_so_and_goes_on_later(tmp_path: Path)
     assert 'pip could not reach the package registry: this step needs the network' in run.stderr
     assert 'What is finished is kept' in run.stderr
     assert list(read_state(folder)) == ['venv']
-    assert '[2/9] torch' in run.stdout
+    assert '[2/10] torch' in run.stdout
