@@ -203,7 +203,7 @@ def wait_for_rows(folder: Path, count: int, seconds: float = 120.0) -> None:
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(checkpoint: Path, story: Path, tmp_path: Path) -> None:
-    running = process(words(checkpoint, story, tmp_path, '--documents', '400'))
+    running = process(words(checkpoint, story, tmp_path, '--documents', '48'))
     wait_for_rows(tmp_path, len(METHODS))
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)
