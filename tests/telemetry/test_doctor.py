@@ -194,7 +194,7 @@ def test_missing_game_files_are_a_warning(tmp_path: Path) -> None:
     package = tmp_path / 'ale_py'
     package.mkdir()
     (package / '__init__.py').touch()
-    (package / 'gym.py').write_text('def register_gym_envs(): ...\n')  # gym calls it as it is imported
+    (package / 'gym.py').write_text('def register_legacy_gym_envs(): ...\n')  # gym calls it
     done = run(PYTHONPATH=os.pathsep.join([str(tmp_path), REPOSITORY]))
     assert done.returncode == 0
     assert marks(done.stdout)['Atari ROM files'] == 'warn'
