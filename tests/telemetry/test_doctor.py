@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -191,10 +192,11 @@ def test_an_unknown_release_of_the_host_is_refused_by_name(tmp_path: Path) -> No
 
 
 def test_missing_game_files_are_a_warning(tmp_path: Path) -> None:
-    package = tmp_path / 'ale_py'
+    package, real = tmp_path / 'ale_py', Path(importlib.util.find_spec('ale_py').origin)
     package.mkdir()
-    (package / '__init__.py').touch()
-    (package / 'gym.py').write_text('def register_legacy_gym_envs(): ...\n')  # gym calls it
+    # the real package in a folder without game files
+    code = f'__path__.append({str(real.parent)!r})\nexec(open({str(real)!r}).read())\n'
+    (package / '__init__.py').write_text(code)
     done = run(PYTHONPATH=os.pathsep.join([str(tmp_path), REPOSITORY]))
     assert done.returncode == 0
     assert marks(done.stdout)['Atari ROM files'] == 'warn'
