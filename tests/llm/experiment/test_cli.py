@@ -60,6 +60,8 @@ def process(arguments: list[str], **variables: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell starts commands in the background with interrupts ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -203,7 +205,7 @@ def wait_for_rows(folder: Path, count: int, seconds: float = 120.0) -> None:
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(checkpoint: Path, story: Path, tmp_path: Path) -> None:
-    running = process(words(checkpoint, story, tmp_path, '--documents', '48'))
+    running = process(words(checkpoint, story, tmp_path, '--documents', '16'))
     wait_for_rows(tmp_path, len(METHODS))
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)
