@@ -85,6 +85,7 @@ class BudgetedCache:
         self._joined: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self._added: list[int] = []
         self._placed: torch.Tensor | None = None  # positions of the block
+        self._row_sizes: list[Sizes] = []  # of the block, where tokens are chosen; empty before
         self._block = 0
         self._first = True
         self._steps = -1  # single tokens since the last longer block; -1 in such a block
@@ -145,8 +146,7 @@ class BudgetedCache:
                 raise ValueError(
                     f'keys must be {list(expected)} as in the first block, got {list(keys.shape)}'
                 )
-            joined = torch.cat([held.keys, keys], dim=2), torch.cat([held.values, values], dim=2)
-            self._joined = keys.shape[2], *joined
+            self._joined = keys.shape[2], *held.joined(keys, values)
         else:
             # contiguous, as if joined: the memory of a projection is in another order
             self._joined = keys.shape[2], keys.contiguous(), values.contiguous()
@@ -248,19 +248,15 @@ class BudgetedCache:
         if self._first:
             self.preferences = [[] for _ in range(rows)]
         self._steps = self._steps + 1 if not self._first and block == 1 and min(seen) else -1
-        self._block, self._added, self._placed = block, given, None
+        self._block, self._added, self._placed, self._row_sizes = block, given, None, []
         self.seen = [before + new for before, new in zip(seen, given, strict=True)]
 
     def _empty(self, keys: torch.Tensor) -> LayerCache:
         rows, heads = keys.shape[:2]
-        groups = heads if self.config.per_head else 1
-        sizes = self._sizes(max(self.seen))
-        record = AttentionRecord(groups, sizes.window, self._selection.decay, self._selection.reads)
-        nothing = keys[:, :, :0]
-        return LayerCache.of_prompt(
-            nothing, nothing, torch.zeros(rows, dtype=torch.int64, device=keys.device), record, sizes.sinks,
-            sizes.step,
-        )  # fmt: skip
+        groups, config, selection = heads if self.config.per_head else 1, self.config, self._selection
+        record = AttentionRecord(groups, config.window, selection.decay, selection.reads)
+        nothing, lengths = keys[:, :, :0], torch.zeros(rows, dtype=torch.int64, device=keys.device)
+        return LayerCache.of_prompt(nothing, nothing, lengths, record, config.sinks, config.step)
 
     def _positions(self, device: torch.device) -> torch.Tensor:
         """int64 ``[B, Q]``: positions of the block; 0 for padding."""
@@ -281,7 +277,8 @@ class BudgetedCache:
             self._expire(layer, held)
             return
         held.queries = None
-        sizes = [self._sizes(seen) for seen in self.seen]
+        # the same for every layer
+        sizes = self._row_sizes = self._row_sizes or [self._sizes(seen) for seen in self.seen]
         self._set_always_kept(layer, held, sizes)
         if not self._first:
             # before the first layer is measured anew: preferences of one block alone can be compared

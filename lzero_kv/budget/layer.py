@@ -32,8 +32,8 @@ class LayerCache:
     """int64 ``[B, G]``: tokens of each row."""
     record: AttentionRecord
     """Attention that the tokens were given; its ``window`` newest tokens are never dropped."""
-    sinks: int = 0
-    """First tokens, never dropped."""
+    sinks: int | torch.Tensor = 0
+    """First tokens, never dropped; int64 ``[B, 1, 1]`` where rows differ."""
     step: int = 1
     """Tokens that are kept or dropped together."""
     scores: torch.Tensor | None = None
@@ -87,8 +87,11 @@ class LayerCache:
             added: int64 ``[B]``: tokens of the block that a row gets, its last ones; None for all. Less than
                 ``Q`` is for rows that are empty: what they do not get becomes padding.
         """
-        held = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        self.extend(*held, positions, added)
+        self.extend(*self.joined(keys, values), positions, added)
+
+    def joined(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the layer with those of a block behind, which is not added yet."""
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
 
     def extend(
         self,
@@ -97,8 +100,7 @@ class LayerCache:
         positions: torch.Tensor | None = None,
         added: torch.Tensor | None = None,
     ) -> None:
-        """Take over tensors that hold the tokens of this layer and a block of new ones behind: as
-        :meth:`append`, for a caller that has joined them.
+        """Take over what :meth:`joined` gave: as :meth:`append`, for a caller that attends in between.
 
         Arguments:
             keys, values: ``[B, H, n + Q, head_dim]``.
@@ -111,6 +113,23 @@ class LayerCache:
         of_groups = positions[:, None].expand(-1, self.positions.shape[1], -1)
         self.positions = torch.cat([self.positions, of_groups], dim=2)
         self.lengths = self.lengths + (block if added is None else added[:, None])
+
+    def visible(self, block: int, reach: int | None = None) -> torch.Tensor:
+        """bool ``[B, G, block, n]``: the tokens that the newest ``block`` queries see.
+
+        Arguments:
+            block: queries; their own tokens are in the last columns.
+            reach: positions that a query sees, its own included; None for all.
+        """
+        columns = self.columns
+        seen = real_columns(self.lengths, columns)[:, :, None]
+        if block > 1:
+            column = torch.arange(columns, device=self.keys.device)
+            seen = seen & (column <= column[columns - block :, None])
+        if reach is not None:
+            own = self.positions[:, :, columns - block :, None]
+            seen = seen & (self.positions[:, :, None] > own - reach)
+        return seen
 
     def observe(self, attention: torch.Tensor) -> None:
         """Record the attention of the newest tokens.
@@ -273,16 +292,12 @@ def attend(queries: torch.Tensor, layer: LayerCache) -> tuple[torch.Tensor, torc
         queries that are padding are finite and mean nothing.
     """
     heads, block, head_dim = queries.shape[1:]
-    columns = layer.columns
     keys = layer.keys.repeat_interleave(heads // layer.keys.shape[1], dim=1)
     values = layer.values.repeat_interleave(heads // layer.values.shape[1], dim=1)
-    real = real_columns(layer.lengths, columns).repeat_interleave(heads // layer.lengths.shape[1], dim=1)
-    column = torch.arange(columns, device=queries.device)
-    causal = column <= column[columns - block :, None]
+    visible = layer.visible(block).repeat_interleave(heads // layer.lengths.shape[1], dim=1)
     logits = queries @ keys.transpose(2, 3) / head_dim**0.5
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     # the smallest number instead of -inf: a query that is padding sees nothing and must not become NaN
-    visible = real[:, :, None] & causal
     logits = logits.to(dtype).masked_fill(~visible, torch.finfo(dtype).min)
     probabilities = logits.softmax(-1)
     return probabilities.to(values.dtype) @ values, probabilities

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerCache, Preference
 from lzero_kv.budget.allocation import AttentionBased
-from lzero_kv.llm.attention import visible, watch_attention
+from lzero_kv.llm.attention import watch_attention
 from lzero_kv.llm.families import check_attention, check_family, sliding_windows
 
 
@@ -211,7 +211,11 @@ class BudgetLayer(CacheLayerMixin):
             return mask
         if block == 1 and tokens.all_real(number):
             return None
-        return visible(held, block, self._window, heads)
+        # a single token sees all that has not expired
+        seen = held.visible(block, None if block == 1 else self._window)
+        # groups drop as many tokens as each other, but not as many of them have left a sliding window
+        alike = seen.shape[1] == 1 or (held.step == 1 and self._window is None)
+        return seen[:, :1] if alike else seen.repeat_interleave(heads // seen.shape[1], dim=1)
 
     def end(self, queries: torch.Tensor, scale: float | None) -> None:
         """Take in the queries of the block, and drop what is over the budget."""
