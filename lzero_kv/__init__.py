@@ -6,8 +6,9 @@ Public names load their modules on first use: ``lzero_kv.budget`` needs neither 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lzero_kv.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lzero_kv.cache.eviction import EvictionStrategy
@@ -38,15 +39,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES, __all__)
 
 
 def install() -> None:

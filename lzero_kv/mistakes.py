@@ -13,18 +13,26 @@ def describe(item: Mapping[str, Any], model: type[BaseModel], expected: Mapping[
     """One mistake that pydantic found, on one line.
 
     Arguments:
-        item: one of ``ValidationError.errors()``, of a field.
+        item: one of ``ValidationError.errors()``, of a field, of a nested model's field, or of an item of a
+            list.
         model: whose field it is.
         expected: what each field takes, where its choices do not say it.
     """
-    name, value, fields = str(item['loc'][0]), item['input'], model.model_fields
+    (first, *inner), value, fields = item['loc'], item['input'], model.model_fields
+    name = str(first)
+    if inner and _is_model(nested := fields[name].annotation):
+        return f'{name}.{describe({**item, "loc": inner}, nested, expected)}'
     if item['type'] == 'extra_forbidden':
         return f'{name}: there is no such field{did_you_mean(name, list(fields))}'
-    if item['type'] == 'literal_error':
+    if item['type'] == 'literal_error' and not inner:
         allowed = list(get_args(fields[name].annotation))
         return f'{name}: expected one of {allowed}, got {value!r}{did_you_mean(str(value), allowed)}'
     wanted = expected.get(name, 'True or False')
     return f'{name}: expected {wanted}, got {value!r} of type {type(value).__name__}'
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def did_you_mean(name: str, allowed: Sequence[str]) -> str:

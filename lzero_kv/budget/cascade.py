@@ -293,7 +293,7 @@ class BudgetedCache:
             self._cut(number, sizes)
 
     def _sizes(self, seen: int) -> Sizes:
-        return self.config.sizes_at(seen, [_least(seen, limit) for limit in self.limits], self.interval)
+        return self.config.sizes_at(seen, [least(seen, limit) for limit in self.limits], self.interval)
 
     def _set_always_kept(self, layer: int, held: LayerCache, sizes: Sequence[Sizes]) -> None:
         limit = self.limits[layer]
@@ -383,7 +383,7 @@ class BudgetedCache:
     def _slots_of(self, row: int, layer: int, known: int, sizes: Sizes) -> tuple[int, ...]:
         contexts = [self._most(row, number, layer) for number in range(known)]
         ahead = self.seen[row] + self._slack
-        full = [_least(ahead, limit) for limit in self.limits]
+        full = [least(ahead, limit) for limit in self.limits]
         moves = self.dynamic or self._steps < 0  # slots that stay must bound the tokens after these, too
         if moves and self._sizes(ahead).total >= sum(full):
             return tuple(contexts)
@@ -398,11 +398,11 @@ class BudgetedCache:
     def _most(self, row: int, number: int, layer: int) -> int:
         """Tokens that layer ``number`` can hold at the next choice, when ``layer`` has taken in the block."""
         if self._first:
-            return _least(self.seen[row], self.limits[number])
+            return least(self.seen[row], self.limits[number])
         if not self.dynamic and self._steps >= 0:
-            return _least(_UNBOUNDED, self.limits[number])
+            return least(_UNBOUNDED, self.limits[number])
         held = self._counts[number][row] + (self._added[row] if number > layer else 0)
-        return _least(held + self._slack, self.limits[number])
+        return least(held + self._slack, self.limits[number])
 
     def _layers_to_cut(self, layer: int) -> range:
         if not self._first or not self._allocation.needs_preference:
@@ -455,7 +455,8 @@ _UNBOUNDED = 2**40
 """More tokens than a layer will hold."""
 
 
-def _least(tokens: int, limit: int | None) -> int:
+def least(tokens: int, limit: int | None) -> int:
+    """``tokens``, or ``limit`` where that is less."""
     return tokens if limit is None else min(tokens, limit)
 
 

@@ -5,8 +5,9 @@ Public names load their modules on first use: importing this package loads neith
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lzero_kv.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lzero_kv.llm.cache import BudgetCache
@@ -33,24 +34,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    'BudgetCache': 'cache',
-    'CAKEExperimentConfig': 'compatibility',
-    'CAKEModelAdapter': 'compatibility',
-    'EXPERIMENT_CONFIG': 'compatibility',
-    'apply_cake_to_model': 'compatibility',
-    'disable': 'switch',
-    'enable': 'switch',
-    'prefill': 'shared_prefill',
-    'remove_cake_from_model': 'compatibility',
+    'BudgetCache': 'lzero_kv.llm.cache',
+    'CAKEExperimentConfig': 'lzero_kv.llm.compatibility',
+    'CAKEModelAdapter': 'lzero_kv.llm.compatibility',
+    'EXPERIMENT_CONFIG': 'lzero_kv.llm.compatibility',
+    'apply_cake_to_model': 'lzero_kv.llm.compatibility',
+    'disable': 'lzero_kv.llm.switch',
+    'enable': 'lzero_kv.llm.switch',
+    'prefill': 'lzero_kv.llm.shared_prefill',
+    'remove_cake_from_model': 'lzero_kv.llm.compatibility',
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    value = globals()[name] = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES, __all__)

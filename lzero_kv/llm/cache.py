@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerCache, Preference
 from lzero_kv.budget.allocation import AttentionBased
+from lzero_kv.budget.cascade import least
 from lzero_kv.llm.attention import watch_attention
 from lzero_kv.llm.families import check_attention, check_family, sliding_windows
 
@@ -49,26 +51,19 @@ class BudgetCache(Cache):
         self.budget = BudgetConfig.read(budget)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval must be an integer of at least 1, got {interval!r}')
-        self._dynamic, self._interval, self._measure = dynamic, interval, measure
-        self._windows = sliding_windows(config)
+        windows = sliding_windows(config)
+        limits = [None if window is None else window - 1 for window in windows]
+        self._empty = partial(
+            BudgetedCache, self.budget, len(windows), limits=limits, dynamic=dynamic, interval=interval,
+            measure=measure,
+        )  # fmt: skip
         self._tokens = self._empty()
         longest = getattr(config, 'max_position_embeddings', None)
         watch_attention()
         super().__init__(
             layers=[
-                BudgetLayer(self._tokens, number, window, longest)
-                for number, window in enumerate(self._windows)
+                BudgetLayer(self._tokens, number, window, longest) for number, window in enumerate(windows)
             ]
-        )
-
-    def _empty(self) -> BudgetedCache:
-        return BudgetedCache(
-            self.budget,
-            len(self._windows),
-            limits=[None if window is None else window - 1 for window in self._windows],
-            dynamic=self._dynamic,
-            interval=self._interval,
-            measure=self._measure,
         )
 
     @property
@@ -111,7 +106,7 @@ class BudgetCache(Cache):
         return self._tokens[layer]
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self.layers)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``b`` becomes what row ``beam_idx[b]`` was."""
@@ -233,7 +228,7 @@ class BudgetLayer(CacheLayerMixin):
         padded_left = own.long().diff(dim=1).ge(0).all().item()
         longest = [least(count + new, self._window) for count, new in zip(before, added, strict=True)]
         inside = any(count and new < block for count, new in zip(before, added, strict=True))
-        if not padded_left or inside or visible_last != [*longest]:
+        if not padded_left or inside or visible_last != longest:
             raise ValueError(
                 'a cache under a budget takes padding on the left of a row alone, without holes; write '
                 "tokenizer.padding_side = 'left'"
@@ -255,8 +250,3 @@ class BudgetLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
-
-
-def least(tokens: int, most: int | None) -> int:
-    """``tokens``, or ``most`` where that is less."""
-    return tokens if most is None else min(tokens, most)

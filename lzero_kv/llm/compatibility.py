@@ -43,7 +43,7 @@ class _Given(BaseModel):
         try:
             return cls.model_validate(dict(given))
         except ValidationError as error:
-            raise Mistakes(name, [_describe(item, cls) for item in error.errors()]) from None
+            raise Mistakes(name, [describe(item, cls, _EXPECTED) for item in error.errors()]) from None
 
 
 class LayerAnalysis(_Given):
@@ -204,15 +204,6 @@ def apply_cake_to_model(
 def remove_cake_from_model(model: Any) -> Any:
     """Leave a model as it was before :func:`apply_cake_to_model`. Returns the model."""
     return disable(model)
-
-
-def _describe(item: Any, model: type[BaseModel]) -> str:
-    where = item['loc']
-    if where[0] == 'layer_analysis_configs' and len(where) > 1:
-        return f'{where[0]}.{describe({**item, "loc": where[1:]}, LayerAnalysis, _EXPECTED)}'
-    if len(where) > 1:  # an item of a list
-        return describe({**item, 'type': 'value_error'}, model, _EXPECTED)
-    return describe(item, model, _EXPECTED)
 
 
 def _only(given: list[Any], name: str) -> Any:

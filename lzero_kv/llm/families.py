@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
 from typing import Any
 
 FAMILIES: dict[str, str] = {
@@ -49,3 +51,9 @@ def sliding_windows(config: Any) -> list[int | None]:
     if kinds is None:
         return [window] * config.num_hidden_layers
     return [window if kind == 'sliding_attention' else None for kind in kinds]
+
+
+@cache
+def cache_argument(model: type) -> str:
+    """The name under which ``forward`` of a model's class takes the cache: transformers 5.24 renamed it."""
+    return 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'

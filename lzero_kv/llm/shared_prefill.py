@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lzero_kv.llm.cache import BudgetCache, BudgetLayer
+from lzero_kv.llm.families import cache_argument
 
 
 @torch.no_grad()
@@ -40,9 +41,9 @@ def prefill(
     output = model(
         input_ids,
         attention_mask=attention_mask,
-        past_key_values=SharedPrefill(caches),
         use_cache=True,
         logits_to_keep=1,
+        **{cache_argument(type(model)): SharedPrefill(caches)},
     )
     return output.logits[:, -1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from lzero_kv.budget import BudgetConfig
 from lzero_kv.llm.cache import BudgetCache
+from lzero_kv.llm.families import cache_argument
 from lzero_kv.llm.shared_prefill import SharedPrefill
 
 _enabled: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
@@ -38,7 +38,7 @@ def enable(model: Any, budget: BudgetConfig | Mapping[str, Any], **options: Any)
     chosen = BudgetConfig.read(budget)
     BudgetCache(base.config, chosen, **options)
     disable(model)
-    name = 'cache' if 'cache' in inspect.signature(base.forward).parameters else 'past_key_values'
+    name = cache_argument(type(base))
 
     def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = kwargs.get('cache', kwargs.get('past_key_values'))

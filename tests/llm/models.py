@@ -14,6 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from lzero_kv.llm.families import cache_argument
+
 SIZES: dict[str, Any] = dict(
     vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
     num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
@@ -62,7 +64,5 @@ def generate(
 
 
 def cache_name(model: Any) -> str:
-    """The name under which a model takes its cache: it changed with transformers 5.24."""
-    import inspect
-
-    return 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
+    """The name under which a model takes its cache."""
+    return cache_argument(type(model))
