@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import time
 from collections.abc import Sequence
@@ -183,18 +182,12 @@ def checked_device(name: str) -> str:
 
 def _parsed(parameters: Names) -> dict[str, list[Any]]:
     """Names and values of `gamma=0.8,200`."""
+    from lzero_kv.llm.experiment.methods import value_of
+
     pairs = {text: text.partition('=') for text in parameters}
     if wrong := [text for text, (name, _, values) in pairs.items() if not (name and values)]:
         raise ValueError(f'--parameters: expected NAME=VALUE,VALUE..., got {" ".join(wrong)}')
-    return {name: [_value(text) for text in values.split(',')] for name, _, values in pairs.values()}
-
-
-def _value(text: str) -> Any:
-    """A number, True, False or None; any other text as it is."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return {name: [value_of(text) for text in values.split(',')] for name, _, values in pairs.values()}
 
 
 class Display:

@@ -38,12 +38,12 @@ class Rates:
         ids = torch.ones(1, BLOCK, dtype=torch.int64, device=model.device)
         model(ids, use_cache=False)
         cache = DynamicCache(config=model.config)
-        begun = _now(model)
+        begun = now(model)
         model(ids, past_key_values=cache, use_cache=True)
-        read = _now(model)
+        read = now(model)
         for _ in range(STEPS):
             model(ids[:, :1], past_key_values=cache, use_cache=True)
-        return cls((read - begun) / BLOCK, (_now(model) - read) / STEPS)
+        return cls((read - begun) / BLOCK, (now(model) - read) / STEPS)
 
     def seconds(self, document: Document, methods: int) -> float:
         """About what a document takes with so many methods."""
@@ -55,7 +55,8 @@ class Rates:
         return math.ceil(methods / TOGETHER) * prompt + methods * (behind + answer)
 
 
-def _now(model: Any) -> float:
+def now(model: Any) -> float:
+    """Seconds of a clock, when the model's device has done its work."""
     if model.device.type == 'cuda':
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

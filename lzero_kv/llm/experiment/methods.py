@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -123,15 +123,15 @@ def _field_of(word: str) -> tuple[str | None, Any]:
         return 'allocation', word
     name, equals, value = word.partition('=')
     if equals:
-        return name or None, _value_of(value)
-    number = _value_of(word)
+        return name or None, value_of(value)
+    number = value_of(word)
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     return ('ratio', float(number)) if is_number else (None, None)
 
 
-def _value_of(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A number, True, False or None as Python or JSON writes them; any other text as it is."""
     try:
-        return json.loads({'True': 'true', 'False': 'false', 'None': 'null'}.get(text, text))
-    except ValueError:
+        return ast.literal_eval({'true': 'True', 'false': 'False', 'null': 'None'}.get(text, text))
+    except (ValueError, SyntaxError):
         return text

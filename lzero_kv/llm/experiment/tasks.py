@@ -42,7 +42,6 @@ _STATEMENT = re.compile(
 )
 _LINES = 400
 """Tokens behind the prompt of a program in which a line of code is looked for."""
-_CODE_CHANCE = 0.0
 _DIGITS = 5
 _DEEPEST = 0.9
 """Needles lie in the first part of a prompt: not in the window that every method keeps."""
@@ -143,8 +142,8 @@ def words(tokenizer: Any, numbers: Sequence[int], length: int, *, asked: int = 1
 
 
 def code(tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = PYTHON) -> list[Document]:
-    """The next line of a program, scored by its similarity as in LongBench. Chance is another line of the
-    same kind."""
+    """The next line of a program, scored by its similarity as in LongBench. What a guess scores was not
+    measured and counts as 0."""
     stretches = _stretches(text, tokenizer, length + _LINES, numbers)
     return [_next_line(tokenizer, stretches, number, length) for number in numbers]
 
@@ -274,7 +273,6 @@ def _next_line(tokenizer: Any, stretches: Stretches, number: int, length: int) -
         metric='edit',
         new_tokens=64,
         stop='\n',
-        chance=_CODE_CHANCE,
     )
 
 
