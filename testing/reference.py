@@ -81,7 +81,7 @@ class ReferencePool:
 
     def find(self, key: Hashable) -> bool:
         """One query: whether ``key`` is cached."""
-        self.stats.queries += 1
+        self.stats.total_queries += 1
         record = self._record(key)
         if record is None:
             self.stats.misses += 1

@@ -37,6 +37,7 @@ class NamedAccess:
     """Bytes of what is remembered of the roots' tokens to choose among them; set by its owner."""
     _wm_pool: KVCachePool | None = None
     _make_room: Callable[[Sequence[Any]], None]
+    _admit: Callable[[Any], None]
 
     def __init__(self, clear_recur_log_freq: int, clear_all_log_freq: int) -> None:
         self.clear_recur_log_freq = clear_recur_log_freq
@@ -54,15 +55,23 @@ class NamedAccess:
         return self.init_pools[self._env(env_id)].get(cache_key)
 
     def set_init_cache(self, env_id: int, cache_key: Any, kv_cache: Any) -> int:
-        """Store a root history of an environment; returns the slot. Raises as :meth:`KVCachePool.set`."""
-        return self.init_pools[self._env(env_id)].set(cache_key, kv_cache)
+        """Store a root history of an environment; returns the slot.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as :meth:`KVCachePool.set`, or the first history shows that
+                ``max_bytes`` is too small.
+        """
+        pool = self.init_pools[self._env(env_id)]
+        self._admit(kv_cache)
+        return pool.set(cache_key, kv_cache)
 
     def get_recur_cache(self, cache_key: Any) -> KVEntry | None:
         """A copy of a node's history, or None."""
         return self.recur_pool.get(cache_key)
 
     def set_recur_cache(self, cache_key: Any, kv_cache: Any) -> int:
-        """Store a node's history; returns the slot. Raises as :meth:`KVCachePool.set`."""
+        """Store a node's history; returns the slot. Raises as :meth:`set_init_cache`."""
+        self._admit(kv_cache)
         self._make_room([cache_key])
         return self.recur_pool.set(cache_key, kv_cache)
 

@@ -146,6 +146,13 @@ def row_from_keys_values(keys_values: Any, layout: KVLayout) -> tuple[torch.Tens
     return row, size, int(getattr(keys_values, 'next_position', size))
 
 
+_ONE_OF_A_BATCH = (
+    '; a history is one sample: copy one of a batch with one = copy.deepcopy(batch) and '
+    'one.prune(numpy.arange({rows}) == sample), or write all at once with '
+    'KVCacheManager.store(keys, kv, lengths, next_positions)'
+)
+
+
 def _caches(keys_values: Any) -> list[Any]:
     """Key cache and value cache of each layer, alternating."""
     try:
@@ -170,7 +177,7 @@ def _check_cache(cache: Any, block: int, layout: KVLayout, size: int) -> None:
     if (rows, heads, head_dim) != (1, layout.heads, layout.head_dim):
         raise ValueError(
             f'{where}: expected [1, {layout.heads}, tokens, {layout.head_dim}], got {list(tensor.shape)}'
-            + ('; store the samples of a batch one by one' if rows != 1 else '')
+            + (_ONE_OF_A_BATCH.format(rows=rows) if rows != 1 else '')
         )
     if tensor.dtype != layout.dtype:
         raise TypeError(

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.compat import NamedAccess
+from lzero_kv.cache.entry import layout_of
 from lzero_kv.cache.keys import NodeKey, RootKey
-from lzero_kv.cache.layout import KVLayout
+from lzero_kv.cache.layout import CPU, KVLayout
 from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.cache.storage import KVStorage, Slots
 from lzero_kv.config import KVCacheConfig, read_field
@@ -31,8 +32,8 @@ class KVCacheManager(NamedAccess):
 
     Arguments:
         config: the world model's configuration (attributes or items): ``num_layers``, ``num_heads``,
-            ``embed_dim`` and ``context_length`` unless ``layout`` is given, ``num_simulations`` and
-            ``kv_cache`` where it has them.
+            ``embed_dim`` and ``context_length``, and ``device``, ``num_simulations`` and ``kv_cache`` where
+            it has them. Without any of the first four the layout is that of the first history that is stored.
         env_num: number of environments.
         enable_stats: whether events are counted.
         clear_recur_log_freq: log every that many calls of :meth:`clear_recur_cache`; 0 for never.
@@ -67,7 +68,7 @@ class KVCacheManager(NamedAccess):
             KVCacheConfig.from_world_model_cfg(config) if cache_config is None else cache_config
         )
         self.enable_stats = enable_stats and self.cache_config.enable_stats
-        self.layout = _layout_from(config) if layout is None else layout
+        layout = _layout_from(config) if layout is None else layout
         if num_simulations is None:
             num_simulations = int(read_field(config, 'num_simulations', None) or DEFAULT_SIMULATIONS)
         if num_simulations < 1:
@@ -80,26 +81,40 @@ class KVCacheManager(NamedAccess):
         self._search: torch.Tensor | None = None
         self._most = env_num * (num_simulations + 1)
         self._short_of_room = False
-        self._build()
+        self._build(layout)
 
-    def _build(self) -> None:
-        choices, row_bytes, env_num = self.cache_config, self.layout.row_bytes, self.env_num
-        windows = choices.window_slots or env_num
-        if self._window_limit() < windows:
-            least = 2 * env_num * choices.root_slots + windows + int(self.scratch)
-            raise ValueError(
-                f'kv_cache.max_bytes={choices.max_bytes:,} is too small: {env_num} environments with '
-                f'{choices.root_slots} root slot(s) each and {windows} windows need at least '
-                f'{least * row_bytes:,} bytes ({row_bytes:,} for each history); raise max_bytes, or lower '
-                f'root_slots, window_slots or the number of environments'
-            )
-        roots = env_num * choices.root_slots
-        self.storage = KVStorage(self.layout, roots + windows, scratch=self.scratch)
+    def _build(self, layout: KVLayout | None) -> None:
+        choices, env_num = self.cache_config, self.env_num
+        if layout is not None:
+            self._check_bound(layout)
+        roots, windows = env_num * choices.root_slots, choices.window_slots or env_num
+        self.storage = KVStorage(layout, roots + windows, scratch=self.scratch)
         self.init_pools = [
             self._pool(choices.root_slots, f'init_env{env_id}', env_id * choices.root_slots)
             for env_id in range(env_num)
         ]
         self.recur_pool = self._pool(windows, 'recurrent', roots)
+
+    def _check_bound(self, layout: KVLayout) -> None:
+        choices, env_num = self.cache_config, self.env_num
+        windows = choices.window_slots or env_num
+        least = 2 * env_num * choices.root_slots + windows + int(self.scratch)
+        if choices.max_bytes is not None and least * layout.row_bytes > choices.max_bytes:
+            raise ValueError(
+                f'kv_cache.max_bytes={choices.max_bytes:,} is too small: {env_num} environments with '
+                f'{choices.root_slots} root slot(s) each and {windows} windows need at least '
+                f'{least * layout.row_bytes:,} bytes ({layout.row_bytes:,} for each history); raise '
+                f'max_bytes, or lower root_slots, window_slots or the number of environments'
+            )
+
+    @property
+    def layout(self) -> KVLayout:
+        """Shape of a history; RuntimeError before it is known."""
+        return self.storage.layout
+
+    def _admit(self, keys_values: Any) -> None:
+        if self.storage.known_layout is None:
+            self._check_bound(layout_of(keys_values))
 
     def _pool(self, size: int, name: str, first_slot: int) -> KVCachePool:
         options = self.cache_config.policy, self.enable_stats, name
@@ -108,10 +123,10 @@ class KVCacheManager(NamedAccess):
     def _window_limit(self, kept: int = 0) -> int:
         """Windows that fit into ``max_bytes`` beside everything else, while the roots and ``kept`` windows
         are held twice because the storage is resized."""
-        bound = self.cache_config.max_bytes
-        if bound is None:
+        bound, layout = self.cache_config.max_bytes, self.storage.known_layout
+        if bound is None or layout is None:
             return sys.maxsize
-        rows = (bound - self.search_bytes - self.record_bytes) // self.layout.row_bytes
+        rows = (bound - self.search_bytes - self.record_bytes) // layout.row_bytes
         single = 0 if self._wm_pool is None else self._wm_pool.pool_size
         return rows - 2 * self.env_num * self.cache_config.root_slots - kept - single - int(self.scratch)
 
@@ -180,7 +195,8 @@ class KVCacheManager(NamedAccess):
                     f'not fit into kv_cache.max_bytes={self.cache_config.max_bytes:,} beside the other pools'
                 )
             options = self.cache_config.policy, self.enable_stats
-            self._wm_pool = KVCachePool(self.env_num, *options, 'world_model', layout=self.layout)
+            layout = self.storage.known_layout
+            self._wm_pool = KVCachePool(self.env_num, *options, 'world_model', layout=layout)
         return self._wm_pool
 
     def search_memory(self, elements: int) -> torch.Tensor | None:
@@ -335,7 +351,7 @@ class KVCacheManager(NamedAccess):
             'enable_stats': self.enable_stats,
             'clear_recur_log_freq': self.clear_recur_log_freq,
             'clear_all_log_freq': self.clear_all_log_freq,
-            'layout': self.layout,
+            'layout': self.storage.known_layout,
             'cache_config': self.cache_config,
             'num_simulations': self.num_simulations,
             'scratch': self.scratch,
@@ -357,14 +373,16 @@ class KVCacheManager(NamedAccess):
         )
 
 
-def _layout_from(config: Any) -> KVLayout:
+def _layout_from(config: Any) -> KVLayout | None:
     names = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
     layers, heads, embed_dim, tokens = values = [read_field(config, name, None) for name in names]
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
+    if len(missing) == len(names):
+        return None
     if missing:
         raise ValueError(
             f"the world model's configuration lacks {', '.join(missing)}; add them or pass layout="
         )
     if embed_dim % heads:
         raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={heads}')
-    return KVLayout(layers, heads, embed_dim // heads, tokens)
+    return KVLayout(layers, heads, embed_dim // heads, tokens, device=read_field(config, 'device', CPU))

@@ -49,18 +49,18 @@ class KVCachePool:
         if storage is None:
             if first_slot:
                 raise ValueError(f'first_slot={first_slot} needs the storage that it counts in: storage=')
-            storage = None if layout is None else KVStorage(layout, pool_size)
+            storage = KVStorage(layout, pool_size)
         elif not 0 <= first_slot <= storage.slots - pool_size:
             raise ValueError(
                 f"slots [{first_slot}, {first_slot + pool_size}) are not all in the storage's "
                 f'[0, {storage.slots})'
             )
-        elif layout is not None and layout != storage.layout:
+        elif layout not in (None, storage.known_layout):
             raise ValueError(
-                f'expected the layout of the storage, {storage.layout}, got {layout}; leave layout out'
+                f'expected the layout of the storage, {storage.known_layout}, got {layout}; leave layout out'
             )
         self.storage = storage
-        """The tensor behind the pool; None until the layout is known."""
+        """The tensor behind the pool."""
         self.pool_size = int(pool_size)
         self.eviction_strategy = EvictionStrategy(eviction_strategy)
         self.enable_stats = enable_stats
@@ -74,7 +74,7 @@ class KVCachePool:
         self._forget()
 
     def _forget(self) -> None:
-        self._slot_of: dict[Hashable, int] = {}
+        self._key_to_index: dict[Hashable, int] = {}  # LightZero's world model reads it under this name
         self._key_of: dict[int, Hashable] = {}
         self._stored_at: dict[int, int] = {}
         self._accessed_at: dict[int, int] = {}
@@ -82,18 +82,18 @@ class KVCachePool:
         self._unused = self.first_slot
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._key_to_index)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._slot_of
+        return key in self._key_to_index
 
     def keys(self) -> list[Hashable]:
         """The cached keys, in the order of their first stores."""
-        return list(self._slot_of)
+        return list(self._key_to_index)
 
     def peek(self, key: Hashable) -> int:
         """The slot of ``key`` or ``NO_SLOT``; not counted, and no use of the entry."""
-        return self._slot_of.get(key, NO_SLOT)
+        return self._key_to_index.get(key, NO_SLOT)
 
     @property
     def capacity(self) -> int:
@@ -108,18 +108,17 @@ class KVCachePool:
     @property
     def bytes(self) -> int:
         """Bytes of this pool's slots; 0 until the storage is allocated."""
-        allocated = self.storage is not None and self.storage.bytes
-        return self.pool_size * self.storage.layout.row_bytes if allocated else 0
+        return self.pool_size * self.storage.layout.row_bytes if self.storage.bytes else 0
 
     @property
     def lengths(self) -> np.ndarray:
         """int64 ``[slots]``: tokens of the history in each slot of the storage, indexed by absolute slot."""
-        return self._known_storage().lengths
+        return self.storage.lengths
 
     @property
     def next_positions(self) -> np.ndarray:
         """int64 ``[slots]``: logical position of the next token of each slot of the storage."""
-        return self._known_storage().next_positions
+        return self.storage.next_positions
 
     def describe(self) -> dict[str, int | float]:
         """Counters and sizes as numbers, by name."""
@@ -138,7 +137,7 @@ class KVCachePool:
 
     def find(self, keys: Sequence[Hashable]) -> list[int]:
         """As :meth:`lookup`, as a list."""
-        slot_of = self._slot_of.get
+        slot_of = self._key_to_index.get
         slots = [slot_of(key, NO_SLOT) for key in keys]
         hits = slots if NO_SLOT not in slots else [slot for slot in slots if slot != NO_SLOT]
         self._order.hit(hits)
@@ -149,7 +148,7 @@ class KVCachePool:
                     distances.append(query - accessed_at[slot])
                     accessed_at[slot] = query + 1
             self._queries += len(slots)
-            stats.queries += len(slots)
+            stats.total_queries += len(slots)
             stats.hits += len(hits)
             stats.misses += len(slots) - len(hits)
             stats.reuse_distance.add_all(distances)
@@ -181,13 +180,13 @@ class KVCachePool:
                 f"pool '{self.name}': {len(keys)} histories do not fit into {self.pool_size} slots; "
                 f'store fewer at once, or make the pool larger'
             )
-        slot_of = self._slot_of.get
+        slot_of = self._key_to_index.get
         return [slot_of(key, NO_SLOT) for key in keys]
 
     def commit(self, keys: Sequence[Hashable], slots: list[int]) -> np.ndarray:
         """Carry out what :meth:`plan` answered with ``slots``; returns the slots as :meth:`reserve`."""
         new = slots.count(NO_SLOT)
-        missing = new - self.pool_size + len(self._slot_of)
+        missing = new - self.pool_size + len(self._key_to_index)
         if missing > 0:
             self._remove(self._order.victims(missing, [slot for slot in slots if slot != NO_SLOT]))
             if self.enable_stats:
@@ -200,7 +199,7 @@ class KVCachePool:
                 else:
                     slot, self._unused = self._unused, self._unused + 1
                 taken[place] = slot
-                self._slot_of[keys[place]], self._key_of[slot] = slot, keys[place]
+                self._key_to_index[keys[place]], self._key_of[slot] = slot, keys[place]
         self._order.store(taken)
         if self.enable_stats:
             for store, (before, slot) in enumerate(zip(slots, taken, strict=True), self._stores + 1):
@@ -214,7 +213,7 @@ class KVCachePool:
 
     def _remove(self, slots: list[int]) -> None:
         for slot in slots:
-            del self._slot_of[self._key_of.pop(slot)]
+            del self._key_to_index[self._key_of.pop(slot)]
         self._returned += slots
         self._order.remove(slots)
         self._count_lifetimes(slots)
@@ -225,7 +224,7 @@ class KVCachePool:
 
     def discard(self, keys: Iterable[Hashable]) -> int:
         """Forget these keys; returns how many were there. Not counted as evictions."""
-        known = [self._slot_of[key] for key in dict.fromkeys(keys) if key in self._slot_of]
+        known = [self._key_to_index[key] for key in dict.fromkeys(keys) if key in self._key_to_index]
         self._remove(known)
         return len(known)
 
@@ -258,7 +257,7 @@ class KVCachePool:
             KeyError: names the keys that are not cached. Nothing is counted.
         """
         keys = list(keys)
-        storage, slots = self._known_storage(), self._slots_of(keys)
+        storage, slots = self.storage, self._slots_of(keys)
         self.find(keys)
         return KVBatch(storage.load(slots), storage.lengths[slots], storage.next_positions[slots])
 
@@ -269,7 +268,7 @@ class KVCachePool:
             ValueError, RuntimeError: as :meth:`reserve`, or the shape or a length does not fit the layout.
             TypeError: the batch has another dtype. Nothing is changed.
         """
-        keys, storage = list(keys), self._known_storage()
+        keys, storage = list(keys), self.storage
         numbers = storage.check_batch(len(keys), batch.kv, batch.lengths, batch.next_positions)
         planned = self.plan(keys)
         storage.allocate()
@@ -282,7 +281,7 @@ class KVCachePool:
         slot = self.find([key])[0]
         if slot == NO_SLOT:
             return None
-        storage = self._known_storage()
+        storage = self.storage
         size, next_position = int(storage.lengths[slot]), int(storage.next_positions[slot])
         return KVEntry.from_row(storage.layout, storage.load([slot], newest=size), size, next_position)
 
@@ -297,10 +296,10 @@ class KVCachePool:
             ValueError: layers, heads or head_dim differ, it has too many tokens, or a number is not finite.
             RuntimeError: there is no memory. Nothing is changed.
         """
-        storage = self.storage or KVStorage(layout_of(kv), self.pool_size)
-        row, size, next_position = row_from_keys_values(kv, storage.layout)
-        storage.allocate()
-        self.storage = storage
+        storage = self.storage
+        layout = storage.known_layout or layout_of(kv)
+        row, size, next_position = row_from_keys_values(kv, layout)
+        storage.allocate(layout)
         slots = self.reserve([key])
         storage.write(slots, row, np.array([size]), np.array([next_position]))
         return int(slots[0])
@@ -315,30 +314,24 @@ class KVCachePool:
         """
         if pool_size <= 0:
             raise ValueError(f'pool_size must be at least 1, got {pool_size}')
-        if self._slot_of and pool_size < self.pool_size:
+        if self._key_to_index and pool_size < self.pool_size:
             raise RuntimeError(f"pool '{self.name}' holds {len(self)} entries; call clear() before resize()")
         end = self.first_slot + int(pool_size)
-        if self.storage is not None:
-            if self.first_slot + self.pool_size != self.storage.slots:
-                raise RuntimeError(
-                    f"pool '{self.name}' cannot change its size: other slots follow in its storage"
-                )
-            self.storage.resize(end, keep=self.storage.slots if self._slot_of else self.first_slot)
-        if not self._slot_of:
+        if self.first_slot + self.pool_size != self.storage.slots:
+            raise RuntimeError(
+                f"pool '{self.name}' cannot change its size: other slots follow in its storage"
+            )
+        self.storage.resize(end, keep=self.storage.slots if self._key_to_index else self.first_slot)
+        if not self._key_to_index:
             self._forget()
         self.pool_size = int(pool_size)
         self._order.resize(end)
 
     def _slots_of(self, keys: list[Hashable]) -> list[int]:
-        missing = [key for key in keys if key not in self._slot_of]
+        missing = [key for key in keys if key not in self._key_to_index]
         if missing:
             raise KeyError(f"pool '{self.name}': not cached: {missing}")
-        return [self._slot_of[key] for key in keys]
-
-    def _known_storage(self) -> KVStorage:
-        if self.storage is None:
-            raise RuntimeError(f"pool '{self.name}' has no layout yet; pass layout= or call set() first")
-        return self.storage
+        return [self._key_to_index[key] for key in keys]
 
     def __repr__(self) -> str:
         return (

@@ -79,8 +79,8 @@ class Log2Histogram:
 class CacheStats:
     """What a pool did since it was made or since the last :meth:`reset`."""
 
-    queries: int = 0
-    """Keys looked up."""
+    total_queries: int = 0
+    """Keys looked up; ``queries`` is the same."""
     hits: int = 0
     """Queries that found their key."""
     misses: int = 0
@@ -101,19 +101,19 @@ class CacheStats:
     """Queries of the pool between a hit and the entry's previous access (hit or store)."""
 
     @property
-    def total_queries(self) -> int:
-        """The same as ``queries``."""
-        return self.queries
+    def queries(self) -> int:
+        """The same as ``total_queries``."""
+        return self.total_queries
 
     @property
     def hit_rate(self) -> float:
         """Hits per query; 0.0 before the first query."""
-        return self.hits / self.queries if self.queries else 0.0
+        return self.hits / self.total_queries if self.total_queries else 0.0
 
     @property
     def miss_rate(self) -> float:
-        """Misses per query; 0.0 before the first query."""
-        return self.misses / self.queries if self.queries else 0.0
+        """Misses per query; 1.0 before the first query, as LightZero's own manager has it."""
+        return 1.0 - self.hit_rate
 
     def reset(self) -> None:
         """Set every counter to zero and empty the histograms."""

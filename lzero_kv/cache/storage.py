@@ -21,7 +21,7 @@ class KVStorage:
     """``slots`` rows of one layout in one tensor, allocated at the first use.
 
     Arguments:
-        layout: shape of a row.
+        layout: shape of a row; None takes that of the first :meth:`allocate`.
         slots: number of rows.
         scratch: whether the tensor has one row more, behind the slots: where rows of a batch read and write
             that stand for no history.
@@ -31,10 +31,11 @@ class KVStorage:
         RuntimeError: there is no memory for the numbers of so many slots.
     """
 
-    def __init__(self, layout: KVLayout, slots: int, *, scratch: bool = False) -> None:
+    def __init__(self, layout: KVLayout | None, slots: int, *, scratch: bool = False) -> None:
         if slots < 1:
             raise ValueError(f'slots must be at least 1, got {slots}')
-        self.layout = layout
+        self.known_layout = layout
+        """The layout, None until it is known."""
         self.slots = int(slots)
         self._scratch = int(scratch)
         self._data: torch.Tensor | None = None
@@ -43,6 +44,20 @@ class KVStorage:
         """int64 ``[slots]``: tokens of the history in each slot."""
         self.next_positions = np.zeros(self.slots, np.int64)
         """int64 ``[slots]``: logical position of the next token of the history in each slot."""
+
+    @property
+    def layout(self) -> KVLayout:
+        """Shape of a row.
+
+        Raises:
+            RuntimeError: it is not known yet.
+        """
+        if self.known_layout is None:
+            raise RuntimeError(
+                'the cache has no layout yet; pass layout=, or store a single history first: set(), '
+                'set_init_cache() or set_recur_cache()'
+            )
+        return self.known_layout
 
     @property
     def bytes(self) -> int:
@@ -55,14 +70,22 @@ class KVStorage:
         them; replaced by :meth:`resize`. For a step that gathers and scatters on its own."""
         return self.allocate() if self._data is None else self._data
 
-    def allocate(self) -> torch.Tensor:
+    def allocate(self, layout: KVLayout | None = None) -> torch.Tensor:
         """The tensor, allocated unless it is there.
 
+        Arguments:
+            layout: shape of a row where none is known yet.
+
         Raises:
-            RuntimeError: there is no memory for it; nothing is changed.
+            RuntimeError: there is no memory for it, or no layout; nothing is changed.
         """
         if self._data is None:
-            self._data = self._new(self.slots)
+            before, self.known_layout = self.known_layout, self.known_layout or layout
+            try:
+                self._data = self._new(self.slots)
+            except RuntimeError:
+                self.known_layout = before
+                raise
         return self._data
 
     def load(
@@ -203,12 +226,12 @@ class KVStorage:
         return data if newest == tokens else data[:, :, :, tokens - newest :]
 
     def _new(self, slots: int) -> torch.Tensor:
+        shape = self.layout.batch_shape(slots + self._scratch)
         self._check_memory(slots)
         try:
             # Zeros, because masked attention multiplies the columns never written by weight 0, and 0 * NaN is
             # NaN. A tensor made in inference mode could not be written to outside it.
             with torch.inference_mode(False):
-                shape = self.layout.batch_shape(slots + self._scratch)
                 return torch.zeros(shape, dtype=self.layout.dtype, device=self.layout.device)
         except (RuntimeError, MemoryError) as error:
             raise RuntimeError(self._no_memory(slots)) from error
@@ -228,6 +251,8 @@ class KVStorage:
                 self._data[:keep] = kept
 
     def _check_memory(self, slots: int, twice: int = 0) -> None:
+        if self.known_layout is None:
+            return
         # a CPU hands out more memory than it has, and kills the process that uses it
         wanted, device = (slots + self._scratch + twice) * self.layout.row_bytes, self.layout.device
         if device.type == 'cpu' and wanted - self.bytes > _available(device):

@@ -50,26 +50,34 @@ def test_merge_copy_and_difference():
 
 def test_rates_before_and_after_the_first_query():
     stats = CacheStats()
-    assert (stats.hit_rate, stats.miss_rate, stats.total_queries) == (0.0, 0.0, 0)
-    stats = CacheStats(queries=8, hits=6, misses=2)
+    assert (stats.hit_rate, stats.miss_rate, stats.total_queries) == (0.0, 1.0, 0)
+    stats = CacheStats(total_queries=8, hits=6, misses=2)
     assert (stats.hit_rate, stats.miss_rate, stats.total_queries) == (0.75, 0.25, 8)
 
 
+def test_queries_can_be_counted_from_outside():
+    stats = CacheStats(hits=10, misses=5, evictions=2, total_queries=15)
+    stats.total_queries += 5
+    assert (stats.queries, stats.hit_rate, stats.as_dict()['queries']) == (20, 0.5, 20)
+    stats.reset()
+    assert (stats.total_queries, stats.miss_rate) == (0, 1.0)
+
+
 def test_snapshots_do_not_change_and_can_be_subtracted():
-    stats = CacheStats(queries=8, hits=6, misses=2, lifetime=histogram(3))
+    stats = CacheStats(total_queries=8, hits=6, misses=2, lifetime=histogram(3))
     before = stats.snapshot()
-    stats.queries += 5
+    stats.total_queries += 5
     stats.misses += 5
     stats.lifetime.add(9)
-    assert before == CacheStats(queries=8, hits=6, misses=2, lifetime=histogram(3))
-    assert stats - before == CacheStats(queries=5, misses=5, lifetime=histogram(9))
+    assert before == CacheStats(total_queries=8, hits=6, misses=2, lifetime=histogram(3))
+    assert stats - before == CacheStats(total_queries=5, misses=5, lifetime=histogram(9))
     assert before + (stats - before) == stats
     stats.reset()
     assert stats == CacheStats()
 
 
 def test_as_dict_has_numbers_only():
-    numbers = CacheStats(queries=8, hits=6, misses=2, rebuilt_tokens=11).as_dict()
+    numbers = CacheStats(total_queries=8, hits=6, misses=2, rebuilt_tokens=11).as_dict()
     assert set(numbers) == {
         *('queries', 'hits', 'misses', 'hit_rate', 'miss_rate'),
         *('stores', 'overwrites', 'evictions', 'rebuilt_tokens', 'window_tokens'),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -46,8 +49,21 @@ def test_a_history_of_the_host_goes_in_and_comes_out(tokens, layout):
     assert (len(entry), entry.size, entry.next_position) == (3, tokens, tokens)
     assert same(values_of(entry), values_of(history))
     assert [entry[layer].shape for layer in range(3)] == [history[layer].shape for layer in range(3)]
-    assert pool.storage is not None
     assert pool.storage.layout == LAYOUT
+
+
+def test_one_sample_of_a_batch_is_stored_as_the_error_says():
+    pool = KVCachePool(2, 'lru')
+    batch = host_history(4, rows=3)
+    with pytest.raises(ValueError, match='a history is one sample') as refused:
+        pool.set('a', batch)
+    names: dict[str, Any] = {'copy': copy, 'numpy': numpy, 'batch': batch, 'sample': 2}
+    for statement in re.findall(r'one(?: =|\.).*?\)(?= and|,)', str(refused.value)):
+        exec(statement, names)
+    pool.set('a', names['one'])
+    entry = pool.get('a')
+    assert entry is not None
+    assert same(values_of(entry), [tensor[2:] for tensor in values_of(batch)])
 
 
 def test_an_entry_is_laid_out_as_the_host_does_with_zeros_behind():
@@ -144,7 +160,7 @@ REJECTED = {
         r'layer 0 keys: expected \[1, 2, tokens, 5\]',
         lambda: host_history(4, heads=3),
     ),
-    'a batch': (ValueError, 'store the samples of a batch one by one', lambda: host_history(4, rows=2)),
+    'a batch': (ValueError, 'a history is one sample: copy one of a batch', lambda: host_history(4, rows=2)),
     'too many tokens': (
         ValueError,
         '8 tokens do not fit into a slot of 7; drop',
@@ -181,10 +197,9 @@ def test_a_pool_without_layout_stays_so_after_a_rejected_history():
     pool = KVCachePool(2)
     with pytest.raises(ValueError, match='finite'):
         pool.set('a', not_finite())
-    assert pool.storage is None
+    assert pool.storage.known_layout is None
     assert (len(pool), pool.bytes) == (0, 0)
     pool.set('a', host_history(4, capacity=11))
-    assert pool.storage is not None
     assert pool.storage.layout == KVLayout(3, 2, 5, 11)
 
 

@@ -16,7 +16,7 @@ from lzero_kv import KVCacheConfig, KVCacheManager, KVLayout
 from lzero_kv.cache.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.cache.stats import CacheStats
 
-from .comparing import LAYOUT, Histories
+from .comparing import LAYOUT, Histories, same, tensors_of
 
 WORLD_MODEL = EasyDict(num_layers=3, num_heads=2, embed_dim=10, context_length=7, num_simulations=11)
 KEYS = [RootKey(2, 5), NodeKey(0, 4), RootKey(0, 5), NodeKey(1, 9)]
@@ -125,6 +125,51 @@ def test_names_of_lightzeros_manager():
     assert (len(made.init_pools[2]), len(made.wm_pool)) == (0, 1)
     made.clear_all()
     assert len(made.wm_pool) == 0
+
+
+def test_a_configuration_without_shapes_takes_the_layout_of_the_first_history():
+    made = KVCacheManager({'num_simulations': 11}, 4)
+    assert (made.bytes, made.get_init_cache(2, 5), made.wm_pool.capacity) == (0, None, 4)
+    with pytest.raises(RuntimeError, match='no layout yet; pass layout='):
+        made.store([RootKey(2, 5)], torch.zeros(1, 6, 2, 7, 5), [1], [1])
+    entry = Histories(LAYOUT, 0).entry(4)
+    made.set_recur_cache(5, entry)
+    found = made.get_recur_cache(5)
+    assert found is not None
+    assert same(tensors_of(found), tensors_of(entry))
+    assert (made.layout, copy.deepcopy(made).layout, made.bytes) == (LAYOUT, LAYOUT, 8 * 1680)
+    for key in range(9):
+        made.set_recur_cache(key, entry)
+    assert (len(made.recur_pool), made.recur_pool.stats.evictions) == (9, 0), 'the pool grows'
+
+
+def test_the_first_history_is_refused_where_the_bound_does_not_hold_it():
+    made = KVCacheManager({'kv_cache': {'max_bytes': 12 * 1680 - 1}}, 4)
+    with pytest.raises(ValueError, match='need at least 20,160 bytes'):
+        made.set_init_cache(2, 5, Histories(LAYOUT, 0).entry(4))
+    assert (made.bytes, len(made.init_pools[2]), made.storage.known_layout) == (0, 0, None)
+
+
+def test_a_configuration_with_a_part_of_the_shapes_is_refused():
+    with pytest.raises(ValueError, match='lacks num_heads, context_length; add them or pass layout='):
+        KVCacheManager({'num_layers': 3, 'embed_dim': 10}, 4)
+
+
+def test_histories_live_on_the_device_of_the_configuration():
+    assert KVCacheManager({**WORLD_MODEL, 'device': 'meta'}, 4).layout.device == torch.device('meta')
+
+
+def test_root_slots_are_root_histories_of_an_environment():
+    made = manager(root_slots=3)
+    entries = [Histories(LAYOUT, seed).entry(4) for seed in range(5)]
+    for key, entry in enumerate(entries):
+        made.set_init_cache(2, key, entry)
+    found = [made.get_init_cache(2, key) for key in range(5)]
+    assert found[:2] == [None, None]
+    for got, entry in zip(found[2:], entries[2:], strict=True):
+        assert got is not None
+        assert same(tensors_of(got), tensors_of(entry))
+    assert (made.init_pools[2].stats.evictions, len(made.init_pools[1])) == (2, 0)
 
 
 def test_a_lookup_in_two_pools_is_one_query():

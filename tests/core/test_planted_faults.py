@@ -109,7 +109,7 @@ def stale_key_after_an_eviction(patch: pytest.MonkeyPatch) -> None:
     def remove(self: KVCachePool, slots: Any) -> None:
         keys = {self._key_of[slot]: slot for slot in slots}
         original(self, slots)
-        self._slot_of.update(keys)
+        self._key_to_index.update(keys)
 
     original = KVCachePool._remove
     patch.setattr(KVCachePool, '_remove', remove)

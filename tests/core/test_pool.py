@@ -205,6 +205,6 @@ def test_impossible_pools_are_refused(arguments, text):
 def test_a_pool_without_layout_says_what_it_needs():
     pool = KVCachePool(3)
     assert pool.lookup('ab').tolist() == [NO_SLOT, NO_SLOT]
-    with pytest.raises(RuntimeError, match='pass layout= or call set'):
+    with pytest.raises(RuntimeError, match='no layout yet; pass layout=, or store a single history'):
         pool.store('a', batch(4))
     assert repr(pool) == "KVCachePool(name='default', entries=0/3, strategy=fifo, hit_rate=0.000)"

@@ -334,9 +334,9 @@ def test_an_empty_histogram_is_refused() -> None:
 
 
 def test_interval_is_a_copy() -> None:
-    now = CacheStats(queries=5, hits=3, misses=2)
+    now = CacheStats(total_queries=5, hits=3, misses=2)
     first = interval(now, None)
-    now.queries += 1
+    now.total_queries += 1
     assert first.queries == 5
     assert interval(now, first).queries == 1
 
