@@ -6,9 +6,10 @@ A file holds tensors, numbers and strings only, so that reading one from a stran
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -130,18 +131,21 @@ class FindingLog:
             self._saved += 1
             finding = dataclasses.replace(finding, replay=replay_data(self.world_model, self._rule, course))
             stem = f'finding_{self._mode}_{finding.kind}_{finding.env_id}_{finding.row}_{finding.node or 0}'
-            finding = save_finding(finding, unused_path(Path(self._config.validation_folder), stem))
+            finding = save_finding(finding, new_file(Path(self._config.validation_folder), stem))
         if self._config.validation_on_failure == 'raise':
             raise ValidationError(finding)
         logging.getLogger(__name__).warning('%s', finding)
 
 
-def unused_path(folder: Path, stem: str) -> Path:
-    """A file of that name that is not there yet: findings of earlier runs, and of the same node, stay."""
-    path, number = folder / f'{stem}.pt', 1
-    while path.exists():
-        number += 1
-        path = folder / f'{stem}_{number}.pt'
+def new_file(folder: Path, stem: str) -> Path:
+    """An empty file of that name, made here: findings of earlier runs, of the same node, and of other
+    processes stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = folder / (f'{stem}_{number}.pt' if number > 1 else f'{stem}.pt')
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            break
     return path
 
 

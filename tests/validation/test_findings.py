@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from lzero_kv.telemetry.counters import Cause
-from lzero_kv.validation.findings import FORMAT, VERSION, Finding, ValidationError, load_finding, save_finding
+from lzero_kv.validation.findings import (
+    FORMAT,
+    VERSION,
+    Finding,
+    ValidationError,
+    load_finding,
+    new_file,
+    save_finding,
+)
 
 from .drawn import a_finding, findings
 
@@ -35,6 +44,14 @@ def test_what_was_saved_is_read_back(tmp_path: Path, finding: Finding) -> None:
     read = load_finding(path)
     for item in dataclasses.fields(Finding):
         assert same(getattr(read, item.name), getattr(saved, item.name)), item.name
+
+
+def test_findings_that_are_saved_at_once_get_files_of_their_own(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        paths = list(pool.map(lambda _: new_file(tmp_path / 'folder', 'finding_0_1_0'), range(48)))
+    assert len(set(paths)) == 48
+    assert sorted(tmp_path.rglob('*.pt')) == sorted(paths)
+    assert {'finding_0_1_0.pt', 'finding_0_1_0_48.pt'} < {path.name for path in paths}
 
 
 class Trap:
