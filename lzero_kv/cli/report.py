@@ -85,6 +85,8 @@ def _show(run: RunLog, path: Path) -> None:
     ends = run.last_steps()
     step, iteration = ends.get(Axis.ENV_STEP, 0), ends.get(Axis.TRAIN_ITER, 0)
     show_line(f'log: {run.folder}, {step:,} environment steps, {iteration:,} training iterations')
+    if run.ranks > 1:
+        show_line(f'{run.ranks} processes: counters, entries and bytes are their sums, occupancy the largest')
     show_table(statistics_table(run.totals(), 'Whole run'))
     show_table(statistics_table(run.last(), 'Last point'))
     if validation := run.validation():

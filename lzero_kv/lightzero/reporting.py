@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lzero_kv.lightzero import ranks
 from lzero_kv.telemetry.counters import ValidationCounters
+from lzero_kv.telemetry.reading import Moment
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
 
 
@@ -21,15 +23,17 @@ def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
 def _logging(original: Any) -> Any:
     def _output_log(self: Any, train_iter: int) -> None:
         original(self, train_iter)
-        if self._rank == 0 and self._tb_logger is not None:
-            report(self, train_iter)
+        report(self, train_iter)
 
     return _output_log
 
 
 def report(collector: Any, train_iter: int) -> None:
     """Write what the caches of a collector's policy did since the last time; nothing where its policy keeps
-    none."""
+    none.
+
+    Of several processes the first one writes for all where they meet, else each one writes a log of its own.
+    """
     try:
         world_models = collector._policy.get_attribute('kv_world_models')
     except NotImplementedError:
@@ -37,16 +41,24 @@ def report(collector: Any, train_iter: int) -> None:
     acting = world_models['acting']
     if not (acting.cache_config.tensorboard and acting.cache_config.enable_stats):
         return
-    sink = getattr(collector, '_kv_cache_sink', None)
-    if sink is None or sink.writer is not collector._tb_logger:
-        sink = collector._kv_cache_sink = TensorBoardSink(collector._tb_logger)
-    sink.write(
-        {name: model.kv_cache_manager for name, model in world_models.items()},
-        env_step=collector.envstep,
-        train_iter=train_iter,
-        validation=run_counters(world_models),
-        budget=acting.budgets,
-    )
+    managers = {name: model.kv_cache_manager for name, model in world_models.items()}
+    validation, budget = run_counters(world_models), acting.budgets
+    together = collector._world_size > 1 and ranks.meet(collector)
+    others = ranks.gather(Moment.of(managers, validation, budget)) if together else ()
+    sink = _sink(collector, together)
+    if sink is not None:
+        sink.write(managers, collector.envstep, train_iter, validation, budget, others)
+
+
+def _sink(collector: Any, together: bool) -> TensorBoardSink | None:
+    """The collector's sink; None where another process writes for this one."""
+    known, writer = getattr(collector, '_kv_cache_sink', None), collector._tb_logger
+    if writer is None and (together or collector._world_size == 1):
+        return None
+    if known is not None and writer in (None, known.writer):
+        return known
+    collector._kv_cache_sink = TensorBoardSink(writer or ranks.own_writer(collector))
+    return collector._kv_cache_sink
 
 
 def run_counters(world_models: Mapping[str, Any]) -> ValidationCounters | None:

@@ -11,6 +11,7 @@ from lzero_kv.telemetry.metrics import (
     LAYER_PREFIX,
     METRICS,
     POOLS,
+    RANK_METRICS,
     VALIDATION,
     VALIDATION_CHARTS,
     VALIDATION_METRICS,
@@ -49,9 +50,9 @@ def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[
     return layout
 
 
-def explanation(*, validation: bool = False, budget: bool = False) -> str:
+def explanation(*, validation: bool = False, budget: bool = False, ranks: bool = False) -> str:
     """Return a Markdown table that says what each metric, pool and histogram means, and, with `validation`,
-    a second one of its metrics; likewise with `budget`.
+    a second one of its metrics; likewise with `budget`. With `ranks` the first has RANK_METRICS too.
     """
     kinds = {
         Kind.COUNTER: 'since the previous point',
@@ -59,7 +60,8 @@ def explanation(*, validation: bool = False, budget: bool = False) -> str:
         Kind.RATIO: 'since the previous point',
     }
     lines = ['| metric | unit | value | meaning |', '|---|---|---|---|']
-    lines += [f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |' for m in METRICS.values()]
+    metrics = [*METRICS.values(), *(RANK_METRICS.values() if ranks else ())]
+    lines += [f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |' for m in metrics]
     lines += [
         f'| {name} | histogram | since the previous point | {text} |' for name, text in HISTOGRAMS.items()
     ]

@@ -100,6 +100,20 @@ METRICS: dict[str, Metric] = {
     )
 }
 
+RANK_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            'ranks',
+            Kind.GAUGE,
+            Unit.COUNT,
+            'Processes: counters, entries and bytes are their sums, occupancy is the largest.',
+        ),
+        Metric('most_bytes', Kind.GAUGE, Unit.BYTES, 'The bytes of the process that has most.'),
+    )
+}
+"""Beside METRICS where the numbers stand for several processes."""
+
 POOLS: dict[str, str] = {
     'roots': 'The root pools of all environments of the acting model.',
     'nodes': 'The recurrent pool of the acting model: derived windows of the running search.',
@@ -302,8 +316,8 @@ def layer_of(pool: str) -> int | None:
 
 
 class TagName(NamedTuple):
-    """A tag taken apart; `metric` is a name of METRICS or of HISTOGRAMS, or, where `pool` is VALIDATION, of
-    VALIDATION_METRICS, or, where it is a layer, of BUDGET_METRICS or BUDGET_HISTOGRAMS.
+    """A tag taken apart; `metric` is a name of METRICS, RANK_METRICS or HISTOGRAMS, or, where `pool` is
+    VALIDATION, of VALIDATION_METRICS, or, where it is a layer, of BUDGET_METRICS or BUDGET_HISTOGRAMS.
     """
 
     axis: Axis
@@ -342,4 +356,4 @@ def _metrics_of(pool: str) -> tuple[str, ...]:
         return tuple(VALIDATION_METRICS)
     if layer_of(pool) is not None:
         return (*BUDGET_METRICS, *BUDGET_HISTOGRAMS)
-    return (*METRICS, *HISTOGRAMS) if pool in POOLS else ()
+    return (*METRICS, *RANK_METRICS, *HISTOGRAMS) if pool in POOLS else ()

@@ -13,6 +13,7 @@ from lzero_kv.telemetry.metrics import (
     BUDGET_METRICS,
     METRICS,
     POOLS,
+    RANK_METRICS,
     VALIDATION,
     VALIDATION_METRICS,
     Axis,
@@ -72,7 +73,7 @@ class RunLog:
         summary: dict[str, dict[str, float]] = {}
         for pool in self.pools:
             values = {}
-            for name, metric in METRICS.items():
+            for name, metric in (METRICS | RANK_METRICS).items():
                 series = self.series(Axis.ENV_STEP, pool, name)
                 if series is not None and metric.kind is not Kind.RATIO:
                     values[name] = float(
@@ -89,7 +90,7 @@ class RunLog:
         """
         summary: dict[str, dict[str, float]] = {}
         for pool in self.pools:
-            found = {name: self.series(Axis.ENV_STEP, pool, name) for name in METRICS}
+            found = {name: self.series(Axis.ENV_STEP, pool, name) for name in METRICS | RANK_METRICS}
             charts = {name: series for name, series in found.items() if series is not None}
             end = max((series.steps[-1] for series in charts.values()), default=0)
             summary[pool] = {
@@ -130,6 +131,12 @@ class RunLog:
             total = {Kind.COUNTER: values.sum(), Kind.RATIO: values.mean(), Kind.GAUGE: values[-1]}[kind]
             found.setdefault(layer, {})[name.metric] = float(total)
         return dict(sorted(found.items()))
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the numbers stand for."""
+        series = self.series(Axis.ENV_STEP, 'total', 'ranks')
+        return 1 if series is None else int(series.values[-1])
 
     def last_steps(self) -> dict[Axis, int]:
         """Return the step of the last point on each axis that was written."""

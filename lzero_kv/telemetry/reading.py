@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
+from lzero_kv.budget import BudgetSnapshot, LayerLoss
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.stats import CacheStats
+from lzero_kv.telemetry.counters import ValidationCounters
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,80 @@ class PoolReading:
             entries=self.entries + other.entries,
             capacity=self.capacity + other.capacity,
             bytes=self.bytes + other.bytes,
+        )
+
+
+@dataclass(frozen=True)
+class RanksReading(PoolReading):
+    """The same pool of several processes (ranks): counters, entries, capacity and bytes are sums.
+
+    Attributes:
+        ranks: number of processes.
+        fullest: occupancy of the fullest of these pools.
+        most_bytes: memory of the largest of them.
+    """
+
+    ranks: int
+    fullest: float
+    most_bytes: int
+
+    @classmethod
+    def of(cls, readings: Sequence[PoolReading]) -> RanksReading:
+        """Combine one reading of each process."""
+        return cls(
+            **vars(reduce(add, readings)),
+            ranks=len(readings),
+            fullest=max(reading.occupancy for reading in readings),
+            most_bytes=max(reading.bytes for reading in readings),
+        )
+
+    @property
+    def occupancy(self) -> float:
+        """That of the fullest pool: full pools evict, however empty another is."""
+        return self.fullest
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Every metric of METRICS and of RANK_METRICS by name, and the miss rate."""
+        return {**super().as_dict(), 'ranks': self.ranks, 'most_bytes': self.most_bytes}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one process counted until now; plain numbers, which another process can be sent.
+
+    Attributes:
+        pools: as :func:`read_managers` gives it.
+        validation: counters since the start of the training; None without validation.
+        losses: what each layer of the acting model has dropped; empty without layer budgets.
+    """
+
+    pools: Mapping[str, PoolReading]
+    validation: ValidationCounters | None = None
+    losses: tuple[LayerLoss, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        managers: Mapping[str, KVCacheManager],
+        validation: ValidationCounters | None = None,
+        budget: BudgetSnapshot | None = None,
+    ) -> Moment:
+        """Read the managers of :func:`read_managers`, by its argument names."""
+        return cls(read_managers(**managers), validation, () if budget is None else budget.losses)
+
+    def with_ranks(self, others: Sequence[Moment]) -> Moment:
+        """This moment and those of the other processes as one; the same where there are none."""
+        if not others:
+            return self
+        moments = [self, *others]
+        names = dict.fromkeys(name for moment in moments for name in moment.pools)
+        pools = {name: [m.pools[name] for m in moments if name in m.pools] for name in names}
+        counters = [m.validation for m in moments if m.validation is not None]
+        losses = zip(*(m.losses for m in moments if m.losses), strict=True)
+        return Moment(
+            {name: RanksReading.of(readings) for name, readings in pools.items()},
+            reduce(add, counters) if counters else None,
+            tuple(LayerLoss(*map(sum, zip(*layer, strict=True))) for layer in losses),
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lzero_kv.telemetry.metrics import METRICS, POOLS, Unit
+from lzero_kv.telemetry.metrics import METRICS, POOLS, RANK_METRICS, Unit
 
 
 def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Table:
@@ -16,7 +16,7 @@ def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Tab
     Args:
         summary: pool name -> metric name -> number, as `KVCacheManager.get_stats_summary()` gives it. Pools
             and metrics that METRICS and POOLS do not name are left out; a metric that a pool does not have
-            shows as a dash.
+            shows as a dash. RANK_METRICS have rows where a pool has them.
         title: the line above the table.
 
     Raises:
@@ -33,7 +33,8 @@ def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Tab
     table.add_column('metric')
     for pool in pools:
         table.add_column(pool, justify='right')
-    for metric in METRICS.values():
+    several = [metric for name, metric in RANK_METRICS.items() if any(name in summary[p] for p in pools)]
+    for metric in (*METRICS.values(), *several):
         cells = [summary[pool].get(metric.name) for pool in pools]
         table.add_row(
             metric.name, *('-' if cell is None else format_value(cell, metric.unit) for cell in cells)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -17,12 +18,13 @@ from lzero_kv.telemetry.metrics import (
     HISTOGRAMS,
     LAYER_PREFIX,
     METRICS,
+    RANK_METRICS,
     VALIDATION,
     Axis,
     Kind,
     tag,
 )
-from lzero_kv.telemetry.reading import PoolReading, read_managers
+from lzero_kv.telemetry.reading import Moment, PoolReading
 from lzero_kv.telemetry.validation import validation_numbers
 
 POOLS_OF = {'acting': ('roots', 'nodes'), 'reanalysis': ('reanalysis',)}
@@ -60,8 +62,7 @@ class TensorBoardSink:
     difference since the previous point, so that a change in behaviour shows where it happens; the first point
     counts from the start. hit_rate is that of the same interval and has no point where nothing was queried.
     Gauges (entries, occupancy, bytes) hold the present value. Histograms hold the interval's values.
-    TensorBoard keeps values
-    as float32: above 16,777,216 a count is rounded.
+    TensorBoard keeps values as float32: above 16,777,216 a count is rounded.
 
     A manager that takes another's place between two points counts from its own start. After a `reset_stats`
     the interval counts from the reset: it shows by a counter that went down; when every counter has passed
@@ -95,6 +96,7 @@ class TensorBoardSink:
         train_iter: int,
         validation: ValidationCounters | None = None,
         budget: BudgetSnapshot | None = None,
+        others: Sequence[Moment] = (),
     ) -> None:
         """Write one point for every pool.
 
@@ -107,6 +109,9 @@ class TensorBoardSink:
             validation: what validation counted since the start of the training; None where it is off, and
                 then the log has no tag of it.
             budget: the acting model's layer budgets at this moment; None where there are none.
+            others: the same of the other processes of the training: counters and memory are added, of
+                occupancy the largest counts, and RANK_METRICS say so. Of layer budgets the losses are added;
+                slots, averages and places are those of this process.
 
         Raises:
             ValueError: `acting` is missing, a name is unknown or a step is negative. Nothing has been written
@@ -119,11 +124,12 @@ class TensorBoardSink:
                 "managers must be named 'acting' and, for a target model, 'reanalysis', "
                 f'got {sorted(managers)}'
             )
-        readings = read_managers(**managers)
+        moment = Moment.of(managers, validation, budget).with_ranks(others)
+        readings, validation = moment.pools, moment.validation
         if not readings:
             return
         if not self._described:
-            self._describe(validation=validation is not None, budget=budget is not None)
+            self._describe(validation=validation is not None, budget=budget is not None, ranks=bool(others))
         histograms = managers['acting'].cache_config.histograms
         self._forget_replaced(managers)
         since = self._since_previous(readings)
@@ -135,7 +141,7 @@ class TensorBoardSink:
         if validation is not None:
             self._write_validation(validation, steps)
         if budget is not None:
-            self._write_budget(budget, steps, histograms)
+            self._write_budget(replace(budget, losses=moment.losses), steps, histograms)
         # A killed training, or a report on one that still runs, misses at most the interval in progress.
         self.writer.flush()
 
@@ -158,8 +164,8 @@ class TensorBoardSink:
 
     def _write_scalars(self, axis: Axis, pool: str, reading: PoolReading, step: int) -> None:
         values = reading.as_dict()
-        for name in METRICS:
-            if name != 'hit_rate' or reading.stats.queries:
+        for name in (*METRICS, *RANK_METRICS):
+            if name in values and (name != 'hit_rate' or reading.stats.queries):
                 self.writer.add_scalar(tag(axis, pool, name), values[name], step)
 
     def _write_histograms(self, axis: Axis, pool: str, since: CacheStats, step: int) -> None:
@@ -192,9 +198,9 @@ class TensorBoardSink:
                         tag(axis, f'{LAYER_PREFIX}{layer}', name), **arguments, global_step=step
                     )
 
-    def _describe(self, **sections: bool) -> None:
+    def _describe(self, *, ranks: bool, **sections: bool) -> None:
         self.writer.add_custom_scalars(dashboard_layout(**sections))
-        self.writer.add_text('kv_cache/metrics', explanation(**sections), 0)
+        self.writer.add_text('kv_cache/metrics', explanation(**sections, ranks=ranks), 0)
         self._described = True
 
 
