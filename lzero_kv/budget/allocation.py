@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
 
-from lzero_kv.budget.attention import Preference
+from lzero_kv.budget.attention import Preference, check_finite_preferences
 
 Weight = Fraction | int | float
 
@@ -108,6 +108,7 @@ class AttentionBased(Allocation):
         return self.alpha == 1
 
     def weights(self, layers: int, preferences: Sequence[Preference]) -> list[Fraction]:
+        check_finite_preferences(preferences)
         logs = [self._log2(preference) for preference in preferences]
         powers = [_power_of_two(round((log - logs[0]) * _GRID)) for log in logs]
         if self.alpha == 1:
@@ -162,19 +163,38 @@ def allocate(
 
     Returns:
         One number for each weight. With ``step`` 1 their sum is the smaller one of ``total`` and
-        ``sum(contexts)``, as long as the windows and sinks fit and no layer is left out.
+        ``sum(contexts)``, as long as no layer is left out.
 
     Raises:
-        ValueError: as :func:`apportion`.
+        ValueError: as :func:`apportion`; a number is out of range; or ``total`` does not hold what is always
+            kept.
     """
+    _check_sizes(total, contexts, window, sinks, minimum, step)
     layers = len(weights) if reserved_layers is None else reserved_layers
     always = [min(context, window + sinks) for context in contexts]
+    if total < sum(always):
+        raise ValueError(
+            f'window={window} and sinks={sinks} of {len(contexts)} layers are always kept: expected a total '
+            f'of at least {sum(always)}, got {total}; raise the total or lower window or sinks'
+        )
     caps = [context - kept for context, kept in zip(contexts, always, strict=True)]
     evictable = max(0, total - layers * (window + sinks))
     if evictable >= sum(caps):
         return tuple(contexts)
     blocks = apportion(weights, evictable // step, [-(-cap // step) for cap in caps], -(-minimum // step))
     return tuple(kept + min(cap, step * count) for kept, cap, count in zip(always, caps, blocks, strict=True))
+
+
+def _check_sizes(
+    total: int, contexts: Sequence[int], window: int, sinks: int, minimum: int, step: int
+) -> None:
+    given = dict(total=total, window=window, sinks=sinks, minimum=minimum, contexts=min(contexts, default=0))
+    wrong = [f'{name}={value}' for name, value in given.items() if value < 0]
+    if wrong or step < 1:
+        raise ValueError(
+            f'sizes must not be negative and step must be at least 1, got '
+            f'{", ".join(wrong) or f"step={step}"}'
+        )
 
 
 def apportion(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,17 @@ class Preference(NamedTuple):
     """``H``, in nats."""
     shift: float
     """``V``."""
+
+
+def check_finite_preferences(preferences: Sequence[Preference]) -> None:
+    """Refuse preferences from which no weights follow.
+
+    Raises:
+        ValueError: names the layers.
+    """
+    wrong = [layer for layer, measured in enumerate(preferences) if not all(map(math.isfinite, measured))]
+    if wrong:
+        raise ValueError(f'expected finite preferences, got NaN or inf for layers {wrong}')
 
 
 def dispersion_and_shift(
@@ -204,6 +216,9 @@ class AttentionRecord:
             attention: ``[B, heads, Q, n]``, probabilities; the last of the ``Q`` queries is the newest token.
                 What it says about padding is not read.
             lengths: int64 ``[B, G]``: tokens of each row, the new ones included.
+
+        Raises:
+            ValueError: attention to a token is negative or not finite; names the rows, nothing is changed.
         """
         if not self.reads:
             return
@@ -216,6 +231,7 @@ class AttentionRecord:
         rows = real_columns(queries, block).repeat_interleave(shares, dim=1)
         attention = at_least_float32(attention.detach())
         attention = torch.where(keys[:, :, None] & rows[..., None], attention, attention.new_zeros(()))
+        _check_probabilities(attention)
         if 'accumulated' in self.reads:
             self._accumulate(attention)
         if 'recent' in self.reads:
@@ -265,6 +281,19 @@ class AttentionRecord:
         # cut to the window, or filled up; a copy: a view would keep the block's whole attention alive
         self.recent = F.pad(attention, (0, 0, self.window - attention.shape[2], 0))
         self.queries = queries.clamp(max=self.window)
+
+
+def _check_probabilities(attention: torch.Tensor) -> None:
+    if not attention.numel():
+        return
+    least, most = torch.aminmax(attention)
+    if least >= 0 and most < torch.inf:  # false for NaN, too
+        return
+    wrong = ~((attention >= 0) & (attention < torch.inf)).flatten(1).all(1)
+    raise ValueError(
+        f'expected attention of finite numbers of at least 0, got others in rows '
+        f'{wrong.nonzero().flatten().tolist()}; check the queries and keys. Nothing was recorded'
+    )
 
 
 def at_least_float32(values: torch.Tensor) -> torch.Tensor:

@@ -388,7 +388,10 @@ class BudgetedCache:
         if moves and self._sizes(ahead).total >= sum(full):
             return tuple(contexts)
         weights = self._allocation.weights(self.layers, self.preferences[row])
-        return allocate(weights[:known], contexts=contexts, reserved_layers=self.layers, **sizes._asdict())
+        # slots that stay are for more tokens than were counted for the total
+        always = sum(min(context, sizes.window + sizes.sinks) for context in contexts)
+        numbers = sizes._replace(total=max(sizes.total, always))._asdict()
+        return allocate(weights[:known], contexts=contexts, reserved_layers=self.layers, **numbers)
 
     @property
     def _slack(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lzero_kv.budget.attention import AttentionRecord, QueryAttention
+from lzero_kv.budget.attention import AttentionRecord, QueryAttention, at_least_float32
 from lzero_kv.budget.selection import Kept, Selection, select
 from lzero_kv.budget.tokens import Tokens, gather_tokens, real_columns
 
@@ -137,6 +137,9 @@ class LayerCache:
         Arguments:
             attention: ``[B, heads, Q, n]``, probabilities as of :meth:`AttentionRecord.observe`; with fewer
                 columns than ``n`` those of tokens before the newest, which are observed later.
+
+        Raises:
+            ValueError: as :meth:`AttentionRecord.observe`; nothing is changed.
         """
         later = self.columns - attention.shape[3]
         self.record.observe(attention, (self.lengths - later).clamp(min=0))
@@ -295,9 +298,9 @@ def attend(queries: torch.Tensor, layer: LayerCache) -> tuple[torch.Tensor, torc
     keys = layer.keys.repeat_interleave(heads // layer.keys.shape[1], dim=1)
     values = layer.values.repeat_interleave(heads // layer.values.shape[1], dim=1)
     visible = layer.visible(block).repeat_interleave(heads // layer.lengths.shape[1], dim=1)
-    logits = queries @ keys.transpose(2, 3) / head_dim**0.5
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    # products in float32 at least: those of half precision overflow before they are scaled
+    logits = at_least_float32(queries) @ at_least_float32(keys).transpose(2, 3) / head_dim**0.5
     # the smallest number instead of -inf: a query that is padding sees nothing and must not become NaN
-    logits = logits.to(dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
     probabilities = logits.softmax(-1)
     return probabilities.to(values.dtype) @ values, probabilities

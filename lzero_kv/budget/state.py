@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lzero_kv.budget.allocation import allocate
-from lzero_kv.budget.attention import Preference, at_least_float32
+from lzero_kv.budget.attention import Preference, at_least_float32, check_finite_preferences
 from lzero_kv.budget.config import BudgetConfig
 from lzero_kv.budget.selection import Kept
 from lzero_kv.budget.tokens import Tokens, gather_tokens, mean_of_groups, real_columns
@@ -56,12 +56,13 @@ class BudgetTracker:
         ``x <- smoothing x + (1 - smoothing) new``; the first one is taken as it is.
 
         Raises:
-            ValueError: there is not one preference for each layer; nothing is changed.
+            ValueError: there is not one preference for each layer, or one is not finite; nothing is changed.
         """
         if len(preferences) != self.layers:
             raise ValueError(
                 f'expected a preference for each of {self.layers} layers, got {len(preferences)}'
             )
+        check_finite_preferences(preferences)
         keep = self.config.smoothing
         self.preferences = tuple(
             Preference(*(keep * past + (1 - keep) * now for past, now in zip(*pair, strict=True)))

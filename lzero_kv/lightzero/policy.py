@@ -3,7 +3,9 @@ one ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,8 +69,9 @@ class LastSteps:
         ]
 
     def remember(self, env_id: int, observation: torch.Tensor, action: Any, timestep: int) -> None:
-        """Note what an environment was shown, at which timestep (negative: unknown), and what was chosen."""
-        self._steps[int(env_id)] = observation, action
+        """Note copies of what an environment was shown, at which timestep (negative: unknown), and what was
+        chosen: the caller may write into its own."""
+        self._steps[int(env_id)] = observation.clone(), copy.deepcopy(action)
         self._timesteps[int(env_id)] = timestep
 
     def forget(self, env_ids: Sequence[int] | None = None) -> list[int]:
@@ -115,15 +118,19 @@ class KVPolicy(UniZeroPolicy):
         # The host's mode functions (collect_mode.get_attribute) ask for an attribute by this name.
         return self.kv_world_models
 
-    def _forward_collect(
-        self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any
-    ) -> dict:
-        with self._own_last_steps('collect', data, ready_env_id, kwargs.get('timestep')) as remember:
-            return remember(super()._forward_collect(data, *args, ready_env_id=ready_env_id, **kwargs))
+    def _forward_collect(self, data: torch.Tensor, *args: Any, **kwargs: Any) -> dict:
+        return self._forward('collect', super()._forward_collect, data, *args, **kwargs)
 
-    def _forward_eval(self, data: torch.Tensor, *args: Any, ready_env_id: Any = None, **kwargs: Any) -> dict:
-        with self._own_last_steps('eval', data, ready_env_id, kwargs.get('timestep')) as remember:
-            return remember(super()._forward_eval(data, *args, ready_env_id=ready_env_id, **kwargs))
+    def _forward_eval(self, data: torch.Tensor, *args: Any, **kwargs: Any) -> dict:
+        return self._forward('eval', super()._forward_eval, data, *args, **kwargs)
+
+    def _forward(
+        self, phase: str, method: Callable[..., dict], data: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> dict:
+        # positional or by name, as the host's own signature allows
+        given = inspect.signature(method).bind(data, *args, **kwargs).arguments
+        with self._own_last_steps(phase, data, given.get('ready_env_id'), given.get('timestep')) as remember:
+            return remember(method(data, *args, **kwargs))
 
     @contextmanager
     def _own_last_steps(

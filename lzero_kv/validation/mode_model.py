@@ -52,7 +52,7 @@ class StockModel(StockMode):
             zeros = 0 if kv is None else longest - kv.shape[1]
             now = 2 * int(batch.event.timesteps[row])
             # Learned positions follow from the batch; rotations from the timestep, -1 where there is none.
-            at = (now - 1, now) if stock.config.rotary_emb else truth.positions
+            at = self._wrapped(now - 1, now) if stock.config.rotary_emb else truth.positions
             latent = latents[row].reshape(-1)
             step = StockStep(kv, action, truth.action, latent, zeros, at, truth.positions, True)
             answers = {'policy': policy[row].reshape(-1), 'value': value[row].reshape(-1)}
@@ -106,7 +106,12 @@ class StockModel(StockMode):
         if not self.stock.config.rotary_emb:
             return None
         first = 2 * (depth + timestep) + 1
-        return (first + 2, first + 2) if self._reanalysis else (first, first + 1)
+        return self._wrapped(first + 2, first + 2) if self._reanalysis else self._wrapped(first, first + 1)
+
+    def _wrapped(self, first: int, second: int) -> tuple[int, int]:
+        """Positions in the stock table of rotations, which has ``max_seq_len`` of them and begins again."""
+        end = self.stock.config.max_seq_len
+        return first % end, second % end
 
     def _answered(
         self, row: int, key: str, answers: Logits, step: StockStep, served: Causes | None, truth: Truth

@@ -114,7 +114,7 @@ class Driver:
             for tensor in (queries, keys, values):
                 tensor.transpose(1, 2)[padding] = GARBAGE
             joined = self.cache.join(layer, keys, values)
-            assert all(torch.equal(all_[:, :, -size:], new)
+            assert all(torch.equal(all_[:, :, -size:].nan_to_num(7), new.nan_to_num(7))
                        for all_, new in zip(joined, (keys, values), strict=True))  # fmt: skip
             held = self.cache.append(layer, added)
             assert held is self.cache[layer] and (held.keys is joined[0] and held.values is joined[1])

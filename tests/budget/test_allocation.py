@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lzero_kv.budget import ALLOCATIONS, Preference, allocate, apportion
+from lzero_kv.budget import ALLOCATIONS, BudgetTracker, Preference, allocate, apportion
 
 from . import reference
 from .methods import ALLOCATION_VARIANTS, config_of, label
@@ -52,14 +52,12 @@ class Problem:
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     preferences = draw(st.lists(st.tuples(measured, measured), min_size=1, max_size=7))
-    context = draw(st.integers(1, 60))
+    context, window, sinks = draw(st.integers(1, 60)), draw(st.integers(2, 9)), draw(st.integers(0, 4))
+    layers = len(preferences)
+    total = draw(st.integers(layers * min(context, window + sinks), layers * context + 5))
+    minimum = draw(st.integers(0, 3))
     return Problem(
-        tuple(Preference(*pair) for pair in preferences),
-        draw(st.integers(0, len(preferences) * context + 5)),
-        context,
-        draw(st.integers(2, 9)),
-        draw(st.integers(0, 4)),
-        draw(st.integers(0, 3)),
+        tuple(Preference(*pair) for pair in preferences), total, context, window, sinks, minimum
     )
 
 
@@ -191,7 +189,9 @@ def test_a_further_layer_raises_no_older_budget(variant, problem):
 @settings(max_examples=40, deadline=None)
 @given(problem=problems())
 def test_a_longer_context_raises_budgets_of_layers_that_hold_everything_alone(variant, problem):
-    longer = slots_of(variant, replace(problem, context=problem.context + 1))
+    further = replace(problem, context=problem.context + 1)
+    assume(further.total >= further.layers * further.reserved)
+    longer = slots_of(variant, further)
     for before, after in zip(slots_of(variant, problem), longer, strict=True):
         assert after <= before or before == problem.context
 
@@ -301,3 +301,38 @@ def test_a_mix_with_uniform_does_not_cascade():
 def test_impossible_questions_are_refused(arguments, text):
     with pytest.raises(ValueError, match=text):
         apportion(*arguments)
+
+
+# --- refused sizes ---
+
+
+@pytest.mark.parametrize(
+    ('change', 'text'),
+    [
+        (dict(total=1), 'expected a total of at least 12, got 1; raise the total or lower window or sinks'),
+        (dict(total=11), 'at least 12, got 11'),
+        (dict(total=-5), r'must not be negative and step must be at least 1, got total=-5'),
+        (dict(window=-1, sinks=-2), r'got window=-1, sinks=-2'),
+        (dict(contexts=[9, -9]), r'got contexts=-9'),
+        (dict(step=0), 'got step=0'),
+    ],
+)
+def test_impossible_sizes_are_refused(change, text):
+    sizes = dict(weights=[3, 2], total=12, contexts=[9, 9], window=4, sinks=2)
+    with pytest.raises(ValueError, match=text):
+        allocate(**sizes | change)
+    assert allocate(**sizes) == (6, 6)
+
+
+@attention_based
+@pytest.mark.parametrize('number', [float('nan'), float('inf'), float('-inf')])
+def test_preferences_that_are_not_finite_are_refused(variant, number):
+    config = config_of(variant, ratio=0.5, window=2)
+    measured = [Preference(1.0, 2.0), Preference(3.0, number), Preference(number, 1.0)]
+    with pytest.raises(ValueError, match=r'expected finite preferences, got NaN or inf for layers \[1, 2\]'):
+        config.allocator().weights(3, measured)
+    tracker = BudgetTracker(config, 3, 20)
+    tracker.observe([Preference(1.0, 2.0)] * 3)
+    with pytest.raises(ValueError, match=r'layers \[1, 2\]'):
+        tracker.observe(measured)
+    assert tracker.preferences == (Preference(1.0, 2.0),) * 3

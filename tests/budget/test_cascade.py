@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,17 @@ SINGLE = (1,) * 9
 every_allocation = pytest.mark.parametrize('allocation', ALLOCATION_VARIANTS, ids=label)
 every_selection = pytest.mark.parametrize('selection', SELECTION_VARIANTS, ids=label)
 either = pytest.mark.parametrize('dynamic', [True, False])
+
+
+def pairs(cascading: bool = False) -> list[Any]:
+    """Each allocation with one of the selections and each selection with one of the allocations."""
+    allocations = [item for item in ALLOCATION_VARIANTS if not cascading or item.get('alpha', 1) == 1]
+    count = max(len(allocations), len(SELECTION_VARIANTS))
+    both = [
+        (allocations[number % len(allocations)], SELECTION_VARIANTS[number % len(SELECTION_VARIANTS)])
+        for number in range(count)
+    ]
+    return [pytest.param(*pair, id=f'{label(pair[0])}-{label(pair[1])}') for pair in both]
 
 
 # --- the plain reference ---
@@ -272,17 +285,6 @@ def test_attend_is_attention():
 # --- invariants ---
 
 
-def pairs(cascading: bool = False) -> list[Any]:
-    """Each allocation with one of the selections and each selection with one of the allocations."""
-    allocations = [item for item in ALLOCATION_VARIANTS if not cascading or item.get('alpha', 1) == 1]
-    count = max(len(allocations), len(SELECTION_VARIANTS))
-    both = [
-        (allocations[number % len(allocations)], SELECTION_VARIANTS[number % len(SELECTION_VARIANTS)])
-        for number in range(count)
-    ]
-    return [pytest.param(*pair, id=f'{label(pair[0])}-{label(pair[1])}') for pair in both]
-
-
 @pytest.mark.parametrize(('allocation', 'selection'), pairs())
 def test_window_and_sinks_stay_and_positions_increase(allocation, selection):
     case = Case(config_of(allocation, selection, **SIZES), layers=5, decoded=6, interval=2)
@@ -517,6 +519,56 @@ def test_a_row_with_broken_attention_leaves_the_other_rows_alone(number):
     for row in (0, 2):
         assert [layer[row] for layer in broken.kept()] == [layer[row] for layer in sound.kept()]
         assert broken.cache.slots[row] == sound.cache.slots[row]
+
+
+@pytest.mark.parametrize(('allocation', 'selection'), pairs())
+def test_nothing_outranks_what_is_always_kept(allocation, selection):
+    """Padding, a prompt, a block and single tokens, one row of many with queries and keys of any kind."""
+    case = Case(config_of(allocation, selection, **SIZES), layers=2, lengths=(11, 13, 6))
+    for row in range(3):
+        sound, broken, draw = Driver(case), Driver(case), random.Random(row)
+        for odd in (math.nan, math.inf, -math.inf, 1e30, -1e30):
+            table = draw.choice([broken.queries, broken.keys])
+            table[draw.randrange(2), row, :, draw.randrange(case.lengths[row] + 4)] = odd
+        for driver in (sound, broken):
+            driver.prompt()
+            for size in (1, 2, 1):
+                driver.block(size)
+        others, end = [other for other in range(3) if other != row], case.lengths[row] + 4
+        for layer, expected in zip(broken.kept(), sound.kept(), strict=True):
+            assert [layer[other] for other in others] == [expected[other] for other in others]
+            for positions in layer[row]:
+                assert positions == sorted(set(positions))
+                assert {0, 1, *range(end - 4, end)} <= set(positions)
+
+
+def test_half_precision_does_not_overflow_before_it_is_scaled():
+    """float16 products of 25,600: the window stays, the next token gets the next position."""
+    queries = torch.full((1, 1, 8, 16), 40.0, dtype=torch.float16)
+    keys = queries.clone()
+    keys[:, :, :4] *= -1
+    cache = BudgetedCache(BudgetConfig(tokens=6, window=2, selection='snapkv', allocation='uniform'), 1)
+    cache.join(0, keys, keys)
+    held = cache.append(0)
+    output, probabilities = attend(queries * 40, held)
+    assert output.isfinite().all() and probabilities.isfinite().all()
+    torch.testing.assert_close(probabilities[0, 0, -1], torch.tensor([0.0] * 4 + [0.25] * 4))
+    cache.observe(0, queries)
+    assert held.positions.tolist() == [[[2, 3, 4, 5, 6, 7]]]
+    cache.join(0, keys[:, :, :1], keys[:, :, :1])
+    assert cache.append(0).positions[0, 0, -1] == 8
+
+
+def test_an_empty_block_changes_no_score():
+    keys = torch.randn(2, 1, 8, 3)
+    config = BudgetConfig(ratio=0.5, window=2, selection='h2o', rho=0.5, allocation='uniform')
+    cache, seen = BudgetedCache(config, 1), []
+    for block in (8, 0):
+        cache.join(0, keys[:, :, :block], keys[:, :, :block])
+        cache.append(0)
+        cache.observe(0, keys[:, :, :block])
+        seen.append(cache[0].record.accumulated.clone())
+    assert torch.equal(*seen)
 
 
 # --- refused calls ---

@@ -79,6 +79,28 @@ def test_a_smaller_choice_is_part_of_a_larger_one_and_of_itself_again():
     assert kept_positions(again, rest) == kept_positions(select(scores, tokens, 9), tokens)
 
 
+broken = st.sampled_from([float('nan'), float('inf'), float('-inf'), -7.0, 65504.0, -65504.0, 2.0])
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_no_score_outranks_window_and_sinks(dtype, data):
+    step = data.draw(st.sampled_from([1, 2]))
+    window, sinks = 2 * step, step
+    lengths = data.draw(st.lists(st.integers(1, 13), min_size=2, max_size=3))
+    tokens = tokens_of([list(range(length)) for length in lengths], window, sinks, step)
+    columns = max(lengths)
+    scores = torch.tensor([data.draw(st.lists(broken, min_size=columns, max_size=columns)) for _ in lengths])
+    slots = data.draw(st.integers(window + sinks, 11))
+    for kept, length in zip(
+        kept_positions(select(scores[:, None].to(dtype), tokens, slots), tokens), lengths, strict=True
+    ):
+        newest = range(max(0, (length - 1) // step * step - window + step), length)
+        assert {*range(min(sinks, length)), *newest} <= set(kept)
+        assert len(kept) <= slots and kept == sorted(set(kept))
+
+
 def test_steps_are_kept_whole():
     # pairs (0 1) (2 3) (4 5) (6 7) and the open (8 .)
     tokens = tokens_of([list(range(9))], window=2, step=2)
@@ -200,6 +222,33 @@ def test_scores_without_an_observation_are_refused():
     for selection in (H2O(None), SnapKV(3), Cake(1.0, 3), HACE('hybrid', None, None, 1.0, 3, 0.0)):
         with pytest.raises(RuntimeError, match='call observe before'):
             selection.scores(record, tokens)
+
+
+@pytest.mark.parametrize('number', [float('nan'), float('inf'), float('-inf'), -0.25])
+@pytest.mark.parametrize('reads', ['accumulated', 'recent'])
+def test_attention_that_is_no_probability_is_refused(number, reads):
+    record = AttentionRecord(1, 3, 0.5, {reads})
+    attention, lengths = torch.rand(3, 2, 4, 6), torch.tensor([[6], [5], [2]])
+    record.observe(attention, lengths)
+    before = {name: getattr(record, name) for name in ('accumulated', 'recent', 'queries')}
+    wrong = torch.rand(3, 2, 1, 6)
+    wrong[1, 1, 0, 4] = number
+    with pytest.raises(ValueError, match=r'finite numbers of at least 0, got others in rows \[1\]'):
+        record.observe(wrong, lengths)
+    assert all(getattr(record, name) is tensor for name, tensor in before.items())
+    wrong[1, 1, 0, 4] = 0.5
+    wrong[2, :, :, :4] = number  # padding is not read
+    record.observe(wrong, lengths)
+
+
+@pytest.mark.parametrize('reads', ['accumulated', 'recent'])
+def test_no_tokens_no_decay(reads):
+    record = AttentionRecord(1, 3, 0.5, {reads})
+    lengths = torch.tensor([[6], [5]])
+    record.observe(torch.rand(2, 2, 4, 6), lengths)
+    before = getattr(record, reads).clone()
+    record.observe(torch.rand(2, 2, 0, 6), lengths)
+    assert torch.equal(getattr(record, reads), before)
 
 
 def test_nothing_is_remembered_that_nobody_reads():

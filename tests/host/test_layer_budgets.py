@@ -216,6 +216,21 @@ def test_nan_leaves_no_trace() -> None:
     assert_same_play(Episodes(policy, range(ROWS)).run(9), Episodes(undisturbed, range(ROWS)).run(9))
 
 
+def test_attention_that_is_not_finite_names_layer_and_rows() -> None:
+    budget = dict(ratio=0.5, selection='hace', window=4, sinks=2)
+    policy, undisturbed = budgeted_policy(budget=budget), budgeted_policy(budget=budget)
+    weight = world_model_of(policy).transformer.blocks[1].attn.key.weight
+    good = weight.detach().clone()
+    with torch.no_grad():
+        weight[2] = torch.nan
+    with pytest.raises(RuntimeError, match=r'layer 1 of the world model: .* got others in rows \[0, 1'):
+        Episodes(policy, range(ROWS), seed=3).run(1)
+    with torch.no_grad():
+        weight.copy_(good)
+    world_model_of(policy).clear_caches()
+    assert_same_play(Episodes(policy, range(ROWS)).run(6), Episodes(undisturbed, range(ROWS)).run(6))
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match='window=4, sinks=0 and minimum=1 of 4 layers need 20 slots'):
         budgeted_policy(budget=dict(ratio=0.1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lzero.policy.unizero import UniZeroPolicy
 
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 from testing.episodes import Episodes, Root
@@ -254,6 +257,35 @@ def test_a_timestep_of_zero_begins_another_episode() -> None:
     verdict = judge_roots(policy, roots, 'rebuild')
     assert verdict.wrong == 0, str(verdict)
     assert_same_play(roots, Episodes(small_policy('cartpole'), range(3), lengths={1: [2, 4]}).run(5))
+
+
+def own_loop(policy: Any, method: str) -> None:
+    """Call the policy as a loop of one's own may: arguments by position, one tensor for all observations,
+    actions that are written over when they were used."""
+    original, buffers = getattr(policy, method), {}
+    names = list(inspect.signature(getattr(UniZeroPolicy, method)).parameters)[2:]
+
+    def forward(data: torch.Tensor, *args: Any, **kwargs: Any) -> dict[int, Any]:
+        buffer = buffers.setdefault(data.shape, torch.empty_like(data)).copy_(data)
+        given = [*args, *(kwargs[name] for name in names[len(args) :])]
+        output = original(buffer, *given)
+        answer = copy.deepcopy(output)
+        for of_env in output.values():
+            if isinstance(of_env['action'], np.ndarray) and of_env['action'].ndim:
+                of_env['action'][:] = 7
+        return answer
+
+    setattr(policy, method, forward)
+
+
+@pytest.mark.parametrize('mode', ['collect', 'eval'])
+@pytest.mark.parametrize('family', ['tiny', 'lunarlander_continuous'])
+def test_what_is_remembered_is_a_copy(family: str, mode: str) -> None:
+    policy, lengths = small_policy(family), {1: [2, 4]}
+    own_loop(policy, f'_forward_{mode}')
+    roots = Episodes(policy, range(2), mode=mode, lengths=lengths).run(6)
+    assert_same_play(roots, Episodes(small_policy(family), range(2), mode=mode, lengths=lengths).run(6))
+    assert root_statistics(policy).misses == 0
 
 
 def test_an_environment_that_the_policy_does_not_have_is_refused() -> None:

@@ -276,6 +276,23 @@ def test_rotary_positions(tmp_path: Path) -> None:
     assert counters.nodes.causes == {Cause.ROTARY_POSITION: 3 * 4}
 
 
+@pytest.mark.parametrize(('timesteps', 'max_seq_len'), [(False, 8192), (True, 6), (False, 5)])
+def test_rotary_positions_that_leave_the_table(timesteps: bool, max_seq_len: int, tmp_path: Path) -> None:
+    """Environments without a timestep (-1), and episodes longer than the table: the host begins again."""
+    policy = validated_policy(
+        'model',
+        tmp_path,
+        family='cartpole',
+        environments=2,
+        num_simulations=3,
+        world_model=dict(cache_validation_mode='model', max_seq_len=max_seq_len),
+    )
+    Episodes(policy, range(2), lengths={1: [2, 5]}, record=False, timesteps=timesteps).run(6)
+    counters = counters_of(policy)
+    assert_accounted(counters.total)
+    assert counters.total.causes[Cause.ROTARY_POSITION] > counters.nodes.compared
+
+
 @BOTH_MODES
 def test_reanalysis_restarts_at_every_node(mode: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, environments=8, num_simulations=6)

@@ -192,7 +192,7 @@ class WindowBudget:
                 # accumulated attention is that of all queries, anything else that of the last ones
                 last = width if 'accumulated' in self._reads else min(width, window)
                 queries, mask = seen.queries[:, :, width - last :], seen.mask[:, :, width - last :]
-                layer.observe(attention_probabilities(queries, seen.keys, mask))
+                observe(layer, len(layers), attention_probabilities(queries, seen.keys, mask))
             self.narrow(layer, len(layers))
             layers.append(layer)
             if len(layers) == len(self._widths):
@@ -414,7 +414,7 @@ class BudgetedRootStep:
         self._newest = []
 
         def watch(number: int, probabilities: torch.Tensor) -> None:
-            self._layers[number].observe(probabilities)
+            observe(self._layers[number], number, probabilities)
             self._newest.append(probabilities[:, :, -1])
 
         return watch
@@ -435,6 +435,18 @@ class BudgetedRootStep:
             RuntimeError: always.
         """
         raise RuntimeError(NOT_SHOWN)
+
+
+def observe(layer: LayerCache, number: int, attention: torch.Tensor) -> None:
+    """Record the attention of a layer's newest tokens, ``[B, heads, Q, n]``.
+
+    Raises:
+        RuntimeError: it is not finite, as with broken weights.
+    """
+    try:
+        layer.observe(attention)
+    except ValueError as error:
+        raise RuntimeError(f'layer {number} of the world model: {error}') from error
 
 
 def held_by(layers: Sequence[LayerCache]) -> np.ndarray:

@@ -3,6 +3,7 @@ observation."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -220,6 +221,8 @@ class RootInference:
                 lengths. Nothing is stored.
             RuntimeError: the transformer gives nan or inf. Nothing is stored.
         """
+        # the caller may write into its own
+        observations, last_actions = observations.clone(), copy.deepcopy(list(last_actions))
         first = np.array([is_first_step(action) for action in last_actions])
         self._check(env_ids, last_observations, last_actions, observations, first)
         self._session.begin_roots()
@@ -353,7 +356,7 @@ class RootInference:
         alone."""
         context = self.contexts.get(env_id, digest)
         if context is None:
-            context = self.contexts.start(env_id, observation, digest, 2 * max(timestep - 1, 0) + 1)
+            context = self.contexts.start(env_id, observation.clone(), digest, 2 * max(timestep - 1, 0) + 1)
         return context
 
     def _restore_tokens(self, contexts: Sequence[RootContext]) -> None:
