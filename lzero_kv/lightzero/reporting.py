@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
 
 
 def _logging(original: Any) -> Any:
+    @functools.wraps(original)
     def _output_log(self: Any, train_iter: int) -> None:
         original(self, train_iter)
         if self._rank == 0 and self._tb_logger is not None:
