@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SUPPORT_SCALE = 6  # 13 bins of value and reward
+SUPPORT_RANGE = (-float(SUPPORT_SCALE), SUPPORT_SCALE + 1.0, 1.0)
+"""The same, as LightZero's development branch asks for it."""
 SAMPLED_ACTIONS = 9  # actions the sampled tree draws at a node
 UNROLL_STEPS = 3
 
@@ -86,6 +88,8 @@ def policy_config(
         frame_stack_num=family.frames,
         image_channel=1 if family.frames > 1 else 3,
         support_scale=SUPPORT_SCALE,
+        value_support_range=SUPPORT_RANGE,
+        reward_support_range=SUPPORT_RANGE,
         continuous_action_space=family.continuous,
         num_of_sampled_actions=SAMPLED_ACTIONS,
         action_space_size=family.actions,

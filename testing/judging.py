@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lzero_kv.lightzero.host import scalar_transforms
 from lzero_kv.validation.oracle import Answer, Oracle
 
 from .episodes import Root
@@ -49,7 +50,7 @@ class Verdict:
 def judge_roots(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Verdict:
     """Policy logits and predicted value of every root against its whole episode."""
     oracle, dtype, device = _oracle(policy, window)
-    scalar = policy.inverse_scalar_transform_handle
+    scalar = scalar_transforms(policy)[0]
     with precision(dtype):
         differences = []
         for root in roots:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from functools import cache
+from inspect import signature
 from io import StringIO
 from typing import Any
 
@@ -62,6 +63,7 @@ def make_policy(
         precision(dtype),
         torch.random.fork_rng(devices=[]),
         _buildable_memory_model(family),
+        buildable_vector_model(),
         _shared_slices(),
         redirect_stdout(StringIO()),
     ):
@@ -184,6 +186,31 @@ def _buildable_memory_model(family: Family) -> Any:
     None by default.
     """
     return _parameterless_lpips() if family.observation_type == 'image_memory' else nullcontext()
+
+
+@contextmanager
+def buildable_vector_model() -> Iterator[None]:
+    """The development branch of LightZero fails to build vector models: its encoder and decoder are given
+    arguments of other names than theirs.
+    """
+    from lzero.model import unizero_model as models
+
+    encoder, decoder = models.RepresentationNetworkMLP, models.VectorDecoderForMemoryEnv
+    if 'num_layers' not in signature(encoder).parameters:
+        yield
+        return
+
+    def encoded(*args: Any, layer_num: int, **options: Any) -> nn.Module:
+        return encoder(*args, num_layers=layer_num, **options)
+
+    def decoded(embedding_dim: int, output_shape: int) -> nn.Module:
+        return decoder(embedding_dim, output_dim=output_shape)
+
+    with (
+        replaced(models, 'RepresentationNetworkMLP', encoded),
+        replaced(models, 'VectorDecoderForMemoryEnv', decoded),
+    ):
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lzero_kv.lightzero import host as versions
+from lzero_kv.lightzero.fingerprints import changed
 
 TRAINED_PYTHON = '3.11'
 ROM_RELEASE = 'ale-py==0.12.1'
@@ -99,13 +100,20 @@ def tensorboard_check() -> Check:
 
 
 def host_check() -> Check:
-    """Return which host was found and whether the plugin knows this release of it."""
+    """Return which host was found, and whether its functions are those that were tested."""
     version = versions.installed_version()
     try:
-        versions.check_supported()
+        profile = versions.check_supported()
     except RuntimeError as error:
         return Check(Mark.FAIL, 'host', f'LightZero {version}' if version else 'no LightZero', str(error))
-    return Check(Mark.OK, 'host', f'LightZero {version} (supported)')
+    newer = changed(profile)
+    if not newer:
+        return Check(Mark.OK, 'host', f'LightZero {profile} (as tested)')
+    remedy = (
+        f'newer than tested: these functions differ: {", ".join(newer)}; train a while with '
+        "cache_validation_mode='recompute'"
+    )
+    return Check(Mark.WARN, 'host', f'LightZero {profile} (newer than tested)', remedy)
 
 
 def plugin_check() -> Check:
@@ -122,16 +130,20 @@ def plugin_check() -> Check:
 
 
 def ale_check() -> Check:
-    """Return the Atari emulator; LightZero builds its environments with gym 0.25.1, which finds ale-py below
-    0.9 only.
+    """Return the Atari emulator; LightZero 0.2.0 builds its environments with gym 0.25.1, which finds ale-py
+    below 0.9 only, and its development branch with gymnasium, which wants 0.10.1.
     """
     version = installed_version('ale-py')
     if version is None:
         return Check(
             Mark.WARN, 'ale-py', 'not installed', 'needed by Atari only: pip install "ale-py==0.8.1"'
         )
-    major, minor = (int(part) for part in version.split('.')[:2])
-    if (major, minor) >= (0, 9):
+    release = tuple(int(part) for part in version.split('.')[:3])
+    if not versions.is_release():
+        if release >= (0, 10, 1):
+            return Check(Mark.OK, 'ale-py', version)
+        return Check(Mark.WARN, 'ale-py', version, 'needed by Atari only: pip install "ale-py>=0.10.1"')
+    if release >= (0, 9):
         remedy = 'gym 0.25.1 cannot make Atari environments with it: pip install "ale-py==0.8.1"'
         return Check(Mark.WARN, 'ale-py', version, remedy)
     return Check(Mark.OK, 'ale-py', version)

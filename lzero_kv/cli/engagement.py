@@ -125,14 +125,16 @@ def _world_model_check(call: TrainingCall) -> Check:
     from ding.utils import POLICY_REGISTRY, deep_merge_dicts
     from easydict import EasyDict
 
-    from lzero_kv.lightzero.inputs import check_world_model_config
+    from lzero_kv.lightzero.inputs import POLICIES, check_policy, check_world_model_config
 
     policy = call.create_config['policy']['type']
     importlib.import_module(f'lzero.policy.{policy}')
     defaults = POLICY_REGISTRY.get(policy).default_config()
-    merged = EasyDict(deep_merge_dicts(defaults, call.config.get('policy', {})))['model']['world_model_cfg']
+    options = EasyDict(deep_merge_dicts(defaults, call.config.get('policy', {})))
+    merged = options['model']['world_model_cfg']
     found = ', '.join(f'{name}={merged.get(name)}' for name in SHOWN)
     try:
+        check_policy(POLICIES[policy], options)
         check_world_model_config(merged)
     except ValueError as error:
         return Check(Mark.FAIL, 'world model', found, str(error))

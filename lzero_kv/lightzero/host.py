@@ -1,55 +1,56 @@
-"""Which LightZero the adapter knows, told by what it finds there: the development branch has the version
-number of the release."""
+"""Which LightZero the adapter stands on, told by what is found there: its states share one version number.
+
+Each seam is probed once into a :class:`Host`. A host that equals a known profile is served; any other is
+refused, and what is new in it is named. Functions that read a seam of either profile stand here too.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib import import_module, metadata
 from typing import Any
 
+import torch
+
 SUPPORTED = frozenset({'0.2.0'})
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One place of the host that the adapter rests on."""
-
-    seam: str
-    """The place."""
-    expected: str
-    """What release 0.2.0 has there."""
-    look: Callable[[], str]
-    """What is found there, in the same words."""
-
-    def found(self) -> str:
-        """What is there; what cannot be looked at is told, too.
-
-        Raises:
-            RuntimeError: a library that the host imports is missing.
-        """
-        try:
-            return self.look() or 'nothing of that kind'
-        except ImportError as error:
-            if error.name and not error.name.startswith('lzero'):
-                raise RuntimeError(f'LightZero cannot be imported: {error}; install {error.name}') from error
-            return f'{type(error).__name__}: {error}'
-        except Exception as error:  # whatever a changed host raises is a difference, not the end of doctor
-            return f'{type(error).__name__}: {error}'
+"""Version numbers of LightZero that the profiles have."""
 
 
 def _host(module: str, name: str) -> Any:
     return getattr(import_module(f'lzero.{module}'), name)
 
 
+def _code(function: Any) -> Any:
+    return inspect.unwrap(function).__code__
+
+
 def _names(function: Any) -> frozenset[str]:
     """Names of the attributes that a function uses."""
-    return frozenset(inspect.unwrap(function).__code__.co_names)
+    return frozenset(_code(function).co_names)
 
 
-def _padding_function() -> str:
-    return _host('entry.utils', 'initialize_zeros_batch').__name__
+def _arguments(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)[1:]
+
+
+def _search() -> Any:
+    return _host('mcts.tree_search.mcts_ctree', 'UniZeroMCTSCtree')
+
+
+def _policy() -> Any:
+    return _host('policy.unizero', 'UniZeroPolicy')
+
+
+def _world_model() -> Any:
+    return _host('model.unizero_world_models.world_model', 'WorldModel')
+
+
+def _zeros_batch() -> str:
+    places = ('entry.utils', 'policy.utils')
+    found = [place for place in places if hasattr(import_module(f'lzero.{place}'), 'initialize_zeros_batch')]
+    return f'lzero.{found[0]}' if found else ''
 
 
 def _world_model_class() -> str:
@@ -57,14 +58,20 @@ def _world_model_class() -> str:
     return 'an attribute of the class' if hasattr(model, 'world_model_cls') else 'a name of the module'
 
 
-def _search_arguments() -> str:
-    search = _host('mcts.tree_search.mcts_ctree', 'UniZeroMCTSCtree').search
-    return ', '.join(name for name in ('timestep', 'task_id') if name in inspect.signature(search).parameters)
+def _cache_structures() -> str:
+    names = _names(_world_model()._initialize_cache_structures)
+    return 'dictionaries or kv_cache_manager' if 'kv_cache_manager' in names else 'dictionaries'
 
 
-def _scalar_transforms() -> str:
-    names = _names(_host('mcts.tree_search.mcts_ctree', 'UniZeroMCTSCtree').__init__)
-    return ', '.join(sorted(name for name in names if name.endswith('inverse_scalar_transform_handle')))
+def _cache_clears() -> str:
+    name = 'kv_cache_clear_interval'
+    return name if name in _code(_policy()._reset_collect).co_consts else 'a number in the code'
+
+
+def _transforms(search: Any) -> str:
+    return ', '.join(
+        sorted(name for name in _names(search.__init__) if name.endswith('inverse_scalar_transform_handle'))
+    )
 
 
 def _feed_forward() -> str:
@@ -72,20 +79,185 @@ def _feed_forward() -> str:
     return ', '.join(name for name in ('mlp', 'feed_forward') if name in names)
 
 
-def _last_observations() -> str:
-    names = _names(_host('policy.unizero', 'UniZeroPolicy')._forward_collect)
-    return ', '.join(sorted(name for name in names if name.startswith('last_batch_obs')))
+def _returned() -> str:
+    name = 'first_action_latent_map'
+    return name if name in _code(_search().search).co_varnames else 'nothing'
 
 
-PROBES = (
-    Probe('lzero.entry.utils', 'initialize_zeros_batch', _padding_function),
-    Probe("UniZeroModel's world model", 'a name of the module', _world_model_class),
-    Probe('arguments of UniZeroMCTSCtree.search', 'timestep', _search_arguments),
-    Probe('scalar transforms of the search', 'inverse_scalar_transform_handle', _scalar_transforms),
-    Probe('feed-forward part of a transformer block', 'mlp', _feed_forward),
-    Probe('last observations of the policy', 'last_batch_obs', _last_observations),
-)
-"""What tells release 0.2.0 from other states of LightZero."""
+def last_observations(policy: type, phase: str) -> str:
+    """Name of the attribute in which a policy class keeps the last observations of a phase ('collect' or
+    'eval')."""
+    for owner in policy.__mro__:  # a subclass may call the method that reads them
+        method = vars(owner).get(f'_forward_{phase}')
+        names = [] if method is None else sorted(_names(method))
+        if found := [name for name in names if name.startswith('last_batch_obs')]:
+            return ', '.join(found)
+    return ''
+
+
+def _simulations() -> str:
+    policy = _policy()
+    names = _names(policy._init_collect) | _names(policy._init_eval)
+    own = sorted(name for name in names if name.endswith('_num_simulations'))
+    return ', '.join(own) or 'num_simulations'
+
+
+def _policy_logits() -> str:
+    name = '_apply_policy_logits_control'
+    return name if hasattr(_world_model(), name) else 'none'
+
+
+def _reanalysis() -> str:
+    seeds = hasattr(_world_model(), 'seed_reanalysis_root_caches')
+    return 'latent states, or contexts by seed_reanalysis_root_caches' if seeds else 'latent states alone'
+
+
+def _sampled_reanalysis() -> str:
+    return 'in chunks' if searches_sampled_roots_in_chunks() else 'all roots at once'
+
+
+def _task_tokens() -> str:
+    names = _names(_host('model.unizero_world_models.transformer', 'Transformer').__init__)
+    return 'task_embed_option' if 'task_embed_option' in names else 'none'
+
+
+def _initial_inference() -> str:
+    return ', '.join(_arguments(_host('model.unizero_model', 'UniZeroModel').initial_inference))
+
+
+def _search_arguments() -> str:
+    return ', '.join(name for name in _arguments(_search().search) if name in ('timestep', 'task_id'))
+
+
+def _ties() -> str:
+    names = _names(_search().search)
+    return 'by the option deterministic' if 'deterministic' in names else 'at random'
+
+
+def _scalar_transforms() -> str:
+    return _transforms(_search())
+
+
+def _sampled_transforms() -> str:
+    return _transforms(_host('mcts.tree_search.mcts_ctree_sampled', 'SampledUniZeroMCTSCtree'))
+
+
+def _last_inputs() -> str:
+    return last_observations(_policy(), 'collect')
+
+
+def _sampled_last_inputs() -> str:
+    return last_observations(_host('policy.sampled_unizero', 'SampledUniZeroPolicy'), 'collect')
+
+
+def _resets() -> str:
+    return ', '.join(_arguments(_policy()._reset_collect))
+
+
+def _seam(words: str, look: Callable[[], str]) -> Any:
+    return field(metadata={'words': words, 'look': look})
+
+
+@dataclass(frozen=True)
+class Host:
+    """The seams of one LightZero, each in words that a message can show."""
+
+    zeros_batch: str = _seam('module of initialize_zeros_batch', _zeros_batch)
+    world_model: str = _seam("UniZeroModel's world model", _world_model_class)
+    initial_inference: str = _seam('arguments of UniZeroModel.initial_inference', _initial_inference)
+    cache_structures: str = _seam('caches of WorldModel', _cache_structures)
+    cache_clears: str = _seam('steps between two clears of all caches', _cache_clears)
+    feed_forward: str = _seam('feed-forward part of a transformer block', _feed_forward)
+    search: str = _seam('arguments of UniZeroMCTSCtree.search', _search_arguments)
+    search_returns: str = _seam('what UniZeroMCTSCtree.search returns', _returned)
+    ties: str = _seam('how the search breaks ties', _ties)
+    scalar_transforms: str = _seam('scalar transforms of the search', _scalar_transforms)
+    sampled_transforms: str = _seam('scalar transforms of the sampled search', _sampled_transforms)
+    last_inputs: str = _seam('last observations of the policy', _last_inputs)
+    sampled_last_inputs: str = _seam('last observations of the sampled policy', _sampled_last_inputs)
+    resets: str = _seam('arguments of UniZeroPolicy._reset_collect', _resets)
+    simulations: str = _seam('numbers of simulations of the policy', _simulations)
+    policy_logits: str = _seam('control of policy logits', _policy_logits)
+    reanalysis: str = _seam('roots of reanalysis', _reanalysis)
+    sampled_reanalysis: str = _seam('reanalysis of the sampled buffer', _sampled_reanalysis)
+    task_tokens: str = _seam('tokens of tasks in the transformer', _task_tokens)
+
+
+RELEASE, MAIN = '0.2.0', 'main 2026-08'
+PROFILES = {
+    RELEASE: Host(
+        zeros_batch='lzero.entry.utils',
+        world_model='a name of the module',
+        initial_inference='obs_batch, action_batch, current_obs_batch, start_pos',
+        cache_structures='dictionaries',
+        cache_clears='a number in the code',
+        feed_forward='mlp',
+        search='timestep',
+        search_returns='nothing',
+        ties='at random',
+        scalar_transforms='inverse_scalar_transform_handle',
+        sampled_transforms='inverse_scalar_transform_handle',
+        last_inputs='last_batch_obs',
+        sampled_last_inputs='last_batch_obs',
+        resets='env_id, current_steps, reset_init_data',
+        simulations='num_simulations',
+        policy_logits='none',
+        reanalysis='latent states alone',
+        sampled_reanalysis='all roots at once',
+        task_tokens='none',
+    ),
+    MAIN: Host(
+        zeros_batch='lzero.policy.utils',
+        world_model='an attribute of the class',
+        initial_inference='obs_batch, action_batch, current_obs_batch, start_pos, ready_env_id',
+        cache_structures='dictionaries or kv_cache_manager',
+        cache_clears='kv_cache_clear_interval',
+        feed_forward='feed_forward',
+        search='timestep, task_id',
+        search_returns='first_action_latent_map',
+        ties='by the option deterministic',
+        scalar_transforms='reward_inverse_scalar_transform_handle, value_inverse_scalar_transform_handle',
+        sampled_transforms='reward_inverse_scalar_transform_handle, value_inverse_scalar_transform_handle',
+        last_inputs='last_batch_obs_collect',
+        sampled_last_inputs='last_batch_obs',
+        resets='env_id, current_steps, reset_init_data, task_id',
+        simulations='collect_num_simulations, eval_num_simulations',
+        policy_logits='_apply_policy_logits_control',
+        reanalysis='latent states, or contexts by seed_reanalysis_root_caches',
+        sampled_reanalysis='in chunks',
+        task_tokens='task_embed_option',
+    ),
+}
+"""Hosts that the adapter was tested on, by name."""
+
+
+def probed() -> Host:
+    """The host that is installed; what cannot be looked at is told in the place of what is found.
+
+    Raises:
+        RuntimeError: a library that the host imports is missing.
+    """
+    return Host(**{seam.name: _found(seam.metadata['look']) for seam in fields(Host)})
+
+
+def _found(look: Callable[[], str]) -> str:
+    try:
+        return look() or 'nothing of that kind'
+    except ImportError as error:
+        if error.name and not error.name.startswith('lzero'):
+            raise RuntimeError(f'LightZero cannot be imported: {error}; install {error.name}') from error
+        return f'{type(error).__name__}: {error}'
+    except Exception as error:  # whatever a changed host raises is a difference, not the end of doctor
+        return f'{type(error).__name__}: {error}'
+
+
+def differences(host: Host, profile: Host) -> list[str]:
+    """What a host has in the place of a profile's seams, a sentence for each."""
+    return [
+        f'{seam.metadata["words"]}: expected {expected}, found {found}'
+        for seam in fields(Host)
+        if (found := getattr(host, seam.name)) != (expected := getattr(profile, seam.name))
+    ]
 
 
 def installed_version() -> str | None:
@@ -97,33 +269,76 @@ def installed_version() -> str | None:
 
 
 def check_supported() -> str:
-    """The installed version, if the adapter knows it.
+    """The name of the installed LightZero's profile.
 
     Raises:
-        RuntimeError: LightZero or a library of it is missing, it is of another version, or it differs from
-            the release where the adapter touches it.
+        RuntimeError: LightZero or a library of it is missing, it is of another version, or it equals no
+            profile.
     """
     version = installed_version()
-    known = ', '.join(sorted(SUPPORTED))
     if version is None:
         raise RuntimeError(
-            f'expected LightZero {known}, found none; install it with: pip install "lzero-kv[lightzero]"'
+            f'expected LightZero {_KNOWN}, found none; install it with: pip install "lzero-kv[lightzero]"'
         )
     if version not in SUPPORTED:
         raise RuntimeError(
-            f'expected LightZero {known}, found LightZero {version}, whose caches lzero_kv does not know; '
+            f'expected LightZero {_KNOWN}, found LightZero {version}, whose caches lzero_kv does not know; '
             f'install a known version, or leave lzero_kv.plugin out of import_names'
         )
-    pairs = [(probe, probe.found()) for probe in PROBES]
-    other = [
-        f'{probe.seam}: expected {probe.expected}, found {found}'
-        for probe, found in pairs
-        if found != probe.expected
-    ]
-    if other:
+    host = probed()
+    new = {name: differences(host, profile) for name, profile in PROFILES.items()}
+    nearest = min(new, key=lambda name: len(new[name]))
+    if new[nearest]:
         raise RuntimeError(
-            f'expected LightZero {known} as it was released, found one that says {version} and differs '
-            f'({"; ".join(other)}); it is the development branch or a changed copy, which lzero_kv does not '
-            f'know: pip install LightZero=={version}, or leave lzero_kv.plugin out of import_names'
+            f'expected LightZero {_KNOWN}, found one that says {version} and is neither; from {nearest} it '
+            f'differs in {len(new[nearest])} of {len(fields(Host))} places ({"; ".join(new[nearest])}): '
+            f'pip install LightZero==0.2.0, or leave lzero_kv.plugin out of import_names'
         )
-    return version
+    return nearest
+
+
+_KNOWN = ' or '.join(PROFILES)
+
+
+def feed_forward(block: Any) -> Any:
+    """The feed-forward part of a transformer block, without its residual."""
+    return block.mlp if hasattr(block, 'mlp') else block.feed_forward
+
+
+def scalar_transforms(search: Any) -> tuple[Any, Any]:
+    """The inverse transforms of a search's values and rewards; the same object where they do the same."""
+    name = 'inverse_scalar_transform_handle'
+    if hasattr(search, name):
+        return getattr(search, name), getattr(search, name)
+    value, reward = getattr(search, f'value_{name}'), getattr(search, f'reward_{name}')
+    return value, value if torch.equal(value.value_support, reward.value_support) else reward
+
+
+def is_release() -> bool:
+    """Whether the host's own caches are those of the release, with which validation can compare."""
+    return _cache_structures() == PROFILES[RELEASE].cache_structures
+
+
+def policy_control(world_model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What the host does to policy logits ``[B, actions]`` of its head; None where it leaves them."""
+    clips = getattr(world_model, 'use_policy_logits_clip', False)
+    return world_model._apply_policy_logits_control if clips else None
+
+
+def simulations_of(config: Any) -> int:
+    """The most simulations of a search by a policy's configuration, in any phase."""
+    names = 'num_simulations', 'collect_num_simulations', 'eval_num_simulations'
+    return max(int(config[name]) for name in names if config.get(name) is not None)
+
+
+def searches_sampled_roots_in_chunks() -> bool:
+    """Whether the buffer for sampled actions searches its roots itself and writes back what it found."""
+    buffer = _host('mcts.buffer.game_buffer_sampled_unizero', 'SampledUniZeroGameBuffer')
+    return hasattr(buffer, '_search_sampled_reanalyzed_roots_in_chunks')
+
+
+def zeros_batch(observation_shape: Any, rows: int, device: Any) -> Any:
+    """The host's float zeros ``[rows, *observation_shape]``."""
+    return _host(_zeros_batch().removeprefix('lzero.'), 'initialize_zeros_batch')(
+        observation_shape, rows, device
+    )

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.window import Window
-from lzero_kv.config import validation_mode_of
+from lzero_kv.config import read_field, validation_mode_of
+from lzero_kv.lightzero.host import RELEASE, is_release
 
 
 def check_world_model_config(config: Any) -> None:
@@ -28,14 +29,73 @@ def check_world_model_config(config: Any) -> None:
         problems.append(
             f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)'
         )
+    problems += _unserved(config)
     try:
-        validation_mode_of(config)
+        mode = validation_mode_of(config)
+        if mode in ('store', 'model') and not is_release():
+            problems.append(
+                f'cache_validation_mode={mode!r}: it compares with the caches of LightZero {RELEASE}, which '
+                f"this LightZero has not; write cache_validation_mode='recompute'"
+            )
     except ValueError as error:
         problems.append(str(error))
     if problems:
         raise ValueError(
             'world_model_cfg does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems)
         )
+
+
+def _unserved(config: Any) -> list[str]:
+    """Options of the host that would be ignored in silence."""
+    problems = []
+    task = config.get('task_embed_option')
+    if task not in (None, 'none'):
+        problems.append(
+            f"task_embed_option={task!r}: register tokens and task embeddings are not served; write 'none'"
+        )
+    if config.get('exact_kv_window_reset'):
+        problems.append(
+            'exact_kv_window_reset=True: it keeps only the newest observation of a full window, lzero_kv '
+            'all but its oldest step; leave it out'
+        )
+    given = config.get('kv_cache') or {}
+    if config.get('rebuild_kv_window_from_tokens') and read_field(given, 'window', 'rebuild') == 'shift':
+        problems.append(
+            "kv_cache.window='shift' is not what rebuild_kv_window_from_tokens=True asks for; leave one out"
+        )
+    for name in ('moe_in_transformer', 'multiplication_moe_in_transformer'):
+        if config.get(name):
+            problems.append(f'{name}=True: mixtures of experts are not served; write False')
+    return problems
+
+
+POLICIES = {'unizero': 'UniZeroModel', 'sampled_unizero': 'SampledUniZeroModel'}
+"""Policies that are served, as create_config calls them, and the models that they build."""
+
+
+def check_policy(model: str, config: Any) -> None:
+    """Refuse a policy that the cache cannot serve.
+
+    Args:
+        model: name of the model that its class builds by default.
+        config: of the policy.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    problems = []
+    if model not in POLICIES.values():
+        problems.append(
+            f'the policy builds a {model}: expected one of {", ".join(POLICIES.values())}; others (of '
+            f'several tasks, of PPO) are not served, write use_new_cache_manager=False'
+        )
+    if config.get('contextual_reanalysis'):
+        problems.append(
+            'contextual_reanalysis=True: contexts of replayed roots are not served; write '
+            'contextual_reanalysis=False'
+        )
+    if problems:
+        raise ValueError('the policy does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems))
 
 
 def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:

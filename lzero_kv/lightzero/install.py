@@ -3,9 +3,14 @@ touched."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 from lzero_kv.lightzero.host import check_supported
+from lzero_kv.lightzero.inputs import check_policy
+
+logger = logging.getLogger(__name__)
 
 FLAG = 'use_new_cache_manager'
 _MISSING = object()
@@ -56,6 +61,9 @@ def install() -> None:
 
     for module in (unizero_model, sampled_unizero_model):
         _seams.set(module, 'WorldModel', _world_model_factory(module.WorldModel))
+    model = unizero_model.UniZeroModel
+    if hasattr(model, 'world_model_cls'):  # a subclass with a world model of its own keeps it
+        _seams.set(model, 'world_model_cls', staticmethod(_world_model_factory(model.world_model_cls)))
     _seams.set(UniZeroPolicy, '__init__', _engaging(UniZeroPolicy.__init__))
 
 
@@ -93,9 +101,13 @@ def flag_of(world_model_cfg: Any) -> bool:
 def _engaging(original: Any) -> Any:
     """A policy constructor that, with the flag on, puts ``KVPolicy`` in front of the policy's class."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if not flag_of(self._cfg.model.world_model_cfg):
+    @functools.wraps(original)
+    def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        engaged = flag_of(cfg.model.world_model_cfg)
+        if engaged:
+            check_policy(self.default_model()[0], cfg)
+        original(self, cfg, *args, **kwargs)
+        if not engaged:
             return
         from lzero_kv.lightzero.policy import KVPolicy
         from lzero_kv.lightzero.world_model import KVWorldModel
@@ -109,6 +121,7 @@ def _engaging(original: Any) -> Any:
         kind = type(self)
         self.__class__ = type(f'KV{kind.__name__}', (KVPolicy, kind), {'__module__': kind.__module__})
         self.engage()
+        logger.info('%s=True: the caches of this %s are those of lzero_kv', FLAG, kind.__name__)
 
     return __init__
 
@@ -135,12 +148,18 @@ def _searching(original: Any, tree: Any) -> Any:
     from lzero_kv.lightzero.search import cached_search
     from lzero_kv.lightzero.world_model import KVWorldModel
 
+    @functools.wraps(original)
     def search(
-        self: Any, roots: Any, model: Any, latent_state_roots: Any, to_play: Any, timestep: Any = None
-    ) -> None:
+        self: Any,
+        roots: Any,
+        model: Any,
+        latent_state_roots: Any,
+        to_play: Any,
+        timestep: Any = None,
+        **task: Any,
+    ) -> Any:
         if isinstance(model.world_model, KVWorldModel):
-            cached_search(self, tree, roots, model, latent_state_roots, to_play, timestep)
-        else:
-            original(self, roots, model, latent_state_roots, to_play, timestep)
+            return cached_search(self, tree, roots, model, latent_state_roots, to_play, timestep)
+        return original(self, roots, model, latent_state_roots, to_play, timestep, **task)
 
     return search

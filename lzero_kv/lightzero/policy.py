@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lzero.entry.utils import initialize_zeros_batch
 from lzero.policy.unizero import UniZeroPolicy
 
+from lzero_kv.lightzero.host import last_observations, simulations_of, zeros_batch
 from lzero_kv.lightzero.inference.roots import NO_ACTION
 from lzero_kv.lightzero.world_model import KVWorldModel
 
@@ -54,6 +54,14 @@ class LastSteps:
             for step, new in zip(steps, observations, strict=True)
         ]
         return torch.stack(last), [NO_ACTION if step is None else step[1] for step in steps]
+
+    def of_all(self, env_ids: Sequence[int], observations: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        """As :meth:`of`, a row for every environment of the phase: those of ``env_ids``, and blanks."""
+        last, actions = self.of(env_ids, observations)
+        every = last.new_zeros(self.environments, *last.shape[1:])
+        every[list(env_ids)] = last
+        chosen = dict(zip(env_ids, actions, strict=True))
+        return every, [chosen.get(env_id, NO_ACTION) for env_id in range(self.environments)]
 
     def restarted(self, env_ids: Sequence[int], timesteps: Sequence[int]) -> list[int]:
         """Environments whose timestep is 0 again: another episode began, and the host did not report the end
@@ -102,10 +110,14 @@ class KVPolicy(UniZeroPolicy):
             'collect': LastSteps(0, collectors),
             'eval': LastSteps(collectors, evaluators),
         }
+        # the class behind this one and KVPolicy, whose methods read the last inputs
+        self._last_names = {
+            phase: last_observations(type(self).__mro__[2], phase) for phase in self._last_steps
+        }
         self._serving = False
         for model in (self._model, self._target_model):
             model.world_model.expect(
-                collectors + evaluators, int(self._cfg.num_simulations), max(collectors, evaluators)
+                collectors + evaluators, simulations_of(self._cfg), max(collectors, evaluators)
             )
 
     @property
@@ -137,12 +149,12 @@ class KVPolicy(UniZeroPolicy):
         self, phase: str, data: torch.Tensor, ready_env_id: Any, timestep: Any
     ) -> Iterator[Any]:
         steps = self._last_steps[phase]
-        env_ids = [int(env_id) for env_id in (range(len(data)) if ready_env_id is None else ready_env_id)]
+        env_ids = self._ready(ready_env_id, len(data))
         manager_ids = [steps.manager_id(env_id) for env_id in env_ids]
         timesteps = reported_timesteps(timestep, len(data))
         self._end(phase, steps.restarted(env_ids, timesteps))
-        host_last = self.last_batch_obs, self.last_batch_action
-        self.last_batch_obs, self.last_batch_action = steps.of(env_ids, data)
+        host_last = self._last_inputs(phase)
+        self._set_last_inputs(phase, *self._given(phase, env_ids, data))
 
         def remember(output: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
             for env_id, observation, timestep in zip(env_ids, data, timesteps, strict=True):
@@ -156,39 +168,62 @@ class KVPolicy(UniZeroPolicy):
         finally:
             self._serving = False
 
+    def _ready(self, ready_env_id: Any, rows: int) -> list[int]:
+        """Environment ids in the order of the rows, as the host reads them."""
+        if hasattr(self, '_normalize_ready_env_id'):
+            return self._normalize_ready_env_id(ready_env_id, rows)
+        return [int(env_id) for env_id in (range(rows) if ready_env_id is None else ready_env_id)]
+
+    def _last_inputs(self, phase: str) -> tuple[torch.Tensor, list[Any]]:
+        name = self._last_names[phase]
+        return getattr(self, name), getattr(self, name.replace('obs', 'action'))
+
+    def _set_last_inputs(self, phase: str, observations: torch.Tensor, actions: list[Any]) -> None:
+        name = self._last_names[phase]
+        setattr(self, name, observations)
+        setattr(self, name.replace('obs', 'action'), actions)
+
+    def _given(self, phase: str, env_ids: Sequence[int], data: torch.Tensor) -> Any:
+        """Last observations and actions as the host's method wants them: a row for every environment where it
+        keeps one batch for each phase, else for the ready ones. They have the dtype of the observations."""
+        steps = self._last_steps[phase]
+        every = self._last_names[phase].endswith(phase)
+        return (steps.of_all if every else steps.of)(env_ids, data)
+
     def _reset_collect(
-        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
+        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True, **task: Any
     ) -> None:
         self._reset_phase('collect', env_id, current_steps, reset_init_data)
 
     def _reset_eval(
-        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True
+        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True, **task: Any
     ) -> None:
         self._reset_phase('eval', env_id, current_steps, reset_init_data)
 
     def _reset_phase(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
         """Forget the environments that ended: those of a list, or all.
 
-        With a single number the host reports one more step of a running episode, and clears every cache now
+        With a number of steps the host reports one more step of a running episode, and clears every cache now
         and then to bound its memory. The pools are bounded, so nothing is to be done.
         """
-        if self._model.world_model.validator is not None:
+        if self._model.world_model.stock is not None:
             self._reset_host(phase, env_id, current_steps, reset_init_data)
-        if self._serving or isinstance(env_id, (int, np.integer)):
+        if self._serving:
             return
-        self._end(phase, env_id)
+        if not isinstance(env_id, (int, np.integer)):
+            self._end(phase, env_id)
+        elif current_steps is None:
+            self._end(phase, [env_id])
 
     def _reset_host(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
         """What the host alone would do: wipe its one batch of last inputs, and now and then its caches."""
         if reset_init_data:
             environments = self._last_steps[phase].environments
-            self.last_batch_obs = initialize_zeros_batch(
-                self._cfg.model.observation_shape, environments, self._cfg.device
-            )
-            self.last_batch_action = [NO_ACTION] * environments
+            zeros = zeros_batch(self._cfg.model.observation_shape, environments, self._cfg.device)
+            self._set_last_inputs(phase, zeros, [NO_ACTION] * environments)
         interval = 2000 if self._cfg.get('sample_type', '') == 'episode' else 200
         if isinstance(env_id, (int, np.integer)) and current_steps % interval == 0:
-            self._model.world_model.validator.stock_clears()
+            self._model.world_model.stock.clear_caches()
 
     def _end(self, phase: str, env_ids: Sequence[int] | None) -> None:
         self._model.world_model.end_episodes(self._last_steps[phase].forget(env_ids))

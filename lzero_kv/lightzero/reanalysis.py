@@ -3,11 +3,12 @@
 In LightZero 0.2.0 that reanalysis cannot run: it gives no timestep to the model, returns policies and actions
 where its caller takes policies alone, and writes the new actions nowhere, although the new policies belong to
 them. The world model answers without a timestep; this module repairs the other two, for models that keep a
-cache.
+cache. On the development branch it runs, and nothing is replaced.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lzero_kv.lightzero.host import searches_sampled_roots_in_chunks
 from lzero_kv.lightzero.world_model import KVWorldModel
 
 ACTIONS, POSITIONS, SEGMENT_ACTIONS = 2, 2, 5
@@ -26,6 +28,8 @@ def replace_sampled_reanalysis(replace: Callable[[Any, str, Any], None]) -> None
     """Repair the host's buffer for caching models; ``replace(owner, name, value)`` sets an attribute."""
     from lzero.mcts.buffer.game_buffer_sampled_unizero import SampledUniZeroGameBuffer as Buffer
 
+    if searches_sampled_roots_in_chunks():
+        return
     replace(
         Buffer,
         '_compute_target_policy_reanalyzed',
@@ -35,6 +39,7 @@ def replace_sampled_reanalysis(replace: Callable[[Any, str, Any], None]) -> None
 
 
 def _keeping_actions(original: Any) -> Any:
+    @functools.wraps(original)
     def compute_target_policy_reanalyzed(self: Any, context: Any, model: Any, actions: np.ndarray) -> Any:
         if context is None or not isinstance(model.world_model, KVWorldModel):
             return original(self, context, model, actions)

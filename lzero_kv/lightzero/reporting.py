@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
 
 
 def _logging(original: Any) -> Any:
+    @functools.wraps(original)
     def _output_log(self: Any, train_iter: int) -> None:
         original(self, train_iter)
         report(self, train_iter)

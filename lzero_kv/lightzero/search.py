@@ -3,12 +3,14 @@ the search."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from lzero_kv.cache.transfer import to_device
+from lzero_kv.lightzero.host import scalar_transforms
 from lzero_kv.lightzero.inference.heads import expected_scalars
 
 
@@ -20,7 +22,7 @@ def cached_search(
     latent_state_roots: np.ndarray,
     to_play: Any,
     timestep: Any = None,
-) -> None:
+) -> FirstActions:
     """Run ``num_simulations`` simulations for a batch of prepared roots.
 
     The host passes only latent states from one simulation to the next; here each child names its parent, so
@@ -36,12 +38,20 @@ def cached_search(
         to_play: player of each root.
         timestep: step of the episode of each root; only roots without a stored history need it.
 
+    Returns:
+        The latent states behind the first actions.
+
     Raises:
         RuntimeError: the model predicts nan or inf; names rows and simulation.
     """
     config, rows, device = mcts._cfg, roots.num, torch.device(mcts._cfg.device)
     continuous = bool(config.model.get('continuous_action_space', False))
     sampled = hasattr(roots, 'get_sampled_actions')
+    more = [continuous] if sampled else []
+    if 'deterministic' in config and not sampled:
+        more.append(bool(config.deterministic))
+    transforms = scalar_transforms(mcts)
+    first = FirstActions()
     with torch.no_grad():
         model.eval()
         grown = model.world_model.begin_search(latent_state_roots, timestep, config.num_simulations)
@@ -60,14 +70,12 @@ def cached_search(
                     results,
                     players,
                 ]
-                parents, _, actions, players = tree.batch_traverse(
-                    *arguments, *([continuous] if sampled else [])
-                )
+                parents, _, actions, players = tree.batch_traverse(*arguments, *more)
+                traversed = parents, actions
                 actions = to_device(np.asarray(actions), device)
                 output = grown.expand(np.asarray(parents), actions if continuous else actions.long())
-                value, reward = expected_scalars(
-                    mcts.inverse_scalar_transform_handle, (output.value, output.reward)
-                )
+                first.add(*traversed, output.latent)
+                value, reward = expected_scalars(transforms, (output.value, output.reward))
                 policy = output.policy.squeeze(1).cpu().numpy()
                 check_finite(simulation, value=value, reward=reward, policy=policy)
                 tree.batch_backpropagate(
@@ -80,6 +88,37 @@ def cached_search(
                     results,
                     players,
                 )
+    return first
+
+
+class FirstActions:
+    """Latent states behind the first actions of a search, ``[row][action]`` as the host's dictionaries.
+
+    The host reads them to decode texts alone, so nothing is copied before. An action that was never tried
+    has None.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[list[int], list[Any], torch.Tensor]] = []
+
+    def add(self, parents: list[int], actions: list[Any], latents: torch.Tensor) -> None:
+        """Note a simulation: its parents, actions and children's latent states ``[B, 1, embed]``."""
+        self._steps.append((parents, actions, latents))
+
+    def __getitem__(self, key: int) -> Any:
+        return _FirstActionsOfRow(self._steps, key)
+
+
+@dataclass(frozen=True)
+class _FirstActionsOfRow:
+    steps: list[tuple[list[int], list[Any], torch.Tensor]]
+    row: int
+
+    def __getitem__(self, action: int) -> np.ndarray | None:
+        for parents, actions, latents in self.steps:
+            if not parents[self.row] and int(actions[self.row]) == int(action):
+                return latents[self.row].cpu().numpy()
+        return None
 
 
 def check_finite(simulation: int, **predictions: np.ndarray) -> None:

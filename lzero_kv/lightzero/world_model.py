@@ -72,10 +72,14 @@ class KVWorldModel(WorldModel):
         self._env_ids: Sequence[int] | None = None
         self._host_last: HostLast | None = None
         self.observers: list[Observer] = []
-        # The host's own structures: other code clears them, and they stay empty.
+        self.keys_values_wm = self.keys_values_wm_single_env = self.keys_values_wm_single_env_tmp = None
+
+    def _initialize_cache_structures(self) -> None:
+        """The host's own structures: other code clears them, and they stay empty."""
+        self.use_new_cache_manager = True
         self.past_kv_cache_init_infer_envs = [Clearable(self, 'clear_init_caches')]
         self.past_kv_cache_recurrent_infer = Clearable(self, 'clear_recur_cache')
-        self.keys_values_wm = self.keys_values_wm_single_env = self.keys_values_wm_single_env_tmp = None
+        self.keys_values_wm_list, self.keys_values_wm_size_list = [], []
 
     @property
     def kv_cache_manager(self) -> KVCacheManager:
@@ -137,6 +141,11 @@ class KVWorldModel(WorldModel):
         without ``cache_validation_mode``."""
         return self._validator
 
+    @property
+    def stock(self) -> Any:
+        """The stock world model that validation keeps beside this one; None where it keeps none."""
+        return None if self._validator is None else self._validator.stock
+
     def expect(self, environments: int, num_simulations: int, rows: int | None = None) -> None:
         """Size the pools for a policy: all its collection and evaluation environments, its simulations per
         search, and the most environments that are searched at once (None: all of them).
@@ -183,7 +192,8 @@ class KVWorldModel(WorldModel):
             if np.ndim(start_pos) == 0:  # the host's replay buffer for sampled actions passes no timesteps
                 start_pos = np.full(len(obs_act_dict['action']), start_pos)
             return super().forward_initial_inference(obs_act_dict, start_pos)
-        env_ids = range(len(observations)) if self._env_ids is None else self._env_ids
+        env_ids = obs_act_dict.get('ready_env_id') if self._env_ids is None else self._env_ids
+        env_ids = range(len(observations)) if env_ids is None else env_ids
         session = self.session
         if self._validator is not None:
             self._validator.stock_last, self._validator.start_pos = self._host_last, start_pos

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from lzero_kv.lightzero.host import feed_forward, policy_control
+
 
 @dataclass(frozen=True)
 class Token:
@@ -248,8 +250,9 @@ class Oracle:
         """Logits [actions] (continuous: mean and deviation) at an observation token's features [embed]."""
         logits = self.model.head_policy.head_module(features[None])
         if isinstance(logits, dict):
-            return torch.cat((logits['mu'], logits['sigma']), dim=-1)[0]
-        return logits[0]
+            logits = torch.cat((logits['mu'], logits['sigma']), dim=-1)
+        control = policy_control(self.model)
+        return logits[0] if control is None else control(logits)[0]
 
     def reward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits [support] at an action token's features [embed]."""
@@ -263,9 +266,13 @@ class Oracle:
         attended = block.attn.proj(mixed)
         if block.gru_gating:
             x = block.gate1(x, attended)
-            return block.gate2(x, block.mlp(block.ln2(x)))
+            return block.gate2(x, self._feed_forward(block, x))
         x = x + attended
-        return x + block.mlp(block.ln2(x))
+        return x + self._feed_forward(block, x)
+
+    @staticmethod
+    def _feed_forward(block: Any, x: torch.Tensor) -> torch.Tensor:
+        return feed_forward(block)(block.ln2(x).reshape(-1, x.shape[-1])).reshape(x.shape)
 
     def moved(self, kv: torch.Tensor) -> torch.Tensor:
         """Kept keys and values ``[2 * layers, tokens, embed]`` after their window dropped a step, by the rule

@@ -267,10 +267,6 @@ class Validator(Observer):
         self.stock.clear_caches()
         self._nodes = []
 
-    def stock_clears(self) -> None:
-        """Clear the stock caches where LightZero alone would have cleared them and this cache stays."""
-        self.stock.clear_caches()
-
 
 def _truth(window: TokenWindow, answer: Answer, step: tuple[Token, Token]) -> Truth:
     at = step[0].position, step[1].position

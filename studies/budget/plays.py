@@ -133,7 +133,7 @@ def _unrolled(
     reward, latent = [], []
     for depth, actions in enumerate(branches):
         step = search.expand(np.full(rows, depth), torch.from_numpy(actions))
-        scalars = expected_scalars(transform, (step.value, step.reward))
+        scalars = expected_scalars((transform, transform), (step.value, step.reward))
         policy.append(step.policy[:, 0].numpy())
         value.append(scalars[0])
         reward.append(scalars[1])

@@ -32,7 +32,7 @@ def test_scalars_are_the_hosts(rows: int, scale: int, dtype: torch.dtype, seed: 
     transform = InverseScalarTransform(scale, 'cpu', True)
     parts = logits(rows, 2 * scale + 1, dtype, seed)
     kept = [part.clone() for part in parts]
-    found = expected_scalars(transform, parts)
+    found = expected_scalars((transform, transform), parts)
     for part, before, scalars in zip(parts, kept, found, strict=True):
         expected = transform(part.squeeze(1).clone()).numpy().reshape(-1)
         assert scalars.shape == (rows,) and scalars.dtype == expected.dtype
@@ -40,10 +40,14 @@ def test_scalars_are_the_hosts(rows: int, scale: int, dtype: torch.dtype, seed: 
         assert torch.equal(part, before), 'the caller keeps its logits'
 
 
-def test_another_transform_is_called_as_it_is() -> None:
+def test_other_transforms_are_called_as_they_are() -> None:
     def largest(part: torch.Tensor) -> Any:
         return part.amax(dim=1, keepdim=True)
 
+    def smallest(part: torch.Tensor) -> Any:
+        return part.amin(dim=1, keepdim=True)
+
     parts = logits(7, 13, torch.float32, 0)
-    for part, scalars in zip(parts, expected_scalars(largest, parts), strict=True):
+    for part, scalars in zip(parts, expected_scalars((largest, largest), parts), strict=True):
         assert np.array_equal(scalars, part.amax(dim=(1, 2)).numpy())
+    assert np.array_equal(expected_scalars((largest, smallest), parts)[1], parts[1].amin(dim=(1, 2)).numpy())

@@ -43,6 +43,8 @@ def predict_policy_value(weights: InferenceWeights, hidden: torch.Tensor) -> Ste
         policy = layer(policy)
     if isinstance(policy, dict):
         policy = torch.cat([policy['mu'], policy['sigma']], dim=-1)
+    if weights.control is not None:
+        policy = weights.control(policy)
     value = hidden
     for layer in weights.value:
         value = layer(value)
@@ -124,18 +126,25 @@ def check_actions(world_model: Any, actions: torch.Tensor, rows: int) -> None:
         raise ValueError(f'expected actions in [0, {size}), got {outside}')
 
 
-def expected_scalars(transform: Any, logits: tuple[torch.Tensor, torch.Tensor]) -> list[np.ndarray]:
-    """Scalars ``[B]`` of two batches of logits, each ``[B, 1, support]``; one copy to the host for both.
+def expected_scalars(
+    transforms: tuple[Any, Any], logits: tuple[torch.Tensor, torch.Tensor]
+) -> list[np.ndarray]:
+    """Scalars ``[B]`` of two batches of logits, each ``[B, 1, support]``; one copy to the host for both where
+    they have one transform.
 
     The expectation over the support, then the inverse of MuZero's value transform (Pohlen et al. 2018,
     arXiv 1805.11593, proposition A.2), in the host's order of operations. The host takes logits for
     probabilities when those of every row happen to sum to 1; here they are always logits.
 
     Args:
-        transform: the search's ``inverse_scalar_transform_handle``; one of another kind is called as it is.
+        transforms: the search's inverse scalar transforms, one for each. Two of them, and one of another
+            kind, are called as they are.
     """
-    if type(transform) is not InverseScalarTransform or not transform.categorical_distribution:
-        return [transform(part.squeeze(1)).cpu().numpy().reshape(-1) for part in logits]
+    transform, other = transforms
+    plain = type(transform) is InverseScalarTransform and transform.categorical_distribution
+    if other is not transform or not plain:
+        pairs = zip(transforms, logits, strict=True)
+        return [own(part.squeeze(1)).cpu().numpy().reshape(-1) for own, part in pairs]
     both = torch.cat(logits).squeeze(1).softmax(dim=1).mul_(transform.value_support).sum(1).cpu().numpy()
     root = (np.sqrt(1 + 4 * EPSILON * (np.abs(both) + 1 + EPSILON)) - 1) / (2 * EPSILON)
     scalars = np.sign(both) * (root * root - 1)

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..host import feed_forward, policy_control
+
 Layer = Callable[[torch.Tensor], Any]
 """``[N, in]`` to ``[N, out]``. A partial of an operator where it can be: one call, no frame of Python."""
 
@@ -50,7 +52,7 @@ class BlockWeights:
             one_by_one(self._projections) if self._joined is None else affine(*self._joined, packed=packed)
         )
         (self.project,) = layers_of([attention.proj], packed)
-        self.mlp = layers_of(block.mlp, packed)
+        self.mlp = layers_of(feed_forward(block), packed)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The block's output for inputs ``x`` and what attention made of them, both ``[N, embed]``."""
@@ -80,6 +82,7 @@ class InferenceWeights:
         norm: the transformer's last norm.
         reward, latent, policy, value: layers of the heads, ``[N, embed]`` to their logits; the policy of
             continuous actions gives a dict.
+        control: what the host does to policy logits; None for nothing.
         heads: number of attention heads.
     """
 
@@ -87,6 +90,7 @@ class InferenceWeights:
         transformer = world_model.transformer
         self.packed = packed
         self.heads = int(transformer.blocks[0].attn.num_heads)
+        self.control = policy_control(world_model)
         self._parameters = list(world_model.parameters())
         self._seen = self._fingerprint()
         with torch.no_grad():
