@@ -63,10 +63,12 @@ class FlatCache(BudgetedCache):
         super().__init__(*arguments, **named)
         self.cascade = False
 
-    def _layers_to_cut(self, layer: int) -> range:
-        if not self._first:
-            return super()._layers_to_cut(layer)
-        return range(self.layers) if layer + 1 == self.layers else range(0)
+    def _cut(self, layer: int, sizes: Sequence[Any]) -> None:
+        if not any(self._begin):
+            super()._cut(layer, sizes)
+        elif layer + 1 == self.layers:
+            for number in range(self.layers):
+                super()._cut(number, sizes)
 
 
 class Driver:

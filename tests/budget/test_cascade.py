@@ -135,6 +135,23 @@ def test_a_row_without_tokens_joins_later():
     compare(Case(config, lengths=(11, 0), decoded=20, interval=3, limits=LIMITS), blocks)
 
 
+@every_allocation
+@pytest.mark.parametrize('limits', [None, LIMITS])
+def test_a_row_that_begins_in_a_later_block_is_the_row_alone(allocation, limits):
+    """A prompt in chunks, padded in front by more than the first one: the row's own first block cascades."""
+    config = config_of(allocation, dict(selection='hace', kernel=3), **PART)
+    blocks: tuple[Any, ...] = ((21, (21, 19)), 7, 1, 1, 1, 1)
+    case = Case(config, lengths=(11, 0), decoded=40, interval=3, limits=limits)
+    together = compare(case, blocks)
+    later = Driver(case, names=[1])
+    for size in (19, 7, 1, 1, 1, 1):
+        later.block(size)
+    assert later.cache.slots[0] == together.cache.slots[1]
+    assert later.kept() == [[layer[1]] for layer in together.kept()]
+    if config.allocation == 'attention_based' and config.alpha:
+        assert len({len(row[1][0]) for row in together.kept()}) > 1
+
+
 def test_a_block_is_shared_out_by_preferences_of_one_block():
     """A prompt that is too short to be measured, and a long block behind it: the first layer must not take
     everything because it is measured before the others."""
