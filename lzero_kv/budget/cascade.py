@@ -14,7 +14,7 @@ from lzero_kv.budget.attention import (
     at_least_float32,
     dispersion_and_shift,
 )
-from lzero_kv.budget.config import BudgetConfig, Sizes
+from lzero_kv.budget.config import INTERVAL, BudgetConfig, Sizes
 from lzero_kv.budget.layer import LayerCache
 
 
@@ -56,7 +56,7 @@ class BudgetedCache:
         *,
         limits: Sequence[int | None] | None = None,
         dynamic: bool = True,
-        interval: int = 8,
+        interval: int = INTERVAL,
         measure: bool = False,
         scale: float | None = None,
     ) -> None:
@@ -65,8 +65,7 @@ class BudgetedCache:
         self.layers = layers
         self.limits = tuple(limits) if limits is not None else (None,) * layers
         self.dynamic = dynamic
-        room = interval if config.tokens is None else config.tokens - config.window - config.sinks
-        self.interval = max(1, min(interval, room))
+        self.interval = config.interval(interval)
         self.scale = scale
         self._measures = measure or self._allocation.needs_preference
         self.cascade = self._allocation.cascades

@@ -122,7 +122,7 @@ class ReferenceCache:
         self.layers, self.dynamic, self.interval = layers, dynamic, interval
         self.limits = [math.inf if limit is None else limit for limit in limits]
         self.given, self.window, self.sinks, self.step = sizes, window, sinks, step
-        self.minimum = max(minimum, interval)
+        self.minimum = max(minimum, interval, math.ceil((interval - 1) / step) * step)
         self.allocation, self.selection, self.reads, self.decay = allocation, selection, reads, decay
         self.parameters, self.attention = parameters, attention
         self.share = heads // groups

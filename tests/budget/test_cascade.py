@@ -359,6 +359,21 @@ def test_no_more_is_held_than_the_total_of_the_tokens_seen(dynamic, sizes, limit
         assert driver.cache.held_tokens < sum(min(length + 40, limit or 99) for limit in limits or [99] * 5)
 
 
+@pytest.mark.parametrize(
+    ('sizes', 'interval', 'layers'),
+    [(dict(ratio=0.5, window=9, step=3), 8, 3), (dict(tokens=6, window=4, step=4), 2, 2)],
+    ids=str,
+)
+def test_no_more_is_held_than_the_slots_in_whole_steps(sizes, interval, layers):
+    """Each layer has room for whole steps between two choices, at the smallest budget too."""
+    config = config_of(dict(allocation='adaptive', selection='streaming'), **sizes)
+    driver = Driver(Case(config, layers=layers, lengths=(22,), interval=interval, decoded=20))
+    driver.prompt()
+    for _ in range(20):
+        assert driver.cache.held_tokens <= sum(driver.cache.slots[0])
+        driver.block()
+
+
 @every_allocation
 def test_no_more_is_held_than_the_total_and_one_full_layer(allocation):
     case = Case(config_of(allocation, dict(selection='cake'), **SIZES), layers=5, lengths=(17, 17, 17))
