@@ -14,7 +14,7 @@ from lzero_kv.budget.attention import (
     at_least_float32,
     dispersion_and_shift,
 )
-from lzero_kv.budget.config import BudgetConfig, Sizes
+from lzero_kv.budget.config import INTERVAL, BudgetConfig, Sizes
 from lzero_kv.budget.layer import LayerCache
 
 
@@ -27,10 +27,10 @@ class BudgetedCache:
     the block to the keys and values that the layer holds, :meth:`append` it, attend, and :meth:`observe` the
     queries. Rows of a batch have budgets of their own, so a row is treated as if it were alone.
 
-    While the first block passes through the layers, budgets of the layers seen so far are computed again at
-    the same total and those layers shrink (CAKE's cascade), so that no more than the total and one full layer
-    are held. Where every further layer changes the weights (``allocation='attention_based'`` with ``alpha`` <
-    1) the layers shrink behind the last one.
+    While a row's first block passes through the layers, budgets of the layers seen so far are computed again
+    at the same total and those layers shrink (CAKE's cascade), so that no more than the total and one full
+    layer are held. Where every further layer changes the weights (``allocation='attention_based'`` with
+    ``alpha`` < 1) the layers shrink behind the last one.
 
     Later blocks are cut to the budgets as they pass. Single tokens are appended without a choice; every
     ``interval`` tokens the queries since the last choice are read and a layer is cut so far that the next
@@ -56,7 +56,7 @@ class BudgetedCache:
         *,
         limits: Sequence[int | None] | None = None,
         dynamic: bool = True,
-        interval: int = 8,
+        interval: int = INTERVAL,
         measure: bool = False,
         scale: float | None = None,
     ) -> None:
@@ -65,8 +65,7 @@ class BudgetedCache:
         self.layers = layers
         self.limits = tuple(limits) if limits is not None else (None,) * layers
         self.dynamic = dynamic
-        room = interval if config.tokens is None else config.tokens - config.window - config.sinks
-        self.interval = max(1, min(interval, room))
+        self.interval = config.interval(interval)
         self.scale = scale
         self._measures = measure or self._allocation.needs_preference
         self.cascade = self._allocation.cascades
@@ -87,7 +86,7 @@ class BudgetedCache:
         self._placed: torch.Tensor | None = None  # positions of the block
         self._row_sizes: list[Sizes] = []  # of the block, where tokens are chosen; empty before
         self._block = 0
-        self._first = True
+        self._begin: list[bool] = []  # rows without tokens before the block
         self._steps = -1  # single tokens since the last longer block; -1 in such a block
         self._waiting: int | None = None
         self._turn = 0
@@ -244,10 +243,11 @@ class BudgetedCache:
                 f'added must be {rows} integers in [0, {block}], less than {block} for a row without tokens '
                 f'alone; got {given}'
             )
-        self._first = not self.seen
-        if self._first:
-            self.preferences = [[] for _ in range(rows)]
-        self._steps = self._steps + 1 if not self._first and block == 1 and min(seen) else -1
+        self._begin = [not before for before in seen]
+        self.preferences = [[] if begins else self.preferences[row] for row, begins in enumerate(self._begin)]
+        if not self._keeps_everything:
+            self.slots = [() if begins else self.slots[row] for row, begins in enumerate(self._begin)]
+        self._steps = self._steps + 1 if block == 1 and min(seen) else -1
         self._block, self._added, self._placed, self._row_sizes = block, given, None, []
         self.seen = [before + new for before, new in zip(seen, given, strict=True)]
 
@@ -280,16 +280,15 @@ class BudgetedCache:
         # the same for every layer
         sizes = self._row_sizes = self._row_sizes or [self._sizes(seen) for seen in self.seen]
         self._set_always_kept(layer, held, sizes)
-        if not self._first:
-            # before the first layer is measured anew: preferences of one block alone can be compared
-            self._share_out(layer, sizes)
+        # before the first layer is measured anew: preferences of one block alone can be compared
+        self._share_out_again(layer, sizes)
         if self.reads_attention:
             self._read(layer, held, queries, sizes)
         else:
             self._expire(layer, held)
-        if self._first:
-            self._share_out(layer, sizes)
-        for number in self._layers_to_cut(layer):
+        self._share_out_first(layer, sizes)
+        cascades = self._allocation.needs_preference and any(self._begin)
+        for number in range(0 if cascades else layer, layer + 1):
             self._cut(number, sizes)
 
     def _sizes(self, seen: int) -> Sizes:
@@ -370,15 +369,23 @@ class BudgetedCache:
             known = self.preferences[row]
             self.preferences[row] = [*known[:layer], Preference(*found[row]), *known[layer + 1 :]]
 
-    def _share_out(self, layer: int, sizes: Sequence[Sizes]) -> None:
-        known = self.layers
-        if self._first and self._allocation.needs_preference:
-            if layer + 1 < known and not self.cascade:
-                return
-            known = layer + 1
-        elif layer or not (self._steps <= 0 or self.dynamic):
-            return
-        self.slots = [self._slots_of(row, layer, known, size) for row, size in enumerate(sizes)]
+    def _share_out_again(self, layer: int, sizes: Sequence[Sizes]) -> None:
+        """Slots of the rows that had tokens before the block, once for all layers."""
+        if not layer and (self._steps <= 0 or self.dynamic):
+            self._share_out(False, layer, self.layers, sizes)
+
+    def _share_out_first(self, layer: int, sizes: Sequence[Sizes]) -> None:
+        """Slots of the rows that begin, of the layers that are known."""
+        if not self._allocation.needs_preference:
+            if not layer:
+                self._share_out(True, layer, self.layers, sizes)
+        elif self.cascade or layer + 1 == self.layers:
+            self._share_out(True, layer, layer + 1, sizes)
+
+    def _share_out(self, begins: bool, layer: int, known: int, sizes: Sequence[Sizes]) -> None:
+        for row, size in enumerate(sizes):
+            if self._begin[row] == begins:
+                self.slots[row] = self._slots_of(row, layer, known, size)
 
     def _slots_of(self, row: int, layer: int, known: int, sizes: Sizes) -> tuple[int, ...]:
         contexts = [self._most(row, number, layer) for number in range(known)]
@@ -397,19 +404,12 @@ class BudgetedCache:
 
     def _most(self, row: int, number: int, layer: int) -> int:
         """Tokens that layer ``number`` can hold at the next choice, when ``layer`` has taken in the block."""
-        if self._first:
+        if self._begin[row]:
             return least(self.seen[row], self.limits[number])
         if not self.dynamic and self._steps >= 0:
             return least(_UNBOUNDED, self.limits[number])
         held = self._counts[number][row] + (self._added[row] if number > layer else 0)
         return least(held + self._slack, self.limits[number])
-
-    def _layers_to_cut(self, layer: int) -> range:
-        if not self._first or not self._allocation.needs_preference:
-            return range(layer, layer + 1)
-        if self.cascade or layer + 1 == self.layers:
-            return range(layer + 1)
-        return range(0)
 
     def _cut(self, layer: int, sizes: Sequence[Sizes]) -> None:
         held, counts = self._held[layer], self._counts[layer]
@@ -421,10 +421,10 @@ class BudgetedCache:
         self._counts[layer], self._whole[layer] = kept, False
 
     def _target(self, row: int, layer: int, sizes: Sizes) -> int:
-        slots = self.slots[row][layer]
-        if slots >= self._most(row, layer, layer):
+        slots = self.slots[row][layer : layer + 1]
+        if not slots or slots[0] >= self._most(row, layer, layer):
             return self._counts[layer][row]
-        return max(slots - self._slack, sizes.window + sizes.sinks)
+        return max(slots[0] - self._slack, sizes.window + sizes.sinks)
 
     # refused calls
 

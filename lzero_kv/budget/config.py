@@ -18,6 +18,8 @@ Natural = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Method = TypeVar('Method')
+INTERVAL = 8
+"""Single tokens between two choices, where nothing else is asked for."""
 
 
 class Sizes(NamedTuple):
@@ -129,41 +131,54 @@ class BudgetConfig(BaseModel):
     def _defaults(cls) -> dict[str, Any]:
         return {name: field.default for name, field in cls.model_fields.items()}
 
-    def sizes(self, layers: int, context: int) -> Sizes:
+    def interval(self, wanted: int) -> int:
+        """Single tokens between two choices: ``wanted``, at most the whole steps that window and sinks leave
+        of :attr:`tokens`, at least 1."""
+        if self.tokens is None:
+            return wanted
+        steps = (self.tokens - self.window - self.sinks) // self.step
+        return max(1, min(wanted, steps * self.step))
+
+    def sizes(self, layers: int, context: int, interval: int = 0) -> Sizes:
         """The numbers of tokens for a model.
 
         Arguments:
             layers: layers of the model.
             context: tokens that a layer would hold without a budget: of a prompt, or of a full window.
+            interval: single tokens between two choices, for which every layer leaves room.
 
         Raises:
             ValueError: the slots do not hold what is always kept.
         """
-        sizes, needed = self._sizes(context, [context] * layers)
+        sizes, needed = self._sizes(context, [context] * layers, interval)
         if sizes.total < needed:
-            enough = math.ceil(Fraction(1000 * needed, layers * context)) / 1000
+            heavy = self.heavy_ratio is not None
+            name, part = ('heavy_ratio', layers * sizes.minimum) if heavy else ('ratio', needed)
+            enough = math.ceil(Fraction(1000 * part, layers * context)) / 1000
+            of = 'a layer' if layers == 1 else f'{layers} layers'
             raise ValueError(
-                f'window={sizes.window}, sinks={self.sinks} and minimum={self.minimum} of {layers} layers '
-                f'need {needed} slots, the budget for {context} tokens has {sizes.total}; write '
-                f'ratio={enough} or more, or lower window or sinks'
+                f'window={sizes.window}, sinks={self.sinks} and minimum={sizes.minimum} of {of} need '
+                f'{needed} slots, the budget for {context} tokens has {sizes.total}; write '
+                f'{name}={enough} or more, or lower window or sinks'
             )
         return sizes
 
-    def sizes_at(self, seen: int, contexts: Sequence[int], minimum: int) -> Sizes:
+    def sizes_at(self, seen: int, contexts: Sequence[int], interval: int) -> Sizes:
         """The numbers of tokens for a sequence as long as it is now: always enough for what is always kept.
 
         Arguments:
             seen: tokens of the sequence.
             contexts: tokens that each layer would hold of them without a budget.
-            minimum: slots for other tokens in each layer, where that is more than :attr:`minimum`.
+            interval: as of :meth:`sizes`.
         """
-        minimum = max(minimum, self.minimum)
-        sizes, needed = self._sizes(seen, contexts, minimum)
-        return sizes._replace(total=max(sizes.total, needed), minimum=minimum)
+        sizes, needed = self._sizes(seen, contexts, interval)
+        return sizes._replace(total=max(sizes.total, needed))
 
-    def _sizes(self, seen: int, contexts: Sequence[int], minimum: int | None = None) -> tuple[Sizes, int]:
+    def _sizes(self, seen: int, contexts: Sequence[int], interval: int) -> tuple[Sizes, int]:
         """Numbers of tokens, and the slots that are needed at least."""
-        window, least = self.window, self.sinks + (self.minimum if minimum is None else minimum)
+        # the tokens between two choices come in whole steps of slots
+        between = -(-(interval - 1) // self.step) * self.step
+        window, minimum = self.window, max(self.minimum, interval, between)
         layers, full = len(contexts), sum(contexts)
         if self.heavy_ratio is not None and self.recent_ratio is not None:
             window = max(1, math.floor(_exact(self.recent_ratio) * seen))
@@ -173,8 +188,8 @@ class BudgetConfig(BaseModel):
             total = math.floor(_exact(self.ratio) * full + Fraction(1, 2))
         else:
             total = layers * self.tokens if self.tokens else full
-        needed = sum(min(context, window + least) for context in contexts)
-        return Sizes(total, window, self.sinks, self.minimum, self.step), needed
+        needed = sum(min(context, window + self.sinks + minimum) for context in contexts)
+        return Sizes(total, window, self.sinks, minimum, self.step), needed
 
     def allocator(self) -> Allocation:
         """The allocation with its parameters."""

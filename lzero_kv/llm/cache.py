@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerCache, Preference
 from lzero_kv.budget.allocation import AttentionBased
 from lzero_kv.budget.cascade import least
+from lzero_kv.budget.config import INTERVAL
 from lzero_kv.llm.attention import watch_attention
 from lzero_kv.llm.families import check_attention, check_family, sliding_windows
 
@@ -43,7 +44,7 @@ class BudgetCache(Cache):
         budget: BudgetConfig | Mapping[str, Any],
         *,
         dynamic: bool = True,
-        interval: int = 8,
+        interval: int = INTERVAL,
         measure: bool = False,
     ) -> None:
         check_family(config)

@@ -63,10 +63,12 @@ class FlatCache(BudgetedCache):
         super().__init__(*arguments, **named)
         self.cascade = False
 
-    def _layers_to_cut(self, layer: int) -> range:
-        if not self._first:
-            return super()._layers_to_cut(layer)
-        return range(self.layers) if layer + 1 == self.layers else range(0)
+    def _cut(self, layer: int, sizes: Sequence[Any]) -> None:
+        if not any(self._begin):
+            super()._cut(layer, sizes)
+        elif layer + 1 == self.layers:
+            for number in range(self.layers):
+                super()._cut(number, sizes)
 
 
 class Driver:
@@ -184,7 +186,10 @@ def reference_of(driver: Driver) -> ReferenceCache:
         for name in ('ratio', 'tokens', 'heavy_ratio', 'recent_ratio')
         if getattr(config, name) is not None
     }
-    room = case.interval if config.tokens is None else config.tokens - config.window - config.sinks
+    interval = case.interval
+    if config.tokens is not None:
+        room = config.tokens - config.window - config.sinks
+        interval = max(1, min(interval, room - room % config.step))
     scale = HEAD_DIM**-0.5 if case.scale is None else case.scale
     keys = driver.keys.repeat_interleave(case.heads // case.kv_heads, dim=2)
     numbers = (torch.einsum('lrhqd,lrhkd->lrhqk', driver.queries, keys) * scale).tolist()
@@ -203,7 +208,7 @@ def reference_of(driver: Driver) -> ReferenceCache:
         rows=len(driver.names),
         limits=case.limit,
         dynamic=case.dynamic,
-        interval=max(1, min(case.interval, room)),
+        interval=interval,
         sizes=sizes,
         window=config.window,
         sinks=config.sinks,

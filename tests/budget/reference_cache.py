@@ -122,7 +122,7 @@ class ReferenceCache:
         self.layers, self.dynamic, self.interval = layers, dynamic, interval
         self.limits = [math.inf if limit is None else limit for limit in limits]
         self.given, self.window, self.sinks, self.step = sizes, window, sinks, step
-        self.minimum = max(minimum, interval)
+        self.minimum = max(minimum, interval, math.ceil((interval - 1) / step) * step)
         self.allocation, self.selection, self.reads, self.decay = allocation, selection, reads, decay
         self.parameters, self.attention = parameters, attention
         self.share = heads // groups
@@ -196,8 +196,10 @@ class ReferenceCache:
 
     def block(self, size: int, added: Sequence[int]) -> None:
         """Every layer sees the new tokens of each row, and shrinks."""
-        first, before = not self.seen, self.seen or [0] * len(added)
-        self.steps = self.steps + 1 if not first and size == 1 and all(before) else -1
+        before = self.seen or [0] * len(added)
+        self.steps = self.steps + 1 if size == 1 and all(before) else -1
+        begun = [row for row, past in enumerate(before) if past]
+        begin = [row for row, past in enumerate(before) if not past]
         self.seen = [past + new for past, new in zip(before, added, strict=True)]
         for layer in self.rows:
             for row, past, seen in zip(layer, before, self.seen, strict=True):
@@ -211,12 +213,14 @@ class ReferenceCache:
         if self.given.get('ratio') == 1 or (self.steps > 0 and self.steps % self.interval):
             self._expire()
             return
-        if not first:
-            # the preferences of all layers are of one block: not yet of this one
-            self._share_out()
+        for row in begin:
+            self.preferences[row] = [(0.0, 0.0)] * self.layers
+        self.slots = self.slots or [()] * len(added)
+        # the preferences of all layers are of one block: not yet of this one
+        self._share_out(begun)
         self._read()
-        if first:
-            self._share_out()
+        # a row without tokens so far is treated as if this were the first block
+        self._share_out(begin)
         self._cut()
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -225,9 +229,10 @@ class ReferenceCache:
         for name in ('seen', 'slots', 'preferences'):
             setattr(self, name, [deepcopy(getattr(self, name)[row]) for row in rows])
 
-    def _share_out(self) -> None:
+    def _share_out(self, rows: Sequence[int]) -> None:
         if self.dynamic or self.steps <= 0:
-            self.slots = [self.slots_of(row) for row in range(len(self.seen))]
+            for row in rows:
+                self.slots[row] = self.slots_of(row)
 
     def _expire(self) -> None:
         for limit, layer in zip(self.limits, self.rows, strict=True):

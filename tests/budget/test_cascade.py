@@ -135,6 +135,23 @@ def test_a_row_without_tokens_joins_later():
     compare(Case(config, lengths=(11, 0), decoded=20, interval=3, limits=LIMITS), blocks)
 
 
+@every_allocation
+@pytest.mark.parametrize('limits', [None, LIMITS])
+def test_a_row_that_begins_in_a_later_block_is_the_row_alone(allocation, limits):
+    """A prompt in chunks, padded in front by more than the first one: the row's own first block cascades."""
+    config = config_of(allocation, dict(selection='hace', kernel=3), **PART)
+    blocks: tuple[Any, ...] = ((21, (21, 19)), 7, 1, 1, 1, 1)
+    case = Case(config, lengths=(11, 0), decoded=40, interval=3, limits=limits)
+    together = compare(case, blocks)
+    later = Driver(case, names=[1])
+    for size in (19, 7, 1, 1, 1, 1):
+        later.block(size)
+    assert later.cache.slots[0] == together.cache.slots[1]
+    assert later.kept() == [[layer[1]] for layer in together.kept()]
+    if config.allocation == 'attention_based' and config.alpha:
+        assert len({len(row[1][0]) for row in together.kept()}) > 1
+
+
 def test_a_block_is_shared_out_by_preferences_of_one_block():
     """A prompt that is too short to be measured, and a long block behind it: the first layer must not take
     everything because it is measured before the others."""
@@ -340,6 +357,21 @@ def test_no_more_is_held_than_the_total_of_the_tokens_seen(dynamic, sizes, limit
                 assert driver.cache.peak_tokens <= min(total + length, max(most, 5 * length))
             driver.block()
         assert driver.cache.held_tokens < sum(min(length + 40, limit or 99) for limit in limits or [99] * 5)
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'interval', 'layers'),
+    [(dict(ratio=0.5, window=9, step=3), 8, 3), (dict(tokens=6, window=4, step=4), 2, 2)],
+    ids=str,
+)
+def test_no_more_is_held_than_the_slots_in_whole_steps(sizes, interval, layers):
+    """Each layer has room for whole steps between two choices, at the smallest budget too."""
+    config = config_of(dict(allocation='adaptive', selection='streaming'), **sizes)
+    driver = Driver(Case(config, layers=layers, lengths=(22,), interval=interval, decoded=20))
+    driver.prompt()
+    for _ in range(20):
+        assert driver.cache.held_tokens <= sum(driver.cache.slots[0])
+        driver.block()
 
 
 @every_allocation

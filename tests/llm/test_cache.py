@@ -130,7 +130,7 @@ def test_a_prompt_in_chunks_with_padding_is_each_row_alone(family):
         pytest.skip('this version of transformers itself gives padded chunks wrong positions or masks')
     together = BudgetCache(model.config, budget(dict(selection='hace')))
     logits = generate(model, ids, mask, together, prefill_chunk_size=7)
-    for row in (0, 2):
+    for row in range(3):
         # chunks of the row alone, at the same tokens
         alone, first = BudgetCache(model.config, budget(dict(selection='hace'))), PADDING[row]
         ends = [end for end in range(7, PROMPT, 7) if end > first] + [PROMPT]

@@ -24,6 +24,7 @@ from pydantic import (
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS, BudgetConfig
 from lzero_kv.budget.choices import parameters_of
+from lzero_kv.budget.config import INTERVAL
 from lzero_kv.llm.experiment.methods import ALGORITHMS, FULL, Method
 from lzero_kv.llm.experiment.models import DTYPES, SMOLLM2
 from lzero_kv.llm.experiment.tasks import TASKS
@@ -263,7 +264,7 @@ def _wrong_methods(plan: Plan) -> Iterator[str]:
         f'parameters: none of the methods reads {name}' for name in plan.parameters if name not in read
     )
     for method in methods:
-        if method.ratio and method.algorithm != FULL:
+        if method.algorithm != FULL:
             yield from _too_small(method, plan.length)
 
 
@@ -274,14 +275,12 @@ def _no_parameter(name: str) -> str:
 
 
 def _too_small(method: Method, length: int) -> Iterator[str]:
+    """A method that would hold more in a document than it says."""
     budget = BudgetConfig.read(method.budget() or {})
-    needed = budget.window + budget.sinks + budget.minimum
-    if method.ratio * length < needed:
-        yield (
-            f'{method.name}: {method.ratio:g} of {length} tokens are {method.ratio * length:g} in a layer, '
-            f'but window={budget.window}, sinks={budget.sinks} and minimum={budget.minimum} need {needed}; '
-            f'write a larger ratio or length, or a smaller window'
-        )
+    try:
+        budget.sizes(1, length, budget.interval(INTERVAL))
+    except ValueError as error:
+        yield f'{method.name}: {error}'
 
 
 _WORDS = {'ratio': 'ratios', 'allocation': 'allocation', 'selection': 'algorithm', 'tokens': 'methods'}

@@ -110,7 +110,8 @@ def test_another_grid_is_refused_with_what_differs(
         (['--ratios', '0.5', '1.5'], 'ratios: expected numbers greater than 0 and at most 1, got 1.5'),
         (
             ['--ratios', '0.25'],
-            r'cake attention_based 0.25: 0.25 of 90 tokens are 22.5 in a layer, but window=32',
+            'cake attention_based 0.25: window=32, sinks=0 and minimum=8 of a layer need 40 slots, the '
+            'budget for 90 tokens has 23; write ratio=0.445 or more',
         ),
         (
             ['--data', 'nowhere.txt'],
@@ -122,6 +123,11 @@ def test_another_grid_is_refused_with_what_differs(
         (['--parameters', 'mix=0.5'], 'parameters: none of the methods reads mix'),
         (['--parameters', 'gamma=-1'], 'gamma: expected a number of at least 0, got -1'),
         (['--methods', 'h2o heavy_ratio=0.1'], 'heavy_ratio: it needs the other one'),
+        (['--ratios', '0.42'], 'minimum=8 of a layer need 40 slots, the budget for 90 tokens has 38'),
+        (
+            ['--methods', 'h2o heavy_ratio=0.08 recent_ratio=0.2'],
+            'window=18, sinks=0 and minimum=8 of a layer need 26 slots, .* has 25; write heavy_ratio=0.089',
+        ),
         (['--documents', '0'], 'documents: expected an integer of at least 1, got 0'),
         (['--dtype', 'int8'], r"dtype: expected one of \['float32', .* got 'int8'"),
         (['--family', 'gpt2'], "family: expected one of .* got 'gpt2'"),
