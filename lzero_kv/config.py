@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
@@ -15,15 +15,12 @@ from lzero_kv.mistakes import Mistakes, describe
 Count = Annotated[int, Field(strict=True, ge=1)]
 
 
-HYBRID = dict(mix=0.25, gamma=0.0)
-"""Of selection='hace' with strategy='hybrid', where nothing else is given: a quarter of accumulated attention
-in the mean attention of the last queries, without its variance."""
-
-
 class NodeBudget(BudgetConfig):
     """Layer budgets of a world model: a :class:`BudgetConfig` with the defaults that lost least on a trained
     world model (docs/budget_study.md)."""
 
+    hybrid: ClassVar[Mapping[str, float]] = dict(mix=0.25, gamma=0.0)
+    """A quarter of accumulated attention in the mean attention of the last queries, without its variance."""
     allocation: str = 'uniform'
     """How the slots are divided among the layers: one of ALLOCATIONS."""
     selection: str = 'hace'
@@ -36,14 +33,6 @@ class NodeBudget(BudgetConfig):
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """'attention_based': part of the weights that follows the attention, the rest is uniform: with few layers
     the attention alone would give most of the tokens to one."""
-
-    @model_validator(mode='before')
-    @classmethod
-    def _complete_hybrid(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        hybrid = given.get('selection', 'hace') == 'hace' and given.get('strategy', 'hybrid') == 'hybrid'
-        return {**HYBRID, **given} if hybrid else given
 
 
 class KVCacheConfig(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
@@ -43,6 +43,8 @@ class BudgetConfig(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra='forbid', use_attribute_docstrings=True, validate_default=True
     )
+    hybrid: ClassVar[Mapping[str, float]] = {}
+    """Of selection='hace' with strategy='hybrid', where nothing else is given."""
 
     ratio: Share | None = None
     """Slots as a part of all tokens; rounded to the nearest number for all layers together."""
@@ -95,6 +97,15 @@ class BudgetConfig(BaseModel):
     """'attention_based' between searches: weight of the past in the average of the preferences."""
     hysteresis: Annotated[float, Field(ge=0, le=1)] = 0.05
     """'attention_based' between searches: budgets stay until this part of the weights would move."""
+
+    @model_validator(mode='before')
+    @classmethod
+    def _complete_hybrid(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        chosen = cls._defaults() | dict(given)
+        hybrid = chosen['selection'] == 'hace' and chosen['strategy'] == 'hybrid'
+        return {**cls.hybrid, **given} if hybrid else given
 
     @model_validator(mode='after')
     def _refuse_impossible_choices(self) -> BudgetConfig:

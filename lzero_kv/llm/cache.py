@@ -14,6 +14,7 @@ from lzero_kv.budget.allocation import AttentionBased
 from lzero_kv.budget.cascade import least
 from lzero_kv.budget.config import INTERVAL
 from lzero_kv.llm.attention import watch_attention
+from lzero_kv.llm.budget import PromptBudget
 from lzero_kv.llm.families import check_attention, check_family, sliding_windows
 
 
@@ -26,9 +27,9 @@ class BudgetCache(Cache):
 
     Arguments:
         config: ``model.config``.
-        budget: a :class:`~lzero_kv.budget.BudgetConfig` or its fields as a dict. ``ratio`` is meant of the
-            tokens seen so far; a sequence that is too short for it keeps the window, the sinks and
-            ``interval`` other tokens in each layer.
+        budget: fields of a :class:`~lzero_kv.llm.budget.PromptBudget` as a dict, or a BudgetConfig. ``ratio``
+            is meant of the tokens seen so far; a sequence that is too short for it keeps the window, the
+            sinks and ``interval`` other tokens in each layer.
         dynamic: whether slots move while tokens are generated; False leaves them as the prompt made them.
         interval: generated tokens between two choices.
         measure: whether :attr:`preferences` and :attr:`importance` are read off the attention where the
@@ -49,7 +50,7 @@ class BudgetCache(Cache):
     ) -> None:
         check_family(config)
         check_attention(config)
-        self.budget = BudgetConfig.read(budget)
+        self.budget = PromptBudget.read(budget)
         if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
             raise ValueError(f'interval must be an integer of at least 1, got {interval!r}')
         windows = sliding_windows(config)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
-from lzero_kv.budget import BudgetConfig
+from lzero_kv.llm.budget import PromptBudget
 from lzero_kv.llm.families import FAMILIES, check_family
 from lzero_kv.llm.switch import disable, enable
 from lzero_kv.mistakes import Mistakes, describe
@@ -80,9 +80,9 @@ class CAKEExperimentConfig(_Given):
         """
         own = ModelSpecific.read(specific or {}, 'cake_model_specific_config')
         for ratio in self.h2o_ratios:
-            h2o = dict(selection='h2o', allocation='uniform', heavy_ratio=ratio, recent_ratio=ratio)
+            h2o = dict(selection='h2o', allocation='uniform', sinks=0, heavy_ratio=ratio, recent_ratio=ratio)
             yield f'h2o {ratio:g}', h2o
-            hace = dict(selection='hace', allocation='uniform', ratio=min(1.0, 2 * ratio))
+            hace = dict(selection='hace', allocation='uniform', sinks=0, ratio=min(1.0, 2 * ratio))
             yield f'hace {ratio:g}', hace | dict(window=own.window_size, gamma=own.gamma)
         if self.cake_enabled:
             for strategy in self.layer_allocation_strategies:
@@ -103,10 +103,10 @@ class ModelSpecific(_Given):
     """Temperature of the shift; read with ``attention_based``."""
 
     def budget(self, strategy: str, budget: float) -> dict[str, Any]:
-        """The fields of a :class:`BudgetConfig`."""
+        """The fields of a :class:`~lzero_kv.llm.budget.PromptBudget`; CAKE keeps no sinks."""
         size = dict(ratio=budget) if budget <= 1 else dict(tokens=int(budget))
         temperatures = dict(tau1=self.tau1, tau2=self.tau2) if strategy == 'attention_based' else {}
-        own = dict(selection='cake', allocation=strategy, window=self.window_size, gamma=self.gamma)
+        own = dict(selection='cake', allocation=strategy, window=self.window_size, sinks=0, gamma=self.gamma)
         return own | size | temperatures
 
 
@@ -153,7 +153,7 @@ class CAKEModelAdapter:
         self.specific = ModelSpecific.read(cake_model_specific_config, 'cake_model_specific_config')
         strategy = _only(self.experiment.layer_allocation_strategies, 'layer_allocation_strategies')
         budget = _only(self.experiment.cache_budgets, 'cache_budgets')
-        self.budget = BudgetConfig.read(
+        self.budget = PromptBudget.read(
             self.specific.budget(strategy, budget), 'cake_experiment_config and cake_model_specific_config'
         )
 

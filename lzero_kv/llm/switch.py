@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from lzero_kv.budget import BudgetConfig
+from lzero_kv.llm.budget import PromptBudget
 from lzero_kv.llm.cache import BudgetCache
 from lzero_kv.llm.families import cache_argument
 from lzero_kv.llm.shared_prefill import SharedPrefill
@@ -35,7 +36,7 @@ def enable(model: Any, budget: BudgetConfig | Mapping[str, Any], **options: Any)
         TypeError, ValueError: the model or the budget is impossible; nothing is changed.
     """
     base = _base_of(model)
-    chosen = BudgetConfig.read(budget)
+    chosen = PromptBudget.read(budget)
     BudgetCache(base.config, chosen, **options)
     disable(model)
     name = cache_argument(type(base))

@@ -32,7 +32,7 @@ def test_a_model_runs_under_cake_and_is_left_as_it_was(caplog):
     model, (ids, mask) = make('mistral'), batch()
     before = generate(model, ids, mask)
     own = BudgetCache(
-        model.config, dict(ratio=0.8, allocation='adaptive', selection='cake', window=8, gamma=0.8)
+        model.config, dict(ratio=0.8, allocation='adaptive', selection='cake', window=8, sinks=0, gamma=0.8)
     )
     expected = generate(model, ids, mask, own)
     with caplog.at_level(logging.INFO, logger='lzero_kv'):

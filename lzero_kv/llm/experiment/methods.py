@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from lzero_kv.budget import ALLOCATIONS, BudgetConfig
+from lzero_kv.budget import ALLOCATIONS
+from lzero_kv.llm.budget import PromptBudget
 from lzero_kv.mistakes import Mistakes, did_you_mean
 
 FULL = 'full'
 """Name of the control: every token stays."""
 ALGORITHMS = (FULL, 'cake', 'h2o', 'hace', 'snapkv', 'streaming')
-"""The control, and the selections of a :class:`~lzero_kv.budget.BudgetConfig`."""
+"""The control, and the selections of a :class:`~lzero_kv.llm.budget.PromptBudget`."""
 _OWN = ('algorithm', 'ratio', 'tokens', 'allocation')
 
 
@@ -32,24 +33,24 @@ class Method:
     tokens: int | None = None
     """Slots of a layer, in the mean over the layers, in the place of ``ratio``."""
     allocation: str | None = None
-    """How the slots are divided among the layers; None for BudgetConfig's own choice."""
+    """How the slots are divided among the layers; None for the default of a PromptBudget."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Other fields of a :class:`~lzero_kv.budget.BudgetConfig`."""
+    """Other fields of a :class:`~lzero_kv.llm.budget.PromptBudget`."""
 
     def __post_init__(self) -> None:
         if problems := self._problems():
             raise Mistakes('method', problems)
         object.__setattr__(self, 'options', dict(sorted(self.options.items())))
         if self.algorithm != FULL:
-            default = BudgetConfig.model_fields['allocation'].default
+            default = PromptBudget.model_fields['allocation'].default
             object.__setattr__(self, 'allocation', self.allocation or default)
-            BudgetConfig.read(self._values(), 'method')
+            PromptBudget.read(self._values(), 'method')
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """A method from its name: ``'cake uniform 0.25'``, ``'h2o window=16 tokens=256'``, ``'full'``.
 
-        Words behind the algorithm: an allocation, a ratio, or ``field=value`` of a BudgetConfig.
+        Words behind the algorithm: an allocation, a ratio, or ``field=value`` of a PromptBudget.
 
         Raises:
             ValueError: as of the class; words that are none of these are listed.
@@ -85,7 +86,7 @@ class Method:
         return ' '.join([self.algorithm, *allocation, *others, *tokens, *ratio])
 
     def budget(self) -> dict[str, Any] | None:
-        """Fields of the BudgetConfig; None for the full cache."""
+        """Fields of the PromptBudget; None for the full cache."""
         return None if self.algorithm == FULL else self._values()
 
     def fields(self) -> dict[str, Any]:

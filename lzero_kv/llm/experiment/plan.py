@@ -22,9 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from lzero_kv.budget import ALLOCATIONS, SELECTIONS, BudgetConfig
+from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 from lzero_kv.budget.choices import parameters_of
 from lzero_kv.budget.config import INTERVAL
+from lzero_kv.llm.budget import PromptBudget
 from lzero_kv.llm.experiment.methods import ALGORITHMS, FULL, Method
 from lzero_kv.llm.experiment.models import DTYPES, SMOLLM2
 from lzero_kv.llm.experiment.tasks import TASKS
@@ -65,9 +66,9 @@ class Plan(BaseModel):
     ratios: Annotated[tuple[Ratio, ...], BeforeValidator(_several)] = (0.5, 0.25, 0.125)
     """Slots as parts of all tokens."""
     allocation: Texts = ()
-    """How slots are divided among the layers; empty for the default of a BudgetConfig."""
+    """How slots are divided among the layers; empty for the default of a PromptBudget."""
     parameters: dict[str, Annotated[tuple[Any, ...], BeforeValidator(_several)]] = {}
-    """Other fields of a BudgetConfig, each with one value or several; a method takes those that it reads."""
+    """Other fields of a PromptBudget, each with one value or several; a method takes those that it reads."""
     methods: Texts = ()
     """Further methods by name, such as 'h2o heavy_ratio=0.1 recent_ratio=0.1' or 'cake window=16 0.25'."""
     tasks: Texts = ()
@@ -169,7 +170,7 @@ def _with_experiments(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _method_of(budget: Mapping[str, Any]) -> Method:
-    """The method with these fields of a BudgetConfig."""
+    """The method with these fields of a PromptBudget."""
     others = dict(budget)
     own = {name: others.pop(name, None) for name in ('ratio', 'tokens', 'allocation')}
     return Method(others.pop('selection'), **own, options=others)
@@ -217,7 +218,7 @@ def _digest(source: str) -> str:
 
 
 def _read_by(method: Method) -> set[str]:
-    """Fields of a BudgetConfig that a method reads."""
+    """Fields of a PromptBudget that a method reads."""
     tables = (SELECTIONS, method.algorithm), (ALLOCATIONS, method.allocation)
     chosen = {name for table, key in tables for name in parameters_of(table[key])}
     special = {name for table, _ in tables for one in table.values() for name in parameters_of(one)}
@@ -271,12 +272,12 @@ def _wrong_methods(plan: Plan) -> Iterator[str]:
 def _no_parameter(name: str) -> str:
     if name in _WORDS:
         return f'it has a word of its own; write {_WORDS[name]}'
-    return f'there is no such field of a BudgetConfig{did_you_mean(name, sorted(_PARAMETERS))}'
+    return f'there is no such field of a PromptBudget{did_you_mean(name, sorted(_PARAMETERS))}'
 
 
 def _too_small(method: Method, length: int) -> Iterator[str]:
     """A method that would hold more in a document than it says."""
-    budget = BudgetConfig.read(method.budget() or {})
+    budget = PromptBudget.read(method.budget() or {})
     try:
         budget.sizes(1, length, budget.interval(INTERVAL))
     except ValueError as error:
@@ -284,14 +285,14 @@ def _too_small(method: Method, length: int) -> Iterator[str]:
 
 
 _WORDS = {'ratio': 'ratios', 'allocation': 'allocation', 'selection': 'algorithm', 'tokens': 'methods'}
-"""Fields of a BudgetConfig that are no parameters, and the field of a plan for each."""
-_PARAMETERS = set(BudgetConfig.model_fields) - set(_WORDS)
+"""Fields of a PromptBudget that are no parameters, and the field of a plan for each."""
+_PARAMETERS = set(PromptBudget.model_fields) - set(_WORDS)
 _EXPECTED = {
     'model': 'a name or a folder',
     'family': f'one of {list(FAMILIES)} or nothing',
     'dtype': f'one of {list(DTYPES)}',
     'ratios': 'numbers greater than 0 and at most 1',
-    'parameters': 'names of a BudgetConfig, each with a value or a list of values',
+    'parameters': 'names of a PromptBudget, each with a value or a list of values',
     'documents': 'an integer of at least 1',
     'length': 'an integer of at least 1',
     'speed': 'an integer of at least 0',

@@ -159,8 +159,8 @@ class _Measured:
 
 
 def _row(document: Document, method: Method, measured: _Measured, control: _Measured) -> Row:
-    forced = _forced(document, measured.logits, control.logits)
-    scored = forced['forced']
+    metrics = forced(document, measured.logits, control.logits)
+    scored = metrics['forced']
     if measured.prediction is not None:
         scored = SCORES[document.metric](measured.prediction, document.answers, document.classes)
     return dict(
@@ -169,7 +169,7 @@ def _row(document: Document, method: Method, measured: _Measured, control: _Meas
         **method.fields(),
         score=scored,
         chance=document.chance,
-        **forced,
+        **metrics,
         prediction=measured.prediction,
         tokens=len(document.prompt),
         full_bytes=control.key_value_bytes,
@@ -177,7 +177,7 @@ def _row(document: Document, method: Method, measured: _Measured, control: _Meas
     )
 
 
-def _forced(document: Document, logits: torch.Tensor, full: torch.Tensor) -> Row:
+def forced(document: Document, logits: torch.Tensor, full: torch.Tensor) -> Row:
     """Metrics of the target's tokens, from logits ``[target, vocabulary]``."""
     first = 0 if document.question else 1
     if len(logits) <= first:

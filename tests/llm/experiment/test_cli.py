@@ -22,7 +22,7 @@ from lzero_kv.cli.llm import duration
 from lzero_kv.llm.experiment.rows import ROWS, read_rows
 
 ROOT = Path(__file__).resolve().parents[3]
-METHODS = ['full', 'cake attention_based 0.5', 'h2o attention_based 0.5']
+METHODS = ['full', 'cake attention_based 0.9', 'h2o attention_based 0.9']
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def words(checkpoint: Path, story: Path, out: Path, *more: str) -> list[str]:
             'cake',
             'h2o',
         ),
-        *('--ratios', '0.5', '--length', '90', '--documents', '3', '--seed', '2', '--out', str(out), *more),
+        *('--ratios', '0.9', '--length', '90', '--documents', '3', '--seed', '2', '--out', str(out), *more),
     ]
 
 
@@ -92,12 +92,12 @@ def test_another_grid_is_refused_with_what_differs(
     none = tmp_path / 'no model'
     assert main(words(none, story, tmp_path)) == 1
     assert "got '" in capsys.readouterr().err  # the model, which is looked for behind the folder
-    assert main(words(none, story, tmp_path, '--ratios', '0.5', '0.75', '--seed', '3')) == 1
+    assert main(words(none, story, tmp_path, '--ratios', '0.9', '0.95', '--seed', '3')) == 1
     said = capsys.readouterr().err.splitlines()
     assert said[0] == f'lzero-kv: {tmp_path / ROWS} holds another sweep:'
     assert said[1:3] == [
         '  seed: 2 in the file, 3 now',
-        '  methods: added "cake attention_based 0.75", "h2o attention_based 0.75"',
+        '  methods: added "cake attention_based 0.95", "h2o attention_based 0.95"',
     ]
 
 
@@ -110,8 +110,8 @@ def test_another_grid_is_refused_with_what_differs(
         (['--ratios', '0.5', '1.5'], 'ratios: expected numbers greater than 0 and at most 1, got 1.5'),
         (
             ['--ratios', '0.25'],
-            'cake attention_based 0.25: window=32, sinks=0 and minimum=8 of a layer need 40 slots, the '
-            'budget for 90 tokens has 23; write ratio=0.445 or more',
+            'cake attention_based 0.25: window=64, sinks=4 and minimum=8 of a layer need 76 slots, the '
+            'budget for 90 tokens has 23; write ratio=0.845 or more',
         ),
         (
             ['--data', 'nowhere.txt'],
@@ -123,10 +123,10 @@ def test_another_grid_is_refused_with_what_differs(
         (['--parameters', 'mix=0.5'], 'parameters: none of the methods reads mix'),
         (['--parameters', 'gamma=-1'], 'gamma: expected a number of at least 0, got -1'),
         (['--methods', 'h2o heavy_ratio=0.1'], 'heavy_ratio: it needs the other one'),
-        (['--ratios', '0.42'], 'minimum=8 of a layer need 40 slots, the budget for 90 tokens has 38'),
+        (['--ratios', '0.83'], 'minimum=8 of a layer need 76 slots, the budget for 90 tokens has 75'),
         (
             ['--methods', 'h2o heavy_ratio=0.08 recent_ratio=0.2'],
-            'window=18, sinks=0 and minimum=8 of a layer need 26 slots, .* has 25; write heavy_ratio=0.089',
+            'window=18, sinks=4 and minimum=8 of a layer need 30 slots, .* has 29; write heavy_ratio=0.089',
         ),
         (['--documents', '0'], 'documents: expected an integer of at least 1, got 0'),
         (['--dtype', 'int8'], r"dtype: expected one of \['float32', .* got 'int8'"),
@@ -241,7 +241,7 @@ def test_a_grid_in_a_file_and_flags_that_go_before_it(
         'snapkv uniform window=16 0.5',
         'h2o uniform heavy_ratio=0.2 recent_ratio=0.1',
     ]
-    assert [sum(row['slots']) for row in rows[1:]] == [3 * 45, 3 * 45, 3 * 45, 3 * (18 + 9)]
+    assert [sum(row['slots']) for row in rows[1:]] == [3 * 45, 3 * 45, 3 * 45, 3 * (4 + 18 + 9)]
 
 
 def test_the_configuration_of_a_cake_experiment_is_a_grid(
@@ -262,14 +262,14 @@ def test_the_configuration_of_a_cake_experiment_is_a_grid(
     header, rows = read_rows(tmp_path / 'out')
     assert header['methods'] == [
         'full',
-        'h2o uniform heavy_ratio=0.2 recent_ratio=0.2',
-        'hace uniform gamma=0.8 window=16 0.4',
-        'h2o uniform heavy_ratio=0.3 recent_ratio=0.3',
-        'hace uniform gamma=0.8 window=16 0.6',
-        'cake uniform gamma=0.8 window=16 0.4',
-        'cake uniform gamma=0.8 window=16 tokens=60',
-        'cake adaptive gamma=0.8 window=16 0.4',
-        'cake adaptive gamma=0.8 window=16 tokens=60',
+        'h2o uniform heavy_ratio=0.2 recent_ratio=0.2 sinks=0',
+        'hace uniform gamma=0.8 sinks=0 window=16 0.4',
+        'h2o uniform heavy_ratio=0.3 recent_ratio=0.3 sinks=0',
+        'hace uniform gamma=0.8 sinks=0 window=16 0.6',
+        'cake uniform gamma=0.8 sinks=0 window=16 0.4',
+        'cake uniform gamma=0.8 sinks=0 window=16 tokens=60',
+        'cake adaptive gamma=0.8 sinks=0 window=16 0.4',
+        'cake adaptive gamma=0.8 sinks=0 window=16 tokens=60',
     ]
     assert [sum(row['slots']) for row in rows] == [270, 108, 108, 162, 162, 108, 180, 108, 180]
     grid['cake_experiment_config']['cake_enable'] = True
