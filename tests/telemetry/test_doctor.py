@@ -69,7 +69,7 @@ def test_the_installation_alone() -> None:
     assert 'fail' not in found.values()
     for subject in ('Python', 'torch', 'numpy', 'tensorboard', 'host', 'DI-engine', 'plugin', 'ale-py'):
         assert subject in found
-    assert 'LightZero 0.2.0 (supported)' in done.stdout
+    assert 'LightZero 0.2.0 (as tested)' in done.stdout
     assert done.stdout.splitlines()[-1].startswith('The plugin can engage here.')
 
 
