@@ -143,7 +143,7 @@ def test_a_prompt_in_chunks_with_padding_is_each_row_alone(family):
 @every_family
 def test_no_more_is_held_than_the_total_and_one_layer(family):
     model, (ids, mask) = make(family, torch.float32), batch()
-    cache = BudgetCache(model.config, dict(ratio=0.5, window=4, selection='cake'), interval=3)
+    cache = BudgetCache(model.config, dict(ratio=0.5, window=4, sinks=0, selection='cake'), interval=3)
     forward(model, cache, ids[:1], mask[:1])
     config = model.config
     kinds = getattr(config, 'layer_types', None) or ['sliding_attention'] * 3
