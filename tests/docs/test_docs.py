@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ NAMED = re.compile(r'`((?:benchmarks|configs|lzero_kv|studies|testing|tests|tool
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_python_snippets_run(page: Path) -> None:
+def test_python_snippets_run(page: Path, warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, 'executable', warm_python)
     run_docs.run_snippets(page)
 
 
@@ -78,7 +80,10 @@ def test_each_cause_and_fault_stands_in_the_page_of_validation() -> None:
     assert [row for row in rows if row in expected] == expected
 
 
-def test_a_failing_snippet_is_noticed(tmp_path: Path) -> None:
+def test_a_failing_snippet_is_noticed(
+    tmp_path: Path, warm_python: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, 'executable', warm_python)
     page = tmp_path / 'page.md'
     page.write_text('```python\nraise SystemExit(3)\n```\n', encoding='utf-8')
     with pytest.raises(subprocess.CalledProcessError):

@@ -1,0 +1,75 @@
+"""The stand-in for `python` behaves as the interpreter does, and knows nothing of who started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOLD = """
+import os, sys
+print(sys.argv, os.getcwd(), os.environ.get('COLOUR'), sys.path[0], __name__, sys.stdin.read())
+print('aside', file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [['-c', TOLD, 'one', '-m'], ['script.py', 'one', '-c'], ['-m', 'script', 'two']],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_a_program_sees_is_what_the_interpreter_shows_it(
+    arguments: list[str], tmp_path: Path, warm_python: str
+) -> None:
+    (tmp_path / 'script.py').write_text(TOLD)
+    told = [
+        subprocess.run(
+            [python, *arguments], cwd=tmp_path, env=os.environ | dict(COLOUR='grey'), input='typed',
+            capture_output=True, text=True,
+        )
+        for python in (sys.executable, warm_python)
+    ]  # fmt: skip
+    expected, found = ((done.returncode, done.stdout, done.stderr) for done in told)
+    assert found == expected
+    assert 'typed' in found[1]
+
+
+@pytest.mark.parametrize(
+    ('code', 'status', 'said'),
+    [
+        ('import sys; sys.exit(3)', 3, ''),
+        ('import sys; sys.exit("no")', 1, 'no\n'),
+        ('import os; os._exit(7)', 7, ''),
+        ('import os, signal; os.kill(os.getpid(), signal.SIGTERM)', -signal.SIGTERM, ''),
+        ('import atexit, sys; atexit.register(sys.stderr.write, "last")', 0, 'last'),
+    ],
+)
+def test_it_ends_as_the_program_ends(code: str, status: int, said: str, warm_python: str) -> None:
+    done = subprocess.run([warm_python, '-c', code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_the_search_path_is_the_callers(tmp_path: Path, warm_python: str) -> None:
+    (tmp_path / 'only_here.py').write_text('')
+    code = 'import sys, only_here; sys.exit(not {"lzero_kv", "tests", "_pytest"}.isdisjoint(sys.modules))'
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path))
+    assert subprocess.run([warm_python, '-c', code], env=environment).returncode == 0
+    failed = subprocess.run([warm_python, '-c', code], capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.endswith("No module named 'only_here'\n")
+
+
+def test_a_program_does_not_outlive_its_caller(warm_python: str) -> None:
+    code = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'
+    with subprocess.Popen([warm_python, '-c', code], stdout=subprocess.PIPE, text=True) as caller:
+        program = Path('/proc') / caller.stdout.readline().strip()
+        assert program.exists()
+        caller.kill()
+    end = time.monotonic() + 60
+    while program.exists():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.01)
