@@ -18,7 +18,10 @@ from lzero_kv.llm.experiment.tasks import documents
 from tests.llm.experiment.tiny import tiny_llama
 
 PROMPT, TARGET = 203, 29
-CUT = [Method.parse(text) for text in ('cake uniform window=8 0.25', 'streaming uniform window=8 sinks=0 tokens=41')]
+CUT = [
+    Method.parse(text)
+    for text in ('cake uniform window=8 0.25', 'streaming uniform window=8 sinks=0 tokens=41')
+]
 COVERING = [Method.parse(f'{name} {more}') for name in ALGORITHMS[1:] for more in ('ratio=1.0', 'tokens=400')]
 
 
