@@ -14,6 +14,7 @@ from lzero_kv.lightzero.install import FLAG
 
 PLUGIN = 'lzero_kv.plugin'
 ENTRIES = ('train_unizero', 'train_unizero_segment')
+ASYNC_ENTRY = 'train_unizero_segment_async'
 SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
 POLICIES = ('unizero', 'sampled_unizero')
 
@@ -33,6 +34,7 @@ def config_checks(path: Path) -> list[Check]:
     checks = [
         _entry_check(call),
         _policy_check(call),
+        *_process_checks(call, world_model),
         _import_check(call),
         _flag_check(world_model),
         _values_check(world_model),
@@ -47,6 +49,12 @@ def config_checks(path: Path) -> list[Check]:
 def _entry_check(call: TrainingCall) -> Check:
     if call.entry in ENTRIES:
         return Check(Mark.OK, 'training entry', call.entry)
+    if call.entry == ASYNC_ENTRY:
+        remedy = (
+            'each Ray actor keeps a cache and a log of its own (log/collector_async_<number>), and the '
+            "learner's reanalysis is in none; nobody has run this with the plugin yet"
+        )
+        return Check(Mark.WARN, 'training entry', call.entry, remedy)
     return Check(
         Mark.FAIL,
         'training entry',
@@ -62,6 +70,19 @@ def _policy_check(call: TrainingCall) -> Check:
     return Check(
         Mark.FAIL, 'policy', str(policy), f'create_config.policy.type must be one of {", ".join(POLICIES)}'
     )
+
+
+def _process_checks(call: TrainingCall, world_model: Any) -> list[Check]:
+    """Return whether LightZero itself can train on several GPUs, where that is asked for."""
+    if not _at(call.config, 'policy', 'multi_gpu'):
+        return []
+    if _at(world_model, 'obs_type') != 'vector':
+        return [Check(Mark.OK, 'multi_gpu', 'one process for each GPU, started by torchrun')]
+    remedy = (
+        'LightZero stops at the first update: it adds up the gradients of all parameters, and those of the '
+        'decoder of vector observations have none; leave multi_gpu out'
+    )
+    return [Check(Mark.FAIL, 'multi_gpu', 'with vector observations', remedy)]
 
 
 def _import_check(call: TrainingCall) -> Check:

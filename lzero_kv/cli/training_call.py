@@ -86,11 +86,15 @@ def _last_words(sink: io.StringIO) -> str:
 
 @contextlib.contextmanager
 def _entries_replaced() -> Iterator[None]:
-    """Put a function that reports its arguments in the place of every `lzero.entry.train_*`."""
+    """Put a function that reports its arguments in the place of every `lzero.entry.train_*`; the context of
+    several processes, which needs torchrun and GPUs, does nothing."""
     with contextlib.redirect_stderr(io.StringIO()):
+        import ding.utils
         import lzero.entry
     replaced: list[tuple[Any, str, Any]] = []
     try:
+        replaced.append((ding.utils, 'DDPContext', ding.utils.DDPContext))
+        ding.utils.DDPContext = contextlib.nullcontext
         for name in [name for name in vars(lzero.entry) if name.startswith('train_')]:
             original = getattr(lzero.entry, name)
             # The module of the same name holds the function too: a config may import it from there.

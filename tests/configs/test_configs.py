@@ -21,7 +21,7 @@ from .stock import flat, stock_call
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 ATARI = ('atari_unizero_kv_config', 'atari_unizero_segment_kv_config')
 ENVIRONMENTS = {
-    **dict.fromkeys(ATARI, 'PongNoFrameskip-v4'),
+    **dict.fromkeys((*ATARI, 'atari_unizero_ddp_kv_config'), 'PongNoFrameskip-v4'),
     'cartpole_unizero_kv_config': 'CartPole-v0',
     'memory_recall_unizero_kv_config': 'memory_recall',
     'memory_unizero_kv_config': 'visual_match',
@@ -109,6 +109,20 @@ def test_names_differ_between_configs() -> None:
     modules = {name: importlib.import_module(name) for name in ENVIRONMENTS}
     names = {module.make_config(ENVIRONMENTS[name], 0)[0].exp_name for name, module in modules.items()}
     assert len(names) == len(modules)
+
+
+def test_several_gpus_share_the_settings_of_one() -> None:
+    ours, one = (
+        flat(
+            importlib.import_module(f'atari_unizero{name}_kv_config').make_config('PongNoFrameskip-v4', 0)[0]
+        )
+        for name in ('_ddp', '')
+    )
+    differing = {name: value for name, value in ours.items() if one.get(name) != value}
+    assert differing.pop('exp_name') == one['exp_name'].replace('_uz_', '_uz_ddp_')
+    assert differing == {'policy.multi_gpu': True}
+    stock = flat(stock_call('atari/config/atari_unizero_ddp_config.py').config)
+    assert stock['policy.multi_gpu'] is True
 
 
 def test_an_unknown_environment_is_refused(config: ModuleType) -> None:

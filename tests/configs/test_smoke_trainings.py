@@ -12,7 +12,11 @@ import pytest
 from lzero_kv.telemetry.read import find_runs, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = [path.stem for path in sorted((ROOT / 'configs').glob('*_config.py'))]
+CONFIGS = [
+    path.stem
+    for path in sorted((ROOT / 'configs').glob('*_config.py'))
+    if '_ddp_' not in path.stem  # needs a GPU for each process; tests/host/test_processes.py does without
+]
 
 
 @pytest.mark.parametrize('config', CONFIGS)

@@ -15,7 +15,8 @@ import torch
 import lzero_kv
 from lzero_kv.cli import main
 from lzero_kv.cli.checks import Mark, distribution_check, package_folder, rom_check
-from lzero_kv.cli.training_call import ConfigError, training_call
+from lzero_kv.cli.engagement import _entry_check
+from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 
 pytest.importorskip('lzero', reason='the doctor is tested against an installed LightZero')
 
@@ -168,15 +169,43 @@ def test_a_config_of_the_host_is_read_as_it_would_train() -> None:
     assert call.create_config['policy']['type'] == 'unizero'
 
 
+@pytest.mark.parametrize('kind', ['', '_segment'])
+def test_a_config_of_the_host_for_several_gpus_is_read_without_any(kind: str) -> None:
+    call = training_call(package_folder('zoo') / 'atari' / 'config' / f'atari_unizero{kind}_ddp_config.py')
+    assert (call.entry, call.config['policy']['multi_gpu']) == (f'train_unizero{kind}', True)
+
+
+@pytest.mark.parametrize(('observations', 'code'), [('image', 0), ('vector', 1)])
+def test_several_gpus_and_what_lightzero_cannot_train_on_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], observations: str, code: int
+) -> None:
+    path = write_config(tmp_path, world_model=f'{FLAG}, obs_type={observations!r}')
+    assert 'multi_gpu' not in marks(diagnose(capsys, path)[1])
+    path.write_text(path.read_text().replace('policy=dict(model', 'policy=dict(multi_gpu=True, model'))
+    found, output = diagnose(capsys, path)
+    assert (found, marks(output)['multi_gpu']) == (code, 'fail' if code else 'ok')
+    assert ('fail multi_gpu: LightZero stops at the first update' in output) == bool(code)
+
+
+def test_asynchronous_collection_is_known_by_name() -> None:
+    check = _entry_check(TrainingCall('train_unizero_segment_async', {}, {}))
+    assert check.mark is Mark.WARN
+    assert 'each Ray actor keeps a cache and a log of its own' in check.remedy
+
+
 def test_reading_a_config_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    import ding.utils
     import lzero.entry
 
-    before = (lzero.entry.train_unizero, list(sys.argv), list(sys.path))
+    def state() -> tuple:
+        return lzero.entry.train_unizero, ding.utils.DDPContext, list(sys.argv), list(sys.path)
+
+    before = state()
     training_call(write_config(tmp_path))
-    assert (lzero.entry.train_unizero, sys.argv, sys.path) == before
+    assert state() == before
     with pytest.raises(ConfigError):
         training_call(tmp_path / 'missing.py')
-    assert (lzero.entry.train_unizero, sys.argv, sys.path) == before
+    assert state() == before
 
 
 def test_an_unknown_release_of_the_host_is_refused_by_name(tmp_path: Path) -> None:
