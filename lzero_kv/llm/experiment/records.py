@@ -85,13 +85,14 @@ def read_records(path: str | Path, tokenizer: Any, length: int) -> list[Document
             RULER is refused.
 
     Raises:
-        RecordsError: lines that are no such records, up to ten of them.
+        RecordsError: lines that are no such records, up to ten of them, or a file that is no UTF-8 or JSON.
         OSError: the file cannot be read.
     """
     path = Path(path)
     datasets = _with_own_prompts(path)
     made, problems = [], []
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    # JSON may hold other separators of lines inside its texts
+    for number, line in enumerate(_text_of(path).split('\n'), 1):
         if not line.strip():
             continue
         try:
@@ -190,8 +191,26 @@ def _with_own_prompts(path: Path) -> dict[str, Dataset]:
 def _beside(path: Path, name: str) -> dict[str, Any]:
     for file in (path.parent / name, path.parent / 'config' / name):
         if file.is_file():
-            return json.loads(file.read_text(encoding='utf-8'))
+            return _values_by_dataset(file, str if name == PROMPTS else int)
     return {}
+
+
+def _values_by_dataset(file: Path, kind: type) -> dict[str, Any]:
+    try:
+        values = _record(_text_of(file))
+    except ValueError as error:
+        raise RecordsError(f'{file}: {error}') from None
+    if wrong := {name: value for name, value in values.items() if not isinstance(value, kind)}:
+        raise RecordsError(f'{file}: expected for each dataset a value of type {kind.__name__}, got {wrong}')
+    return dict(values)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b'\n') + 1
+        raise RecordsError(f'{file}:\n  line {line}: expected UTF-8, {error.reason}') from None
 
 
 def _record(line: str) -> Record:
