@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lzero_kv.cache.stats import CacheStats
     from lzero_kv.config import KVCacheConfig
 
+__version__ = '0.1.0'
+"""The one place of the version; the package's metadata reads it here."""
+
 __all__ = [
     'CacheStats',
     'EvictionStrategy',

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from lzero_kv.cli.console import show_error
+from lzero_kv import __version__
+from lzero_kv.cli.console import show_error, show_line
 from lzero_kv.cli.doctor import doctor
 from lzero_kv.cli.explain import explain
 from lzero_kv.cli.llm import llm
@@ -33,6 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if of_config and own[:1] != ['validate']:
         show_error(f'only validate takes arguments of a config after --, got {" ".join(of_config)}')
         return 2
+    if own == ['--version']:
+        show_line(f'lzero-kv {__version__}')
+        return 0
     if own[:1] == ['llm']:
         return llm(own[1:])
     commands = {

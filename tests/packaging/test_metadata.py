@@ -1,16 +1,22 @@
-"""The metadata in setup.py says what is true of the source."""
+"""The metadata in pyproject.toml says what is true of the source."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-from distutils.core import run_setup
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from setuptools import Distribution
+from setuptools.config.pyprojecttoml import apply_configuration
+
+import lzero_kv
+from lzero_kv.cli import main
 
 from .imports import imported_names, third_party_imports
 
@@ -26,13 +32,19 @@ PART_OF_THE_INTERFACE = {'easydict', 'gymnasium'}
 
 
 @pytest.fixture(scope='module')
-def metadata():
-    """What setup.py tells setuptools."""
-    return run_setup(str(ROOT / 'setup.py'), stop_after='init')
+def project() -> dict[str, Any]:
+    """The table `project` of pyproject.toml."""
+    return tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 
 
-def test_declared_dependencies_are_those_imported(metadata) -> None:
-    declared = {canonicalize_name(Requirement(line).name) for line in metadata.install_requires}
+@pytest.fixture(scope='module')
+def distribution() -> Distribution:
+    """What setuptools makes of pyproject.toml."""
+    return apply_configuration(Distribution({'src_root': str(ROOT)}), str(ROOT / 'pyproject.toml'))
+
+
+def test_declared_dependencies_are_those_imported(project) -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in project['dependencies']}
     imported = {canonicalize_name(name) for name in third_party_imports(PACKAGE)}
     assert declared - PART_OF_THE_INTERFACE == imported - HOST_IMPORTS - LLM_IMPORTS - PART_OF_THE_INTERFACE
     assert declared >= PART_OF_THE_INTERFACE
@@ -52,7 +64,7 @@ def test_imports_are_found_wherever_they_stand() -> None:
     assert set(imported_names(source)) == {'a', 'c', 'e', 'i'}
 
 
-def test_bounds_admit_the_pins(metadata) -> None:
+def test_bounds_admit_the_pins(project) -> None:
     pins = dict(
         line.split('==')
         for path in (ROOT / 'requirements').glob('*.txt')
@@ -61,8 +73,8 @@ def test_bounds_admit_the_pins(metadata) -> None:
     )
     versions = {canonicalize_name(name): version for name, version in pins.items()}
     lines = [
-        *metadata.install_requires,
-        *(line for extra in metadata.extras_require.values() for line in extra),
+        *project['dependencies'],
+        *(line for extra in project['optional-dependencies'].values() for line in extra),
     ]
     for line in lines:
         requirement = Requirement(line)
@@ -70,29 +82,40 @@ def test_bounds_admit_the_pins(metadata) -> None:
         assert requirement.specifier.contains(version), f'{line} refuses the pinned {version}'
 
 
-def test_the_version_is_declared_once(metadata) -> None:
-    version = metadata.get_version()
-    declaration = re.compile(rf"version\s*=\s*['\"]{re.escape(version)}['\"]|__version__\s*=")
-    tracked = subprocess.run(
-        ['git', 'ls-files', '--cached', '--others', '--exclude-standard', '*.py', '*.toml', '*.cfg'],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split()  # fmt: skip
-    declaring = [
-        name for name in tracked if (ROOT / name).is_file() and declaration.search((ROOT / name).read_text())
-    ]
-    assert declaring == ['setup.py']
+def test_the_version_is_declared_once(distribution) -> None:
+    declaration = re.compile(r"^\s*(version\s*=\s*['\"]|__version__\s*=\s*['\"])", re.MULTILINE)
+    files = [*PACKAGE.rglob('*.py'), ROOT / 'pyproject.toml']
+    assert [path for path in files if declaration.search(path.read_text())] == [PACKAGE / '__init__.py']
+    assert distribution.get_version() == lzero_kv.__version__
 
 
-def test_the_wheel_holds_the_whole_package(metadata) -> None:
+def test_the_wheel_holds_the_whole_package_and_nothing_else(distribution) -> None:
     folders = {path.parent for path in PACKAGE.rglob('*.py')}
     names = {str(folder.relative_to(ROOT)).replace('/', '.') for folder in folders}
-    assert set(metadata.packages) == names
+    assert set(distribution.packages) == names
     assert (PACKAGE / 'py.typed').is_file()
-    assert metadata.package_data == {'lzero_kv': ['py.typed']}
+    assert distribution.package_data == {'lzero_kv': ['py.typed']}
 
 
-def test_the_command_is_declared(metadata) -> None:
-    assert metadata.entry_points == {'console_scripts': ['lzero-kv=lzero_kv.cli:main']}
+def test_licence_and_authors(project) -> None:
+    assert project['license'] == 'Apache-2.0'
+    assert project['authors'] == [{'name': 'lzero_kv contributors'}]
+    text = (ROOT / 'LICENSE').read_text()
+    assert 'Apache License' in text and 'TERMS AND CONDITIONS' in text
+
+
+def test_the_sdist_names_every_folder_that_tests_read() -> None:
+    grafted = re.findall(r'^graft (\w+)$', (ROOT / 'MANIFEST.in').read_text(), re.MULTILINE)
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.rglob('*.py'))}
+    untracked = {'build', 'dist', 'data_lz', 'lzero_kv', 'node_modules'}
+    assert {name for name in folders if not name.startswith('.')} - untracked <= set(grafted)
+    assert {'docs', 'requirements', 'tests', 'testing'} <= set(grafted)
+
+
+def test_the_command_is_declared(project, capsys: pytest.CaptureFixture[str]) -> None:
+    assert project['scripts'] == {'lzero-kv': 'lzero_kv.cli:main'}
+    assert main(['--version']) == 0
+    assert capsys.readouterr().out == f'lzero-kv {lzero_kv.__version__}\n'
     run = subprocess.run(
         [sys.executable, '-m', 'lzero_kv.cli', '--help'], cwd=ROOT, capture_output=True, text=True
     )

@@ -164,7 +164,7 @@ def check(environment: Environment) -> None:
 
 def all_stages(environment: Environment) -> list[Stage]:
     """The stages in order; each rests on those before it."""
-    metadata = ''.join((ROOT / name).read_text() for name in ('setup.py', 'pyproject.toml'))
+    metadata = (ROOT / 'pyproject.toml').read_text()
     place = f'{environment.folder} {PYTHON_VERSION}'
     return [
         Stage('venv', 'virtual environment', place, create_venv, lambda e: e.python.exists()),
