@@ -2,8 +2,8 @@
 
     python -m studies.language_models.beside --folder FOLDER --kvpress FILE
 
-FOLDER holds the rows of `lzero-kv llm run --grid studies/language_models/grid.toml --out FOLDER`, FILE those
-of `studies/language_models/kvpress_rows.py`. Writes beside.md and beside.png to FOLDER.
+FOLDER holds the rows of `lzero-kv llm run --grid studies/language_models/grid.toml --out FOLDER`, FILE
+those of `studies/language_models/kvpress_rows.py`. Writes beside.md and beside.png to FOLDER.
 """
 
 from __future__ import annotations
