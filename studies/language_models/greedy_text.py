@@ -49,7 +49,7 @@ def main(options: Options) -> None:
             out.write(json.dumps(rows[-1]) + '\n')
             out.flush()
     for name in rows[0]['equal']:
-        print(f'{name}: {sum(row["equal"][name] for row in rows) / len(rows):.1f} tokens')  # noqa: T201
+        print(f'{name}: {sum(row["equal"][name] for row in rows) / len(rows):.1f} tokens')
 
 
 def _common(text: Sequence[int], full: Sequence[int]) -> int:
