@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 from lzero_kv.budget import BudgetSnapshot, LayerLoss
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cli import main
+from lzero_kv.lightzero.reporting import report
 from lzero_kv.telemetry.metrics import RANK_METRICS, Axis, TagName
-from lzero_kv.telemetry.read import read_run
+from lzero_kv.telemetry.read import find_runs, read_run
 from lzero_kv.telemetry.reading import Moment
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
 
@@ -118,6 +120,35 @@ def test_the_log_and_the_report_say_how_many_processes(
     rows = [line.replace(' ', '').strip('│').split('│') for line in out.splitlines() if '│' in line]
     assert rows.count(['ranks', '3', '3', '3']) == 2  # the whole run and the last point
     assert any(RANK_METRICS['ranks'].sentence in text for text in texts_of(tmp_path))
+
+
+class LonelyCollector:
+    """A collector of the host that exchanges nothing with its like in other processes."""
+
+    _world_size, _tb_logger, _kv_cache_sink = 2, None, None
+
+    def __init__(self, folder: Path, rank: int, manager: KVCacheManager) -> None:
+        self._exp_name, self._rank, self.envstep = str(folder), rank, 30
+        model = SimpleNamespace(
+            kv_cache_manager=manager, cache_config=manager.cache_config, validation=None, budgets=None
+        )
+        self._policy = SimpleNamespace(get_attribute=lambda name: {'acting': model})
+
+    def collect(self) -> None:
+        """Nothing is collected here."""
+
+
+def test_processes_that_never_meet_write_a_log_each(tmp_path: Path) -> None:
+    manager = managers_of_three_ranks()[1]
+    collector = LonelyCollector(tmp_path, 1, manager)
+    for point in (1, 2):
+        report(collector, point)
+        env_step(manager, point)
+    (folder,) = find_runs(tmp_path)
+    assert folder == tmp_path / 'log' / 'serial' / 'rank_1'
+    queries = read_run(folder).scalars[TagName(Axis.TRAIN_ITER, 'roots', 'queries')]
+    assert (queries.steps.tolist(), queries.values.tolist()) == ([1, 2], [4 * 3, 4])
+    assert read_run(folder).ranks == 1
 
 
 def test_one_process_writes_what_it_always_did(tmp_path: Path) -> None:

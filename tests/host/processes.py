@@ -1,0 +1,143 @@
+"""Trainings of two processes, as torchrun starts them, on a machine without GPUs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+
+
+def train_together(folder: Path, kv: bool) -> list[dict[str, Any]]:
+    """Train CartPole with two processes in ``folder``; what each one reports, by rank.
+
+    The processes are forks of this one, which spares each the import of LightZero.
+
+    Raises:
+        RuntimeError: one failed; its output is in the message.
+    """
+    import torch._inductor.compile_fx  # noqa: F401  # every policy loads it; here once for all forks
+
+    folder.mkdir()
+    context = multiprocessing.get_context('fork')
+    processes = [context.Process(target=_run, args=(folder, rank, kv)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+    if alive or any(process.exitcode for process in processes):
+        outputs = [(folder / f'{rank}.txt').read_text()[-3000:] for rank in range(WORLD)]
+        raise RuntimeError(f'{len(alive)} processes hang\n' + '\n'.join(outputs))
+    return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(WORLD)]
+
+
+def _run(folder: Path, rank: int, kv: bool) -> None:
+    os.chdir(folder)
+    logging.getLogger().handlers.clear()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD))
+    with Path(f'{rank}.txt').open('w') as output, redirect_stdout(output), redirect_stderr(output):
+        try:
+            _train_without_gpus(f'file://{folder}/store')
+            Path(f'{rank}.json').write_text(json.dumps(_train(rank, kv)))
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def _train_without_gpus(store: str) -> None:
+    """Four places where LightZero and DI-engine take GPUs for granted, and what stands there on a CPU."""
+    from ding.policy import Policy
+    from ding.utils import pytorch_ddp_dist_helper as helper
+    from ding.worker.learner import learner_hook
+    from lzero.worker import muzero_collector
+
+    def begin() -> None:  # the original begins NCCL and chooses a CUDA device
+        rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+        dist.init_process_group('gloo', init_method=store, rank=rank, world_size=world)
+
+    def add_up(number: float, op: str) -> float:  # the original puts the number on a CUDA device
+        tensor = torch.tensor([number])
+        dist.all_reduce(tensor)
+        return tensor.item()
+
+    def sync_gradients(self: Any, model: torch.nn.Module) -> None:
+        # the original reads the gradients of all parameters, and those of the decoder of vector observations
+        # have no loss
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                helper.allreduce(parameter.grad)
+
+    helper.dist_init = begin
+    muzero_collector.allreduce_data = add_up
+    Policy.sync_gradients = sync_gradients
+    learner_hook.get_rank = lambda: 'cpu'  # the original moves what is logged to CUDA device number <rank>
+
+
+def _train(rank: int, kv: bool) -> dict[str, Any]:
+    from ding.config import config
+    from ding.policy import Policy
+    from ding.utils import DDPContext
+    from lzero.config.utils import lz_to_ddp_config
+    from lzero.entry import train_unizero
+    from lzero.worker import MuZeroCollector
+
+    config.save_config = lambda *args, **kwargs: None  # to format the file takes longer than to train
+    calls = {'collections': 0, 'gathers': 0, 'updates': 0}
+    _counted(Policy, 'sync_gradients', calls, 'updates')
+    _counted(MuZeroCollector, 'collect', calls, 'collections')
+    _counted(dist, 'all_gather_object', calls, 'gathers')
+    with DDPContext():
+        main, create = _configs(kv)
+        policy = train_unizero([lz_to_ddp_config(main), create], seed=rank, max_env_step=60)
+    return {
+        'weights': _digest(policy._learn_model),
+        'statistics': _statistics(policy) if kv else {},
+        **calls,
+    }
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Of the parameters: statistics of batch norm are each process's own, in LightZero too."""
+    parameters = [tensor.detach().numpy().tobytes() for tensor in model.parameters()]
+    return hashlib.sha256(b''.join(parameters)).hexdigest()
+
+
+def _statistics(policy: Any) -> dict[str, Any]:
+    manager = policy.kv_world_models['acting'].kv_cache_manager
+    summary = manager.get_stats_summary()
+    return {pool: summary[pool] for pool in ('roots', 'nodes')}
+
+
+def _counted(owner: Any, name: str, calls: dict[str, int], counter: str) -> None:
+    original = getattr(owner, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[counter] += 1
+        return original(*args, **kwargs)
+
+    counting.__wrapped__ = original  # type: ignore[attr-defined]
+    setattr(owner, name, counting)
+
+
+def _configs(kv: bool) -> tuple[Any, Any]:
+    from cartpole_unizero_kv_config import SMOKE, make_config
+    from easydict import EasyDict
+
+    size = EasyDict(SMOKE, num_simulations=5, embed_dim=16, reanalyze_ratio=0.0, batch_size=8, eval_freq=1000)
+    main, create = make_config('CartPole-v0', 0, kv=kv, size=size)
+    main.exp_name = 'cartpole'
+    main.policy.multi_gpu, main.policy.update_per_collect, main.policy.n_episode = True, 2, 4
+    return main, create
