@@ -1,9 +1,9 @@
 """Stand-in for ``python`` that starts with LightZero and transformers imported.
 
-A server imports them once. The stand-in is called as ``python`` is: the server forks a process that takes
-the caller's arguments, folder, environment variables and open files, and the stand-in ends as that process
-ends. The process has the server's imports and nothing else: no test, no `lzero_kv`. A signal to the stand-in
-kills the process. For a test of what an import does, or of a signal, take the real interpreter.
+A server imports them at the first call. The stand-in is called as ``python`` is: the server forks a process
+that takes the caller's arguments, folder, environment variables and open files, and the stand-in ends as that
+process ends. The process has the server's imports and nothing else: no test, no `lzero_kv`. A signal to the
+stand-in kills the process. For a test of what an import does, or of a signal, take the real interpreter.
 
     python -P warm_python.py serve SOCKET               the server
     python -S -E warm_python.py SOCKET ARGUMENTS...     the stand-in, without the imports
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -55,13 +56,10 @@ def warm_python(folder: Path) -> Iterator[str]:
         server = subprocess.Popen(
             [sys.executable, '-P', __file__, 'serve', str(listener.fileno())],
             env=environment | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'), pass_fds=[listener.fileno()],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-    try:
+    with server:
         yield str(script)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def call(address: str, arguments: list[str]) -> int:
@@ -87,7 +85,10 @@ def _inherited(number: int) -> bool:
 def serve(listener: socket.socket) -> list[str]:
     """Answer calls; returns in each forked process, with the arguments that ``python`` got."""
     while True:
+        if sys.stdin.fileno() in select.select([listener, sys.stdin], [], [])[0]:
+            sys.exit()  # who started the server closed this, or is gone
         connection, _ = listener.accept()
+        _import_all()
         if not os.fork():
             listener.close()
             message, files, _, _ = socket.recv_fds(connection, LARGEST_REQUEST, MOST_FILES)
@@ -163,6 +164,7 @@ def _execute(first: str, *rest: str) -> None:
         runpy.run_path(first, run_name='__main__')
 
 
+@functools.cache
 def _import_all() -> None:
     """Import what every process shall have."""
     for name in IMPORTED:
@@ -180,5 +182,4 @@ if __name__ == '__main__':
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))
         sys.exit(os.waitstatus_to_exitcode(status))
-    _import_all()
     _run(serve(socket.socket(fileno=int(sys.argv[2]))))

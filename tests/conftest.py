@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import gc
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from testing.warm_python import warm_python as started
 
+VARIABLE = 'WARM_PYTHON'
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The first process starts the server; those of xdist inherit its address."""
+    if not hasattr(config, 'workerinput'):
+        stack = contextlib.ExitStack()
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='warm_python'))
+        os.environ[VARIABLE] = stack.enter_context(started(Path(folder)))
+        config.add_cleanup(stack.close)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a collection has no need to look at all modules again
+
 
 @pytest.fixture(scope='session')
-def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def warm_python() -> str:
     """Path of a ``python`` that starts with LightZero and transformers imported: see testing.warm_python."""
-    with started(tmp_path_factory.mktemp('warm_python')) as path:
-        yield path
+    return os.environ[VARIABLE]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -46,8 +45,8 @@ def test_a_checkout_that_is_not_built_is_refused(tmp_path: Path) -> None:
         require_checkout(tmp_path)
 
 
-def test_the_command_refuses_it_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARK), '--upstream', str(tmp_path)]
+def test_the_command_refuses_it_in_one_line(tmp_path: Path, warm_python: str) -> None:
+    command = [warm_python, str(BENCHMARK), '--upstream', str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f'--upstream {tmp_path}: expected a checkout')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -165,9 +164,9 @@ def test_the_file_starts_the_training_of_its_config(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', sorted(ENVIRONMENTS))
-def test_the_command_line_explains_itself(name: str) -> None:
+def test_the_command_line_explains_itself(name: str, warm_python: str) -> None:
     run = subprocess.run(
-        [sys.executable, f'{name}.py', '--help'], cwd=CONFIGS, capture_output=True, text=True
+        [warm_python, f'{name}.py', '--help'], cwd=CONFIGS, capture_output=True, text=True
     )
     assert run.returncode == 0
     for option in ('--env', '--seed', '--smoke', '--no-kv', '--model-path'):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,21 +30,21 @@ print(observation['observation'].shape, steps, 'eval_episode_return' in info, fi
 REPAIR = 'from memory_repairs import repair_memory_tasks; repair_memory_tasks()'
 
 
-def play(env_id: str, repairs: str) -> subprocess.CompletedProcess[str]:
-    """One episode of a memory task in a fresh interpreter."""
+def play(python: str, env_id: str, repairs: str) -> subprocess.CompletedProcess[str]:
+    """One episode of a memory task in a process of its own."""
     code = PLAY.format(repairs=repairs, env_id=env_id)
-    return subprocess.run([sys.executable, '-c', code], cwd=CONFIGS, capture_output=True, text=True)
+    return subprocess.run([python, '-c', code], cwd=CONFIGS, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize('env_id', ['visual_match', 'key_to_door'])
-def test_an_episode_runs_to_its_end(env_id: str) -> None:
-    run = play(env_id, REPAIR)
+def test_an_episode_runs_to_its_end(env_id: str, warm_python: str) -> None:
+    run = play(warm_python, env_id, REPAIR)
     assert run.returncode == 0, run.stderr
     assert run.stderr.splitlines()[-1] == '(3, 5, 5) 18 True'
 
 
-def test_without_the_repairs_it_does_not() -> None:
-    run = play('visual_match', '')
+def test_without_the_repairs_it_does_not(warm_python: str) -> None:
+    run = play(warm_python, 'visual_match', '')
     assert run.returncode != 0
     assert "module 'collections' has no attribute 'Mapping'" in run.stderr
 

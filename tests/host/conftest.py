@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def quiet_host() -> None:
     # Importing the host sets the root logger to DEBUG, and every model reports its construction.
     import lzero.model.unizero_model  # noqa: F401
 
+    gc.freeze()  # a collection has no need to look at the host's modules again
     logging.getLogger().setLevel(logging.WARNING)
     # Threads wait for each other on few cores; and sums in another order are other sums.
     torch.set_num_threads(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -14,14 +13,14 @@ from lzero_kv.cli import main
 from .driving import write_experiment, write_stock_experiment
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, '-m', 'lzero_kv.cli', *map(str, arguments)]
+def run(python: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [python, '-m', 'lzero_kv.cli', *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_report_prints_tables_and_writes_the_plot(tmp_path: Path) -> None:
+def test_report_prints_tables_and_writes_the_plot(tmp_path: Path, warm_python: str) -> None:
     folder = write_experiment(tmp_path / 'exp')
-    done = run('report', tmp_path / 'exp')
+    done = run(warm_python, 'report', tmp_path / 'exp')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f'log: {folder}, 120 environment steps, 42 training iterations'
@@ -53,9 +52,11 @@ def test_every_run_of_a_parent_gets_its_own_report(
     assert f'{stock}: no chart of the KV cache, left out' in out
 
 
-def test_a_log_of_a_training_without_the_plugin_says_what_to_write(tmp_path: Path) -> None:
+def test_a_log_of_a_training_without_the_plugin_says_what_to_write(
+    tmp_path: Path, warm_python: str
+) -> None:
     write_stock_experiment(tmp_path)
-    done = run('report', tmp_path)
+    done = run(warm_python, 'report', tmp_path)
     assert done.returncode == 1
     assert done.stdout == ''
     assert 'Traceback' not in done.stderr
