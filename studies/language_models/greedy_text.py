@@ -3,9 +3,9 @@
     python -m studies.language_models.greedy_text --out FILE
     python -m studies.language_models.greedy_text --gguf MODEL.gguf --prompts FILE --out OTHER
 
-The first command writes the prompts too; the second one needs `pip install openvino-genai` and nothing of this
-project. OpenVINO's weights are the 4-bit ones of the file, computed as it likes; its keys and values are float32.
-Each engine is compared with its own full cache. OpenVINO evicts blocks of 32 tokens, so sizes are tokens: of 1,024.
+The first command writes the prompts too; the second one needs `pip install openvino-genai` and nothing of
+this project. OpenVINO computes the 4-bit weights of the file as it likes; its keys and values are float32. Each
+engine is compared with its own full cache. OpenVINO evicts blocks of 32 tokens, so sizes are tokens, of 1,024.
 """
 
 from __future__ import annotations
