@@ -4,8 +4,9 @@
     python -m studies.language_models.greedy_text --gguf MODEL.gguf --prompts FILE --out OTHER
 
 The first command writes the prompts too; the second one needs `pip install openvino-genai` and nothing of
-this project. OpenVINO computes the 4-bit weights of the file as it likes; its keys and values are float32. Each
-engine is compared with its own full cache. OpenVINO evicts blocks of 32 tokens, so sizes are tokens, of 1,024.
+this project. OpenVINO computes the 4-bit weights of the file as it likes; its keys and values are float32.
+Each engine is compared with its own full cache. OpenVINO evicts blocks of 32 tokens, so sizes are tokens, of
+1,024.
 """
 
 from __future__ import annotations
