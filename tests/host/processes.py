@@ -40,7 +40,7 @@ def train_together(folder: Path, kv: bool) -> list[dict[str, Any]]:
         process.kill()
     if alive or any(process.exitcode for process in processes):
         outputs = [(folder / f'{rank}.txt').read_text()[-3000:] for rank in range(WORLD)]
-        raise RuntimeError(f'{len(alive)} processes hang\n' + '\n'.join(outputs))
+        raise RuntimeError(f'a process failed; {len(alive)} hang\n' + '\n'.join(outputs))
     return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(WORLD)]
 
 
