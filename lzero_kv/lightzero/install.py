@@ -8,6 +8,7 @@ from typing import Any
 from lzero_kv.lightzero.host import check_supported
 
 FLAG = 'use_new_cache_manager'
+PLACE = 'policy.model.world_model_cfg'
 _MISSING = object()
 
 
@@ -66,6 +67,11 @@ def uninstall() -> None:
     _seams.undo()
 
 
+def installed() -> bool:
+    """Whether :func:`install` was called."""
+    return bool(_seams)
+
+
 def _world_model_factory(stock: type) -> Any:
     def world_model(config: Any, tokenizer: Any) -> Any:
         if not flag_of(config):
@@ -93,9 +99,14 @@ def flag_of(world_model_cfg: Any) -> bool:
 def _engaging(original: Any) -> Any:
     """A policy constructor that, with the flag on, puts ``KVPolicy`` in front of the policy's class."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if not flag_of(self._cfg.model.world_model_cfg):
+    def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        from lzero_kv.lightzero.start import announce, planned
+
+        engaged = flag_of(cfg.model.world_model_cfg)
+        # before the model is built, which may take a minute
+        announce(cfg, planned(cfg) if engaged else None, type(self).default_config())
+        original(self, cfg, *args, **kwargs)
+        if not engaged:
             return
         from lzero_kv.lightzero.policy import KVPolicy
         from lzero_kv.lightzero.world_model import KVWorldModel
