@@ -76,9 +76,9 @@ class KVCacheConfig(BaseModel):
     validation_on_failure: Literal['raise', 'log'] = 'raise'
     """What happens when the cache is wrong or a difference has no proven cause: an error, or a logged warning
     and a count."""
-    validation_atol: Annotated[float, Field(ge=0.0)] | None = None
+    validation_atol: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     """Absolute tolerance of validation where rounding is allowed; None: 1e-3 in float32, 1e-9 in float64."""
-    validation_rtol: Annotated[float, Field(ge=0.0)] | None = None
+    validation_rtol: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
     """Relative tolerance, likewise."""
     validation_folder: str = 'kv_cache_findings'
     """Folder for the tensors of failures, which ``lzero-kv explain`` reads."""
@@ -223,8 +223,8 @@ _RENAMED = {'recurrent_slots': 'window_slots', 'engine': 'backend'}
 
 _EXPECTED = {
     'validation_rate': 'a number in [0, 1]',
-    'validation_atol': 'a number of at least 0 or None',
-    'validation_rtol': 'a number of at least 0 or None',
+    'validation_atol': 'a finite number of at least 0 or None',
+    'validation_rtol': 'a finite number of at least 0 or None',
     'validation_folder': 'a folder',
     'budget': 'a dict such as dict(ratio=0.25) or None',
     'max_bytes': 'an integer of at least 1 (bytes) or None',

@@ -41,6 +41,12 @@ def did_you_mean(name: str, allowed: Sequence[str]) -> str:
     return f'; did you mean {close[0]!r}?' if close else f'; allowed: {", ".join(allowed)}'
 
 
+def close_name(name: str, allowed: Sequence[str]) -> str | None:
+    """The allowed name that ``name`` was meant to be; None where there is none."""
+    close = difflib.get_close_matches(name.lower(), allowed, n=1, cutoff=0.65)
+    return close[0] if close else None
+
+
 class Mistakes(ValueError):
     """All mistakes of one configuration, a line for each.
 

@@ -38,7 +38,7 @@ class KVLayout:
 
     def __post_init__(self) -> None:
         for name in ('layers', 'heads', 'head_dim', 'tokens'):
-            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise TypeError(
                 f'dtype must be a floating point torch.dtype such as torch.float32, got {self.dtype!r}'
@@ -89,7 +89,8 @@ class KVBatch:
         return self.kv.shape[0]
 
 
-def _positive(name: str, value: object) -> int:
+def positive(name: str, value: object) -> int:
+    """``value`` as an int; TypeError where it is no integer, ValueError where it is below 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f'{name} must be an integer, got {value!r} of type {type(value).__name__}')
     if value < 1:

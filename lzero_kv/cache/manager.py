@@ -70,7 +70,8 @@ class KVCacheManager(NamedAccess):
         self.enable_stats = enable_stats and self.cache_config.enable_stats
         layout = _layout_from(config) if layout is None else layout
         if num_simulations is None:
-            num_simulations = int(read_field(config, 'num_simulations', None) or DEFAULT_SIMULATIONS)
+            given = read_field(config, 'num_simulations', None)
+            num_simulations = DEFAULT_SIMULATIONS if given is None else int(given)
         if num_simulations < 1:
             raise ValueError(f'num_simulations must be at least 1, got {num_simulations}')
         self.num_simulations = num_simulations
@@ -383,6 +384,6 @@ def _layout_from(config: Any) -> KVLayout | None:
         raise ValueError(
             f"the world model's configuration lacks {', '.join(missing)}; add them or pass layout="
         )
-    if embed_dim % heads:
+    if heads < 1 or embed_dim % heads:
         raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={heads}')
     return KVLayout(layers, heads, embed_dim // heads, tokens, device=read_field(config, 'device', CPU))

@@ -11,7 +11,7 @@ import numpy as np
 from lzero_kv.cache.entry import KVEntry, layout_of, row_from_keys_values
 from lzero_kv.cache.eviction import EvictionOrder, EvictionStrategy
 from lzero_kv.cache.keys import NO_SLOT
-from lzero_kv.cache.layout import KVBatch, KVLayout
+from lzero_kv.cache.layout import KVBatch, KVLayout, positive
 from lzero_kv.cache.stats import CacheStats
 from lzero_kv.cache.storage import KVStorage
 
@@ -44,8 +44,7 @@ class KVCachePool:
         storage: KVStorage | None = None,
         first_slot: int = 0,
     ) -> None:
-        if pool_size <= 0:
-            raise ValueError(f'pool_size must be at least 1, got {pool_size}')
+        pool_size = positive('pool_size', pool_size)
         if storage is None:
             if first_slot:
                 raise ValueError(f'first_slot={first_slot} needs the storage that it counts in: storage=')

@@ -14,7 +14,7 @@ import tyro
 
 from lzero_kv import __version__
 from lzero_kv.cli.console import show_error, show_line
-from lzero_kv.cli.doctor import doctor
+from lzero_kv.cli.doctor import doctor_with
 from lzero_kv.cli.explain import explain
 from lzero_kv.cli.llm import llm
 from lzero_kv.cli.report import report
@@ -28,11 +28,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Args:
         args: the arguments after the command's name; None takes those of the process. What follows `--` is
-            the command line of the config that `validate` runs.
+            the command line of the config that `doctor` or `validate` runs.
     """
     own, of_config = _parted(list(sys.argv[1:] if args is None else args))
-    if of_config and own[:1] != ['validate']:
-        show_error(f'only validate takes arguments of a config after --, got {" ".join(of_config)}')
+    if of_config and own[:1] not in (['validate'], ['doctor']):
+        show_error(f'only doctor and validate take arguments of a config after --, got {" ".join(of_config)}')
         return 2
     if own == ['--version']:
         show_line(f'lzero-kv {__version__}')
@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return llm(own[1:])
     commands = {
         'report': report,
-        'doctor': doctor,
+        'doctor': doctor_with(of_config),
         'validate': validate_with(of_config),
         'explain': explain,
         'llm': _llm_help,

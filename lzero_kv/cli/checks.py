@@ -92,7 +92,10 @@ def tensorboard_check() -> Check:
     version = installed_version('tensorboard')
     if version is None:
         return Check(Mark.FAIL, 'tensorboard', 'not installed', 'pip install tensorboard')
-    missing = [name for name in PAGE_MODULES if importlib.util.find_spec(name) is None]
+    # later releases of it do without
+    default = (package_folder('tensorboard') / 'default.py').read_text(encoding='utf-8')
+    needed = [name for name in PAGE_MODULES if name != 'pkg_resources' or f'import {name}' in default]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         remedy = f'the log is written, the page cannot start: pip install {" ".join(PAGE_PACKAGES)}'
         return Check(Mark.WARN, 'tensorboard', f'{version} without {", ".join(missing)}', remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,31 +17,37 @@ from lzero_kv.cli.engagement import config_checks
 COLOURS = {Mark.OK: 'green', Mark.WARN: 'yellow', Mark.FAIL: 'red'}
 
 
-def doctor(
-    config: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar='[CONFIG]')] = None,
-) -> int:
-    """Check the installation and, where a config is given, whether the plugin would engage for it.
+def doctor_with(arguments: Sequence[str]) -> Callable[..., int]:
+    """The command, for a config that is itself given `arguments`."""
 
-    A config is run as `python CONFIG` would run it, up to the moment when it would start to train; nothing is
-    trained and no folder is written.
+    def doctor(
+        config: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar='[CONFIG]')] = None,
+    ) -> int:
+        """Check the installation and, where a config is given, whether the plugin would engage for it.
 
-    Args:
-        config: a config file in LightZero's form, which calls train_unizero or train_unizero_segment.
+        The config's own code is executed, as `python CONFIG` would, up to the moment when it would start to
+        train or to evaluate; nothing is trained and no folder is written. Check only files that you trust.
+        What follows `--` is the config's own command line: lzero-kv doctor CONFIG.py -- --env ENV.
 
-    Returns:
-        0 when nothing failed, else 1. A warning concerns only the tasks that it names.
-    """
-    checks = installation_checks()
-    installed = all(check.mark is not Mark.FAIL for check in checks)
-    if config is not None and installed:
-        checks += config_checks(config)
-    show_table(_table(checks))
-    for check in checks:
-        if check.remedy:
-            show_line(f'{check.mark.value} {check.subject}: {check.remedy}')
-    failed = any(check.mark is Mark.FAIL for check in checks)
-    show_line(_verdict(config, installed, failed))
-    return 1 if failed else 0
+        Args:
+            config: a config file in LightZero's form, which calls train_unizero or train_unizero_segment.
+
+        Returns:
+            0 when nothing failed, else 1. A warning concerns only the tasks that it names.
+        """
+        checks = installation_checks()
+        installed = all(check.mark is not Mark.FAIL for check in checks)
+        if config is not None and installed:
+            checks += config_checks(config, arguments)
+        show_table(_table(checks))
+        for check in checks:
+            if check.remedy:
+                show_line(f'{check.mark.value} {check.subject}: {check.remedy}')
+        failed = any(check.mark is Mark.FAIL for check in checks)
+        show_line(_verdict(config, installed, failed))
+        return 1 if failed else 0
+
+    return doctor
 
 
 def _table(checks: list[Check]) -> Table:

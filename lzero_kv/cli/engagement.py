@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig, validation_mode_of
-from lzero_kv.lightzero.install import FLAG
+from lzero_kv.lightzero.inputs import POLICIES, check_policy, check_world_model_config
+from lzero_kv.lightzero.install import FLAG, PLACE, flag_of
 
 PLUGIN = 'lzero_kv.plugin'
 ENTRIES = ('train_unizero', 'train_unizero_segment')
 ASYNC_ENTRY = 'train_unizero_segment_async'
 SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
-POLICIES = ('unizero', 'sampled_unizero')
 
 
-def config_checks(path: Path) -> list[Check]:
+def config_checks(path: Path, arguments: Sequence[str] = ()) -> list[Check]:
     """Run a config up to its training entry and return what the plugin would find there.
 
-    The plugin engages when it is imported (import_names), the entry and the policy are ones it knows, the
-    flag is on and the values of `kv_cache` are possible. One check each; any that is not ok keeps the stock
-    cache or stops the training.
+    The plugin engages when it is imported (import_names, or the config itself), the entry and the policy are
+    ones it knows, the flag is on and the caches can be sized. One check each; any that is not ok keeps the
+    stock cache or stops the training.
     """
     try:
-        call = training_call(path)
+        call = training_call(path, arguments)
     except ConfigError as error:
         return [Check(Mark.FAIL, 'config', str(path), str(error))]
     world_model = _at(call.config, 'policy', 'model', 'world_model_cfg')
@@ -42,7 +42,7 @@ def config_checks(path: Path) -> list[Check]:
         *_validation_checks(world_model),
     ]
     if _at(call.create_config, 'policy', 'type') in POLICIES:
-        checks.append(_world_model_check(call))
+        checks += _built_checks(call, world_model)
     return checks
 
 
@@ -86,24 +86,34 @@ def _process_checks(call: TrainingCall, world_model: Any) -> list[Check]:
 
 
 def _import_check(call: TrainingCall) -> Check:
-    names = list(_at(call.create_config, 'policy', 'import_names') or ())
+    given = _at(call.create_config, 'policy', 'import_names') or ()
+    names = [given] if isinstance(given, str) else list(given)
+    found = ', '.join(map(str, names)) or 'none'
+    if isinstance(given, str):
+        # a string is a list of letters to LightZero
+        names = sorted({f'lzero.policy.{_at(call.create_config, "policy", "type")}', given, PLUGIN})
+        remedy = f'a list is expected; write policy.import_names={names!r} in the create config'
+        return Check(Mark.FAIL, 'import_names', repr(given), remedy)
     if PLUGIN in names:
-        return Check(Mark.OK, 'import_names', ', '.join(names))
-    return Check(
-        Mark.FAIL,
-        'import_names',
-        ', '.join(names) or 'none',
+        return Check(Mark.OK, 'import_names', found)
+    if call.plugin_imported:
+        return Check(Mark.OK, 'import_names', f'{found}; the config imports {PLUGIN} itself')
+    remedy = (
         f'the flag does nothing without the plugin; write policy.import_names={[*names, PLUGIN]!r} '
-        'in the create config',
+        'in the create config'
     )
+    return Check(Mark.FAIL, 'import_names', found, remedy)
 
 
 def _flag_check(world_model: Any) -> Check:
-    flag = _at(world_model, FLAG)
-    if flag is True:
-        return Check(Mark.OK, FLAG, 'True')
-    remedy = f'the stock cache is used; write policy.model.world_model_cfg=dict(..., {FLAG}=True)'
-    return Check(Mark.FAIL, FLAG, 'not in world_model_cfg' if flag is None else repr(flag), remedy)
+    try:
+        if flag_of(world_model if isinstance(world_model, Mapping) else {}):
+            return Check(Mark.OK, FLAG, 'True')
+    except TypeError as error:
+        return Check(Mark.FAIL, FLAG, repr(world_model[FLAG]), str(error))
+    remedy = f'the stock cache is used; write {PLACE}=dict(..., {FLAG}=True)'
+    found = 'False' if _at(world_model, FLAG) is False else 'not in world_model_cfg'
+    return Check(Mark.FAIL, FLAG, found, remedy)
 
 
 def _values_check(world_model: Any) -> Check:
@@ -111,7 +121,7 @@ def _values_check(world_model: Any) -> Check:
     try:
         KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
     except (ValueError, TypeError) as error:
-        return Check(Mark.FAIL, 'kv_cache', ', '.join(map(str, given)) or 'defaults', str(error))
+        return Check(Mark.FAIL, 'kv_cache', str(given), str(error))
     values = ', '.join(f'{name}={value}' for name, value in dict(given).items())
     return Check(Mark.OK, 'kv_cache', values or 'defaults')
 
@@ -141,25 +151,60 @@ def _validation_checks(world_model: Any) -> list[Check]:
     return [Check(Mark.OK, 'validation', mode or 'off')]
 
 
-def _world_model_check(call: TrainingCall) -> Check:
-    """Return what the adapter says to the world model that the host would build, defaults included."""
+def _built_checks(call: TrainingCall, given: Any) -> list[Check]:
+    """Return what the plugin says to the policy that the host would build, defaults included."""
     from ding.utils import POLICY_REGISTRY, deep_merge_dicts
     from easydict import EasyDict
 
-    from lzero_kv.lightzero.inputs import POLICIES, check_policy, check_world_model_config
+    from lzero_kv.lightzero.start import known_names, misplaced_options, planned
 
-    policy = call.create_config['policy']['type']
-    importlib.import_module(f'lzero.policy.{policy}')
-    defaults = POLICY_REGISTRY.get(policy).default_config()
-    options = EasyDict(deep_merge_dicts(defaults, call.config.get('policy', {})))
-    merged = options['model']['world_model_cfg']
-    found = ', '.join(f'{name}={merged.get(name)}' for name in SHOWN)
+    kind, policy = call.create_config['policy']['type'], call.config.get('policy', {})
+    importlib.import_module(f'lzero.policy.{kind}')
+    defaults = POLICY_REGISTRY.get(kind).default_config()
+    checks = [
+        Check(Mark.WARN, 'option', text.partition(' ')[0], text)
+        for text in misplaced_options(policy, known_names(defaults))
+    ]
+    merged = EasyDict(deep_merge_dicts(defaults, policy))
+    world_model = merged['model']['world_model_cfg']
+    found = ', '.join(f'{name}={world_model.get(name)}' for name in SHOWN)
     try:
-        check_policy(POLICIES[policy], options)
-        check_world_model_config(merged)
+        check_policy(POLICIES[kind], merged)
+        check_world_model_config(world_model)
     except ValueError as error:
-        return Check(Mark.FAIL, 'world model', found, str(error))
-    return Check(Mark.OK, 'world model', found)
+        return [*checks, Check(Mark.FAIL, 'world model', found, str(error))]
+    checks.append(Check(Mark.OK, 'world model', found))
+    try:
+        checks.append(Check(Mark.OK, 'caches', str(planned(merged))))
+    except (ValueError, TypeError) as error:
+        if _values_check(given).mark is Mark.OK:  # else its check says why
+            checks.append(Check(Mark.FAIL, 'caches', 'cannot be made', str(error)))
+    return [*checks, *_environment_checks(call, merged), *_model_checks(call)]
+
+
+def _environment_checks(call: TrainingCall, policy: Any) -> list[Check]:
+    """Return the numbers of environments that the policy does not know of."""
+    checks = []
+    for name in ('collector_env_num', 'evaluator_env_num'):
+        made = _at(call.config, 'env', name)
+        if isinstance(made, int) and made > policy[name]:
+            remedy = f'the policy has room for {policy[name]}: write policy.{name}={made}'
+            checks.append(Check(Mark.FAIL, name, f'{made} in env, {policy[name]} in policy', remedy))
+    return checks
+
+
+def _model_checks(call: TrainingCall) -> list[Check]:
+    """Return whether a model that the config built has the plugin's world model."""
+    model = call.options.get('model')
+    if model is None:
+        return []
+    from lzero_kv.lightzero.world_model import KVWorldModel
+
+    kind = type(getattr(model, 'world_model', None))
+    if issubclass(kind, KVWorldModel):
+        return [Check(Mark.OK, 'model', kind.__name__)]
+    remedy = f'the model was built before the plugin; import {PLUGIN} at the top of the config'
+    return [Check(Mark.FAIL, 'model', f'{kind.__name__}, built by the config', remedy)]
 
 
 def _at(tree: Any, *names: str) -> Any:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lzero_kv.lightzero.install import installed
+
 
 class ConfigError(ValueError):
     """A file is no config of LightZero's form; the message says why."""
@@ -26,12 +28,14 @@ class TrainingCall:
         config: the main config.
         create_config: the create config.
         options: every other argument that was given, by the name of its parameter (seed, max_env_step, ...).
+        plugin_imported: whether the config installed the plugin itself.
     """
 
     entry: str
     config: Mapping[str, Any]
     create_config: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    plugin_imported: bool = False
 
 
 class _Reached(BaseException):
@@ -86,7 +90,7 @@ def _last_words(sink: io.StringIO) -> str:
 
 @contextlib.contextmanager
 def _entries_replaced() -> Iterator[None]:
-    """Put a function that reports its arguments in the place of every `lzero.entry.train_*`; the context of
+    """Put a function that reports its arguments in the place of every entry of the host; the context of
     several processes, which needs torchrun and GPUs, does nothing."""
     with contextlib.redirect_stderr(io.StringIO()):
         import ding.utils
@@ -95,7 +99,7 @@ def _entries_replaced() -> Iterator[None]:
     try:
         replaced.append((ding.utils, 'DDPContext', ding.utils.DDPContext))
         ding.utils.DDPContext = contextlib.nullcontext
-        for name in [name for name in vars(lzero.entry) if name.startswith('train_')]:
+        for name in [name for name in vars(lzero.entry) if name.startswith(('train_', 'eval_'))]:
             original = getattr(lzero.entry, name)
             # The module of the same name holds the function too: a config may import it from there.
             for owner in (lzero.entry, sys.modules.get(f'lzero.entry.{name}')):
@@ -121,6 +125,6 @@ def _reporter(entry: str, original: Callable[..., Any]) -> Callable[..., NoRetur
             raise ConfigError(
                 f'{entry} must be called with [main_config, create_config], got {type(given).__name__}'
             )
-        raise _Reached(TrainingCall(entry, given[0], given[1], options))
+        raise _Reached(TrainingCall(entry, given[0], given[1], options, installed()))
 
     return report

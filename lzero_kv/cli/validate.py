@@ -47,7 +47,8 @@ def validate_with(arguments: Sequence[str]) -> Callable[..., int]:
     ) -> int:
         """Train with this cache and LightZero's own side by side, and account for each difference.
 
-        CONFIG is a config in LightZero's form, with or without the plugin in it; what follows `--` is its own
+        CONFIG is a config in LightZero's form, with or without the plugin in it. Its code is executed: give
+        only files that you trust. What follows `--` is its own
         command line: lzero-kv validate CONFIG.py --env-steps 200 -- --smoke. Each mode is a training of its
         own, in one process, that ends after --env-steps. DIR gets a page (validation.md, validation.png) that
         can go into a bug report, the same as validation.json, findings, and what LightZero wrote.

@@ -25,6 +25,10 @@ def check_world_model_config(config: Any) -> None:
             f'max_tokens={config.max_tokens}: expected at least {window.in_flight} learned positions for '
             f'context_length={config.context_length}; write max_tokens=2 * max_blocks with more blocks'
         )
+    if config.num_heads < 1 or config.embed_dim % config.num_heads:
+        problems.append(
+            f'num_heads={config.num_heads}: expected at least 1, a divisor of embed_dim={config.embed_dim}'
+        )
     if config.tokens_per_block != 2:
         problems.append(
             f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)'

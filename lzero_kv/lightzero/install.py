@@ -4,15 +4,13 @@ touched."""
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from lzero_kv.lightzero.host import check_supported
 from lzero_kv.lightzero.inputs import check_policy
 
-logger = logging.getLogger(__name__)
-
 FLAG = 'use_new_cache_manager'
+PLACE = 'policy.model.world_model_cfg'
 _MISSING = object()
 
 
@@ -74,6 +72,11 @@ def uninstall() -> None:
     _seams.undo()
 
 
+def installed() -> bool:
+    """Whether :func:`install` was called."""
+    return bool(_seams)
+
+
 def _world_model_factory(stock: type) -> Any:
     def world_model(config: Any, tokenizer: Any) -> Any:
         if not flag_of(config):
@@ -103,9 +106,13 @@ def _engaging(original: Any) -> Any:
 
     @functools.wraps(original)
     def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        from lzero_kv.lightzero.start import announce, planned
+
         engaged = flag_of(cfg.model.world_model_cfg)
         if engaged:
             check_policy(self.default_model()[0], cfg)
+        # before the model is built, which may take a minute
+        announce(cfg, planned(cfg) if engaged else None, type(self).default_config())
         original(self, cfg, *args, **kwargs)
         if not engaged:
             return
@@ -121,7 +128,6 @@ def _engaging(original: Any) -> Any:
         kind = type(self)
         self.__class__ = type(f'KV{kind.__name__}', (KVPolicy, kind), {'__module__': kind.__module__})
         self.engage()
-        logger.info('%s=True: the caches of this %s are those of lzero_kv', FLAG, kind.__name__)
 
     return __init__
 

@@ -14,11 +14,11 @@ from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.window import Window
 from lzero_kv.config import KVCacheConfig, validation_mode_of
-from lzero_kv.lightzero.inference.budget import limiting_budget
 from lzero_kv.lightzero.inference.events import Observer
 from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
 from lzero_kv.lightzero.inference.session import InferenceSession, make_manager
 from lzero_kv.lightzero.inputs import check_world_model_config, timesteps_of
+from lzero_kv.lightzero.start import refuse_validated_budget
 
 if TYPE_CHECKING:
     from lzero_kv.telemetry.counters import ValidationCounters
@@ -66,7 +66,8 @@ class KVWorldModel(WorldModel):
         self._validator: Any = None
         self._counters = None if self._validation_mode is None else _validation().ValidationCounters()
         super().__init__(config, tokenizer)
-        self._check_budget()
+        window = Window(self.context_length)
+        refuse_validated_budget(self.cache_config, self.num_layers, window, self._validation_mode)
         self._env_num = self._search_rows = int(config.env_num)
         self._num_simulations = int(config.get('num_simulations', 50))
         self._env_ids: Sequence[int] | None = None
@@ -100,15 +101,6 @@ class KVWorldModel(WorldModel):
                 )
                 self.observers.append(self._validator)
         return self._session
-
-    def _check_budget(self) -> None:
-        limiting = limiting_budget(self.cache_config, self.num_layers, Window(self.context_length))
-        if limiting is not None and self._validation_mode is not None:
-            raise ValueError(
-                f'cache_validation_mode={self._validation_mode!r} compares whole histories, and '
-                f'kv_cache.budget keeps a part of them: the differences would be its own; leave one of the '
-                f'two out'
-            )
 
     @property
     def backend(self) -> Literal['eager', 'compile', 'cudagraph']:

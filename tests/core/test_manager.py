@@ -477,3 +477,16 @@ def test_a_dropped_manager_is_freed_at_once():
     gone = weakref.ref(made)
     del made
     assert gone() is None, 'a cycle would keep its memory until the garbage collector runs'
+
+
+@pytest.mark.parametrize(
+    ('change', 'text'),
+    [
+        (dict(num_simulations=0), 'num_simulations must be at least 1, got 0'),
+        (dict(num_heads=0), r'embed_dim=12 must be a multiple of num_heads=0'),
+    ],
+)
+def test_numbers_of_the_world_model_that_cannot_be_are_refused(change, text):
+    sizes = dict(num_layers=2, num_heads=3, embed_dim=12, context_length=8)
+    with pytest.raises(ValueError, match=text):
+        KVCacheManager(sizes | change, 4)

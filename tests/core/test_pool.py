@@ -208,3 +208,9 @@ def test_a_pool_without_layout_says_what_it_needs():
     with pytest.raises(RuntimeError, match='no layout yet; pass layout=, or store a single history'):
         pool.store('a', batch(4))
     assert repr(pool) == "KVCachePool(name='default', entries=0/3, strategy=fifo, hit_rate=0.000)"
+
+
+@pytest.mark.parametrize(('size', 'error'), [(2.7, TypeError), (True, TypeError), (0, ValueError)])
+def test_a_size_that_is_no_number_of_slots_is_refused(size, error):
+    with pytest.raises(error, match='pool_size must be'):
+        KVCachePool(size)

@@ -1,0 +1,142 @@
+"""What a training says when it begins, and what it would build, before anything is built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from lzero_kv import __version__
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.window import Window
+from lzero_kv.config import KVCacheConfig, validation_mode_of
+from lzero_kv.lightzero.host import check_supported, simulations_of
+from lzero_kv.lightzero.inference.budget import limiting_budget
+from lzero_kv.lightzero.inference.session import make_manager
+from lzero_kv.lightzero.inputs import check_world_model_config
+from lzero_kv.lightzero.install import FLAG, PLACE
+from lzero_kv.mistakes import close_name
+
+logger = logging.getLogger(__name__)
+
+OPTIONS = (FLAG, 'kv_cache', 'cache_validation_mode')
+"""What the plugin reads, all of it in :data:`PLACE`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The caches of one world model of a policy, as a training would size them."""
+
+    config: KVCacheConfig
+    manager: KVCacheManager
+    """Its storage is not allocated."""
+    validation: str | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pools as a training begins with them; they grow up to ``max_bytes``."""
+        return self.manager.storage.slots * self.manager.layout.row_bytes
+
+    def __str__(self) -> str:
+        manager, config = self.manager, self.config
+        bound = 'no bound' if config.max_bytes is None else f'at most {config.max_bytes:,}'
+        return (
+            f'window={config.window}, backend={config.resolved_backend}, {manager.env_num} environments, '
+            f'pools of {manager.storage.slots} histories ({self.bytes:,} bytes, {bound}), '
+            f'budget={"none" if config.budget is None else _given(config.budget)}, '
+            f'validation={self.validation or "off"}'
+        )
+
+
+def _given(budget: Any) -> str:
+    return ' '.join(f'{name}={value}' for name, value in budget.model_dump(exclude_unset=True).items())
+
+
+def planned(policy_cfg: Any) -> Plan:
+    """The caches that a policy would have. Nothing is built or allocated.
+
+    Args:
+        policy_cfg: the host's, defaults included.
+
+    Raises:
+        ValueError, TypeError: they are impossible; says what to write.
+    """
+    model = policy_cfg['model']['world_model_cfg']
+    config, mode = KVCacheConfig.from_world_model_cfg(model), validation_mode_of(model)
+    check_world_model_config(model)
+    refuse_validated_budget(config, int(model.num_layers), Window(int(model.context_length)), mode)
+    world_model: Any = SimpleNamespace(
+        config=model,
+        cache_config=config,
+        context_length=int(model.context_length),
+        num_layers=int(model.num_layers),
+        num_heads=int(model.num_heads),
+        embed_dim=int(model.embed_dim),
+        backend=config.resolved_backend,
+        transformer=SimpleNamespace(ln_f=SimpleNamespace(weight=torch.empty(0))),
+    )
+    environments = int(policy_cfg['collector_env_num']) + int(policy_cfg['evaluator_env_num'])
+    manager = make_manager(world_model, environments, simulations_of(policy_cfg))
+    return Plan(config, manager, mode)
+
+
+def refuse_validated_budget(config: KVCacheConfig, layers: int, window: Window, mode: str | None) -> None:
+    """Refuse validation of a cache that drops tokens.
+
+    Raises:
+        ValueError: both are asked for, or the budget does not hold what is always kept.
+    """
+    if limiting_budget(config, layers, window) is not None and mode is not None:
+        raise ValueError(
+            f'cache_validation_mode={mode!r} compares whole histories, and kv_cache.budget keeps a part of '
+            f'them: the differences would be its own; leave one of the two out'
+        )
+
+
+def misplaced_options(policy: Any, known: Mapping[str, Collection[str]] | None = None) -> list[str]:
+    """Options of the plugin that are nearly right: at a wrong place, or under a name that is close to one.
+
+    Args:
+        policy: the config's part ``policy``, a mapping.
+        known: for each place the names that the host itself has there.
+    """
+    found, known = [], known or {}
+    parts = {'policy': policy, 'policy.model': _part(policy, 'model')}
+    parts[PLACE] = _part(parts['policy.model'], 'world_model_cfg')
+    for place, part in parts.items():
+        for name in part:
+            if name in known.get(place, ()) or (place == PLACE and name in OPTIONS):
+                continue
+            option = name if name in OPTIONS else close_name(str(name), OPTIONS)
+            if option is not None:
+                found.append(f'{place}.{name} is not read; did you mean {PLACE}.{option}?')
+    return found
+
+
+def _part(tree: Any, name: str) -> Mapping[str, Any]:
+    part = tree.get(name) if isinstance(tree, Mapping) else None
+    return part if isinstance(part, Mapping) else {}
+
+
+def announce(policy_cfg: Any, plan: Plan | None, default: Any) -> None:
+    """Log one line at the start of a training: what is on, or that the flag is off.
+
+    Args:
+        policy_cfg: the host's, defaults included.
+        plan: None where the flag is off.
+        default: the policy's default configuration.
+    """
+    state = 'off, stock caches' if plan is None else f'on: {plan}'
+    logger.info('lzero_kv %s with LightZero %s: %s', __version__, check_supported(), state)
+    for text in misplaced_options(policy_cfg, known_names(default)):
+        logger.warning('lzero_kv: %s', text)
+
+
+def known_names(default: Any) -> dict[str, Collection[str]]:
+    """The host's own names at each place, from a policy's default configuration."""
+    model = _part(default, 'model')
+    return {'policy': set(default), 'policy.model': set(model), PLACE: set(_part(model, 'world_model_cfg'))}
