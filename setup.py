@@ -5,10 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # Lower bounds only, and low ones: `pip install .` into an environment that trains LightZero leaves its torch
-# and numpy as they are. LightZero itself is an extra, because a resolver that installs it exchanges torch.
+# and numpy as they are. LightZero itself is an extra, because a resolver that installs it exchanges torch; it
+# brings easydict and gymnasium, which language models do not need.
 REQUIREMENTS = [
-    'easydict>=1.9',
-    'gymnasium>=0.26',
     'matplotlib>=3.5',
     'numpy>=1.24',
     'pydantic>=2.5',
@@ -41,6 +40,7 @@ setup(
     extras_require={
         'lightzero': ['LightZero==0.2.0'],
         'llm': ['transformers>=4.57'],
+        'lm-eval': ['accelerate>=1.0', 'lm-eval>=0.4.13', 'transformers>=4.57'],
         'test': ['hypothesis>=6.100', 'pytest>=8.0'],
         'dev': ['hypothesis>=6.100', 'import-linter>=2.0', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.6'],
     },
