@@ -97,6 +97,14 @@ def test_a_cache_of_ones_own_goes_before():
     assert own.seen == [61, 48, 56]
 
 
+def test_one_forward_over_prompt_and_answer_is_the_plain_one():
+    """What lm-eval does for a loglikelihood: nothing is dropped before the block has been read."""
+    model, (ids, _) = make('qwen2-mixed', torch.float32), batch()
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(enable(model, BUDGET)(ids).logits, expected)
+
+
 def test_a_model_without_a_cache_stays_without():
     model, (ids, mask) = make('llama'), batch()
     expected = model(ids, attention_mask=mask, use_cache=False).logits
