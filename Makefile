@@ -1,13 +1,14 @@
 # make help lists the targets. Variables: PYTHON (the interpreter of the set-up), VENV (the environment's folder),
 # TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (processes of tests and demo), MINUTES (of the soak), UPSTREAM (a
-# built checkout of LightZero's development branch, for the benchmark), STUDY (folder for the results of the budget
-# study), MODEL (a checkpoint for it, in the place of a training), LLM_DEMO (words of lzero-kv llm run), LLM_OUT (its
+# checkout of LightZero's git main, installed as its README says: `make bench` plays it, `make test` runs the adapter's tests on
+# it), UPSTREAM_PYTHON (the Python that it was installed into), STUDY (folder for the results of the budget study), MODEL (a checkpoint for it, in the place of a training), LLM_DEMO (words of lzero-kv llm run), LLM_OUT (its
 # folder).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
 JOBS ?= 2
 MINUTES ?= 30
+UPSTREAM_PYTHON ?= python
 STUDY ?= data_lz/budget_study
 LLM_DEMO ?= --algorithm full cake h2o hace --tasks continuation needle --documents 6
 LLM_OUT ?= data_lz/llm_demo
@@ -30,8 +31,13 @@ setup:  ## build .venv: LightZero with its compiled tree search, torch, Atari ga
 demo: setup  ## train UniZero on Pong for a few minutes with the cache on, then show what the cache did
 	@$(BIN)/python tools/demo.py
 
-test: setup lint  ## lint, import contract, and all tests that take no network
+ifdef UPSTREAM
+test:  ## lint, import contract, and all tests that take no network; with UPSTREAM=DIR those of LightZero's git main alone
+	PYTHONPATH="$(CURDIR):$(abspath $(UPSTREAM))" $(UPSTREAM_PYTHON) -m pytest -p no:benchmark -p no:cacheprovider tests/upstream tests/host/test_recompute.py
+else
+test: setup lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder -p no:benchmark
+endif
 
 lint: setup  ## style and import contract
 	$(BIN)/ruff check .

@@ -200,8 +200,8 @@ def _impossible_pairs(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def validation_mode_of(cfg: Any) -> Literal['store', 'model'] | None:
-    """``cfg.cache_validation_mode``: what is compared with stock, None for nothing; True means 'store'.
+def validation_mode_of(cfg: Any) -> Literal['recompute', 'store', 'model'] | None:
+    """``cfg.cache_validation_mode``: what is compared, None for nothing; True means 'store'.
 
     Raises:
         ValueError: it is something else.
@@ -211,11 +211,11 @@ def validation_mode_of(cfg: Any) -> Literal['store', 'model'] | None:
         return None
     if mode is True:
         return 'store'
-    if isinstance(mode, str) and mode in ('store', 'model'):
+    if isinstance(mode, str) and mode in ('recompute', 'store', 'model'):
         return mode
     raise ValueError(
-        f"cache_validation_mode={mode!r}: expected False, 'store' (the caches side by side; True means the "
-        f"same) or 'model' (the models too)"
+        f"cache_validation_mode={mode!r}: expected False, 'recompute' (each answer computed again without a "
+        f"cache), 'store' (the caches side by side, too; True means the same) or 'model' (the models, too)"
     )
 
 

@@ -102,6 +102,8 @@ def policy_config(
         device='cpu',
         cuda=False,
         num_simulations=family.simulations,
+        collect_num_simulations=family.simulations,  # these two are read by LightZero's git main alone
+        eval_num_simulations=family.simulations,
         collector_env_num=family.collectors,
         evaluator_env_num=family.evaluators,
         num_unroll_steps=UNROLL_STEPS,

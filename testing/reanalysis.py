@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,9 @@ def reanalyze(policy: Any, segments: int, *, seed: int = 0) -> Reanalysis:
         buffer.reanalyze_num = segments
         recorder, counter = Recorder(model.world_model, sampled=False), _CountProducts()
         with _keyed_noise(seed), repeatable(*host_trees()), recorder.attached(), counter:
-            policies = buffer._compute_target_policy_reanalyzed(context, model, actions, timesteps)
+            compute = buffer._compute_target_policy_reanalyzed
+            more = [timesteps] if len(signature(compute).parameters) > 3 else []
+            policies = compute(context, model, actions, *more)
     stacks = torch.from_numpy(np.asarray(context[0])).to(dtype)  # [roots, frames, ...]
     observations = stacks.flatten(1) if stacks.ndim == 3 else stacks.flatten(1, 2)
     nodes = tuple(tuple(row) for row in recorder.nodes(len(observations)))

@@ -40,7 +40,7 @@ def validate_with(arguments: Sequence[str]) -> Callable[..., int]:
     def validate(
         config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='CONFIG')],
         env_steps: int = 400,
-        modes: tuple[Literal['store', 'model'], ...] = MODES,
+        modes: tuple[Literal['recompute', 'store', 'model'], ...] = MODES,
         rate: float = 1.0,
         simulations: int | None = None,
         out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/validation'),
@@ -58,7 +58,8 @@ def validate_with(arguments: Sequence[str]) -> Callable[..., int]:
             env_steps: environment steps in each mode, collected and evaluated together; evaluation takes a
                 quarter of them at most.
             modes: 'store' compares what each lookup is handed; 'model' also what a stock world model over the
-                same weights makes of it: latent states, rewards, policies and values.
+                same weights makes of it: latent states, rewards, policies and values. 'recompute' compares
+                with a computation without a cache alone, on LightZero's development branch too.
             rate: fraction of searches whose nodes are compared, above 0; roots always are.
             simulations: of a search; the config's own number if it is not given.
             out: the folder of the report.
@@ -108,7 +109,9 @@ def _check(
     if env_steps < 1:
         problems.append(f'--env-steps: expected 1 or more, got {env_steps}')
     if not modes or len(set(modes)) < len(modes):
-        problems.append(f'--modes: expected store, model or both, got {" ".join(modes) or "none"}')
+        problems.append(
+            f'--modes: expected some of recompute, store and model, got {" ".join(modes) or "none"}'
+        )
     if not 0 < rate <= 1:
         problems.append(f'--rate: expected a fraction above 0 and up to 1, got {rate:g}')
     if simulations is not None and simulations < 1:

@@ -286,7 +286,7 @@ class KVWorldModel(WorldModel):
 
         Under validation the host's own is kept beside it, as old as the host would have it.
         """
-        if self._validation_mode is not None:
+        if self._validation_mode in ('store', 'model'):
             super().precompute_pos_emb_diff_kv()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -258,7 +259,7 @@ def _model(data: Mapping[str, Any]) -> Any:
     config: Any = EasyDict(data['config'])
     config.device, config.use_new_cache_manager = 'cpu', False
     with redirect_stdout(StringIO()):
-        model = WorldModel(config, None)
+        model = WorldModel(config, SimpleNamespace(encoder=None))  # nothing is encoded
     weights = data['weights']
     dtype = weights['transformer.ln_f.weight'].dtype
     for tensor in (*model.parameters(), *model.buffers()):

@@ -15,7 +15,7 @@ from lzero_kv.telemetry.counters import Cause
 from lzero_kv.validation import causes as proofs
 from lzero_kv.validation.causes import StepReplay
 from lzero_kv.validation.histories import HistoryName
-from lzero_kv.validation.rows import Causes, Truth
+from lzero_kv.validation.rows import Causes, StockRow, Truth
 from lzero_kv.validation.stock import Lookup, StockWorldModel, contents
 
 NO_ACTION = -1
@@ -71,8 +71,26 @@ class NodeBatch:
     start_pos: Any
 
 
+class NoStock:
+    """Mode ``recompute``: nothing stands beside the recomputation."""
+
+    def begin(self, event: SearchBegun, rows: int) -> None:
+        """Nothing to begin."""
+
+    def roots(self, batch: RootBatch) -> list[StockRow | None]:
+        """No answers."""
+        return [None] * len(batch.names)
+
+    def nodes(self, batch: NodeBatch) -> list[StockRow | None]:
+        """No answers."""
+        return [None] * len(batch.names)
+
+    def store(self, row: int, truth: Truth) -> None:
+        """Nothing to record."""
+
+
 class StockMode:
-    """Common part of both modes: how the stock code looks for roots, and what it restarts from.
+    """Common part of both modes with stock: how the stock code looks for roots, and what it restarts from.
 
     Args:
         stock: the stock world model.

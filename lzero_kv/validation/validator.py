@@ -1,4 +1,4 @@
-"""Observer of a caching world model that compares every row with the stock cache and the recomputation."""
+"""Observer of a caching world model that compares every row with the recomputation and the stock cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lzero_kv.validation.compare import Comparison
 from lzero_kv.validation.faults import FaultFinder
 from lzero_kv.validation.findings import FindingLog
 from lzero_kv.validation.histories import Course, HistoryName, TrueHistories
-from lzero_kv.validation.mode import NodeBatch, RootBatch
+from lzero_kv.validation.mode import NodeBatch, NoStock, RootBatch
 from lzero_kv.validation.mode_model import StockModel
 from lzero_kv.validation.mode_store import StockStore
 from lzero_kv.validation.oracle import Answer, Oracle, Token, TokenWindow
@@ -42,12 +42,12 @@ class Validator(Observer):
 
     Args:
         world_model: the caching world model.
-        mode: ``'store'`` or ``'model'``.
+        mode: ``'recompute'``, ``'store'`` or ``'model'``.
         config: rate, tolerance, and what happens on a failure.
         counters: what is found is counted there.
 
     Attributes:
-        stock: the stock world model.
+        stock: the stock world model; None in mode ``recompute``.
         stock_last: the batch of last observations and actions that LightZero alone would have passed to the
             next root inference; set by the policy, None where there is none.
         start_pos: of the next root inference, as the caller gave it.
@@ -62,13 +62,16 @@ class Validator(Observer):
         self._rate = config.validation_rate
         oracle = self._oracle = Oracle(world_model, 'shift' if config.window == 'shift' else 'rebuild')
         self._histories = TrueHistories(oracle)
-        self.stock = StockWorldModel.over(world_model)
         tolerance = Tolerance.of(config, world_model.transformer.ln_f.weight.dtype)
-        replay = StepReplay(oracle, self.stock, tolerance.close)
-        self._mode = (StockStore if mode == 'store' else StockModel)(self.stock, replay)
+        self.stock: StockWorldModel | None = None
+        self._mode: NoStock | StockStore | StockModel = NoStock()
+        if mode != 'recompute':
+            self.stock = StockWorldModel.over(world_model)
+            replay = StepReplay(oracle, self.stock, tolerance.close)
+            self._mode = (StockStore if mode == 'store' else StockModel)(self.stock, replay)
         faults = FaultFinder(oracle, world_model, self._histories, tolerance)
         log = FindingLog(world_model, mode, config, oracle.rule)
-        self._comparison = Comparison(tolerance, faults, log)
+        self._comparison = Comparison(tolerance, faults, log, alone=self.stock is None)
         self.counters = counters
         self.stock_last: tuple[torch.Tensor, Sequence[Any]] | None = None
         self.start_pos: Any = 0
@@ -166,7 +169,7 @@ class Validator(Observer):
         self._timesteps = timesteps_of(event.timestep, rows)
         sequences = 1 if np.ndim(event.timestep) < 2 else len(event.timestep)
         length = rows // sequences
-        taken = max(1, self.stock.env_num // length)
+        taken = max(1, self._model.env_num // length)
         if np.ndim(event.timestep) >= 2:
             self._start_pos = np.asarray(event.timestep)[:taken]
         weight, tops = self._model.transformer.ln_f.weight, []
@@ -247,24 +250,28 @@ class Validator(Observer):
     def caches_cleared(self) -> None:
         """Clear the stock caches as the pools were cleared."""
         self._histories.forget_keys_and_values()
-        self.stock.clear_caches()
+        if self.stock is not None:
+            self.stock.clear_caches()
         self._roots_kept, self._nodes = False, []
 
     def roots_cleared(self) -> None:
         """Clear the stock dictionaries of roots as the root pools were cleared."""
         self._histories.forget_keys_and_values()
-        self.stock.clear_roots()
+        if self.stock is not None:
+            self.stock.clear_roots()
         self._roots_kept = False
 
     def nodes_cleared(self) -> None:
         """Clear the stock dictionary of nodes as the recurrent pool was cleared."""
-        self.stock.past_kv_cache_recurrent_infer.clear()
+        if self.stock is not None:
+            self.stock.past_kv_cache_recurrent_infer.clear()
         self._capacity = 0
 
     def contexts_lost(self) -> None:
         """Forget everything: there are new pools."""
         self._histories.clear()
-        self.stock.clear_caches()
+        if self.stock is not None:
+            self.stock.clear_caches()
         self._nodes = []
 
 
