@@ -85,7 +85,7 @@ def _inherited(number: int) -> bool:
 def serve(listener: socket.socket) -> list[str]:
     """Answer calls; returns in each forked process, with the arguments that ``python`` got."""
     while True:
-        if sys.stdin.fileno() in select.select([listener, sys.stdin], [], [])[0]:
+        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
             sys.exit()  # who started the server closed this, or is gone
         connection, _ = listener.accept()
         _import_all()

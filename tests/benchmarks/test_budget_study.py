@@ -6,7 +6,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,10 +135,10 @@ def test_every_method_is_a_possible_budget_and_has_a_name_of_its_own() -> None:
     assert pairs == {(a, s) for a in ALLOCATIONS for s in SELECTIONS}
 
 
-def test_the_study_from_end_to_end(tmp_path: Path) -> None:
+def test_the_study_from_end_to_end(tmp_path: Path, warm_python: str) -> None:
     command = ['studies/budget/study.py', '--smoke', '--quick', '--episodes', '3']
     run = subprocess.run(
-        [sys.executable, *command, '--ratios', '1', '0.25', '--out', str(tmp_path)],
+        [warm_python, *command, '--ratios', '1', '0.25', '--out', str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, dict[str, Any]]:
     """Both trainings, each in its own process and folder."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / 'configs'), os.environ.get('PYTHONPATH', '')])
     environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1')
     runs = {}
     for mode in ('stock', 'off'):
         folder = tmp_path_factory.mktemp(mode)
-        command = [sys.executable, '-m', 'tests.host.pong_training', mode, str(folder / 'result.json')]
+        command = [warm_python, '-m', 'tests.host.pong_training', mode, str(folder / 'result.json')]
         with (folder / 'output').open('w') as log:
             runs[mode] = (
                 folder,

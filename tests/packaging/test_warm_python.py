@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 TOLD = """
 import os, sys
 print(sys.argv, os.getcwd(), os.environ.get('COLOUR'), sys.path[0], __name__, sys.stdin.read())
@@ -69,7 +73,26 @@ def test_a_program_does_not_outlive_its_caller(warm_python: str) -> None:
         program = Path('/proc') / caller.stdout.readline().strip()
         assert program.exists()
         caller.kill()
-    end = time.monotonic() + 60
-    while program.exists():
+    wait_until(lambda: not program.exists())
+
+
+def test_the_server_ends_with_its_starter(tmp_path: Path) -> None:
+    """Also where the starter has no time to end it."""
+    start = (
+        'import os, pathlib, sys; from testing.warm_python import warm_python\n'
+        'warm_python(pathlib.Path(sys.argv[1])).__enter__(); os._exit(0)'
+    )
+    subprocess.run([sys.executable, '-c', start, str(tmp_path)], cwd=ROOT, check=True)
+
+    def refuses() -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as caller:
+            return caller.connect_ex(str(tmp_path / 'socket')) == errno.ECONNREFUSED
+
+    wait_until(refuses)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
         assert time.monotonic() < end, 'waited in vain'
-        time.sleep(0.01)
+        time.sleep(0.05)

@@ -30,18 +30,19 @@ REQUEST = Request(str(CARTPOLE), ('--smoke',), 'model', 40, 0.25, None, 'somewhe
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, '-m', 'lzero_kv.cli', 'validate', *map(str, arguments)]
+def command(python: str, *arguments: object) -> list[str]:
+    return [python, '-m', 'lzero_kv.cli', 'validate', *map(str, arguments)]
 
 
-def validate(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def validate(python: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        command(python, *arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
-def test_a_bounded_run_in_both_modes_and_its_report(tmp_path: Path) -> None:
-    done = validate(tmp_path, CARTPOLE, '--env-steps', 25, '--out', 'report', '--', '--smoke', '--seed', 3)
+def test_a_bounded_run_in_both_modes_and_its_report(tmp_path: Path, warm_python: str) -> None:
+    options = '--env-steps', 25, '--out', 'report', '--', '--smoke', '--seed', 3
+    done = validate(warm_python, tmp_path, CARTPOLE, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     report = ValidationReport.from_json((tmp_path / 'report' / NUMBERS).read_text())
     assert report.passed
@@ -68,10 +69,10 @@ def test_a_bounded_run_in_both_modes_and_its_report(tmp_path: Path) -> None:
     assert again[-4:] == ['--', '--smoke', '--seed', '3']
 
 
-def test_a_config_with_the_flag_off_is_switched_on_and_says_so(tmp_path: Path) -> None:
+def test_a_config_with_the_flag_off_is_switched_on_and_says_so(tmp_path: Path, warm_python: str) -> None:
     done = validate(
-        tmp_path, CARTPOLE, '--env-steps', 10, '--modes', 'store', '--rate', 0.5, '--simulations', 5,
-        '--', '--smoke', '--no-kv',
+        warm_python, tmp_path, CARTPOLE, '--env-steps', 10, '--modes', 'store', '--rate', 0.5,
+        '--simulations', 5, '--', '--smoke', '--no-kv',
     )  # fmt: skip
     assert 'note: use_new_cache_manager is not True in the config' in done.stdout, done.stderr
     (run,) = ValidationReport.from_json((tmp_path / 'data_lz/validation' / NUMBERS).read_text()).runs
@@ -83,8 +84,8 @@ def test_a_config_with_the_flag_off_is_switched_on_and_says_so(tmp_path: Path) -
 
 def test_an_interrupted_run_leaves_no_process_and_no_report(tmp_path: Path) -> None:
     started = subprocess.Popen(
-        command(CARTPOLE, '--out', tmp_path, '--', '--smoke'), env=ENVIRONMENT, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(sys.executable, CARTPOLE, '--out', tmp_path, '--', '--smoke'),
+        env=ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # a shell starts what runs in its background with SIGINT ignored, and that is inherited
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -145,10 +146,13 @@ def test_a_config_that_cannot_be_validated_is_said_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    warm_python: str,
     text: str,
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if text != 'x = 1':  # which the real interpreter runs
+        monkeypatch.setattr(sys, 'executable', warm_python)
     (tmp_path / 'a.py').write_text(text + '\n')
     assert main(['validate', 'a.py', '--out', 'report']) == 1
     error = capsys.readouterr().err

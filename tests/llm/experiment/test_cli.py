@@ -52,10 +52,10 @@ def words(checkpoint: Path, story: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def process(arguments: list[str], **variables: str) -> subprocess.Popen:
+def process(python: str, arguments: list[str], **variables: str) -> subprocess.Popen:
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **variables}
     return subprocess.Popen(
-        [sys.executable, '-m', 'lzero_kv.cli', *arguments],
+        [python, '-m', 'lzero_kv.cli', *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -156,7 +156,7 @@ def test_several_mistakes_are_told_at_once(
 
 
 def test_of_two_processes_one_is_killed_and_the_rows_are_those_of_a_quiet_run(
-    checkpoint: Path, story: Path, tmp_path: Path
+    checkpoint: Path, story: Path, tmp_path: Path, warm_python: str
 ) -> None:
     whole, parts = (
         words(
@@ -164,7 +164,9 @@ def test_of_two_processes_one_is_killed_and_the_rows_are_those_of_a_quiet_run(
         )
         for name in ('whole', 'parts')
     )
-    ranks = [process(parts, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank)) for rank in range(2)]
+    ranks = [
+        process(warm_python, parts, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank)) for rank in range(2)
+    ]
     wait_for_rows(tmp_path / 'parts', 2 * len(METHODS))
     os.kill(ranks[1].pid, signal.SIGKILL)
     ranks[1].communicate(timeout=60)
@@ -211,7 +213,7 @@ def wait_for_rows(folder: Path, count: int, seconds: float = 120.0) -> None:
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(checkpoint: Path, story: Path, tmp_path: Path) -> None:
-    running = process(words(checkpoint, story, tmp_path, '--documents', '16'))
+    running = process(sys.executable, words(checkpoint, story, tmp_path, '--documents', '16'))
     wait_for_rows(tmp_path, len(METHODS))
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)
@@ -296,9 +298,9 @@ def test_durations_in_words() -> None:
     assert [duration(seconds) for seconds in (7.4, 89, 700, 9000)] == ['7 s', '89 s', '12 min', '2.5 h']
 
 
-def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
+def run_tool(python: str, name: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / name), *arguments],
+        [python, str(ROOT / 'tools' / name), *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT.parent,
@@ -306,8 +308,8 @@ def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_quick_check_of_tiny_models_ends_with_all_of_them() -> None:
-    done = run_tool('quick_cake_test.py', '--skip-model')
+def test_quick_check_of_tiny_models_ends_with_all_of_them(warm_python: str) -> None:
+    done = run_tool(warm_python, 'quick_cake_test.py', '--skip-model')
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == '5/5'
@@ -315,21 +317,23 @@ def test_quick_check_of_tiny_models_ends_with_all_of_them() -> None:
     assert all(line.endswith('(llama, mistral, qwen2)') for line in lines[:5])
 
 
-def test_quick_check_names_what_is_missing(tmp_path: Path) -> None:
-    done = run_tool('quick_cake_test.py', '--model', str(tmp_path / 'none'))
+def test_quick_check_names_what_is_missing(tmp_path: Path, warm_python: str) -> None:
+    done = run_tool(warm_python, 'quick_cake_test.py', '--model', str(tmp_path / 'none'))
     assert done.returncode == 1
     assert '--skip-model checks tiny models alone' in done.stderr
     assert 'Traceback' not in done.stderr
 
 
-def test_run_experiment_takes_the_same_words(checkpoint: Path, story: Path, tmp_path: Path) -> None:
+def test_run_experiment_takes_the_same_words(
+    checkpoint: Path, story: Path, tmp_path: Path, warm_python: str
+) -> None:
     arguments = words(checkpoint, story, tmp_path, '--documents', '1')[2:]
-    done = run_tool('run_experiment.py', *arguments)
+    done = run_tool(warm_python, 'run_experiment.py', *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith(f'report: {tmp_path / "report.md"}')
 
 
 @pytest.mark.slow
 def test_quick_check_of_the_real_model() -> None:
-    done = run_tool('quick_cake_test.py')
+    done = run_tool(sys.executable, 'quick_cake_test.py')
     assert done.stdout.splitlines()[-1] == '10/10', done.stdout + done.stderr
