@@ -12,11 +12,11 @@ class PromptBudget(BudgetConfig):
     """Layer budgets of a language model: a :class:`BudgetConfig` with the defaults that lost least on real
     text (docs/language_model_study.md)."""
 
-    hybrid: ClassVar[Mapping[str, float]] = dict(rho=0.99)
-    """Accumulated attention that halves every 69 queries."""
+    hybrid: ClassVar[Mapping[str, float]] = dict(rho=0.99, mix=0.8)
+    """Mostly accumulated attention, which halves every 69 queries."""
     selection: str = 'hace'
-    """Which tokens stay: one of SELECTIONS. With 'hace' and its strategy 'hybrid', rho is 0.99 unless it is
-    given."""
+    """Which tokens stay: one of SELECTIONS. With 'hace' and its strategy 'hybrid', rho is 0.99 and mix
+    0.8 unless they are given."""
     window: Positive = 64
     """Newest tokens, always kept; their queries are the ones whose attention is read."""
     sinks: Natural = 4
