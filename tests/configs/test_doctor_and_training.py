@@ -54,7 +54,8 @@ TABLE: list[tuple[str, str, str | None, str, str]] = [
      '', 'kv_cache', 'validation_atol', 'validation_atol'),
     ('world_model.kv_cache = dict(budget=dict(ratio=0.01))', '', 'caches', 'need', 'need'),
     (
-        "world_model.kv_cache = dict(budget=dict(ratio=0.9, window=2)); world_model.cache_validation_mode = 'store'",
+        "world_model.kv_cache = dict(budget=dict(ratio=0.9, window=2)); "
+        "world_model.cache_validation_mode = 'store'",
         '', 'caches', 'compares whole histories', 'compares whole histories',
     ),
     (
