@@ -58,6 +58,8 @@ def _ours(rows: list[dict[str, Any]]) -> Kls:
 
 def _line(row: dict[str, Any]) -> str:
     name = f'{row["algorithm"]} {row["allocation"]}'
+    if row['options'].get('mix') == 0.5:
+        return f'{name}, mix=0.5'
     if row['options'].get('window') != 32:
         return name
     return f'{name}, ' + ("CAKE's own window" if row['algorithm'] == 'cake' else "H2O's own")
