@@ -1,8 +1,9 @@
 # make help lists the targets. Variables: PYTHON (the interpreter of the set-up), VENV (the environment's folder),
-# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (processes of tests and demo), MINUTES (of the soak), UPSTREAM (a
-# checkout of LightZero's git main, installed as its README says: `make bench` plays it, `make test` runs the adapter's tests on
-# it), UPSTREAM_PYTHON (the Python that it was installed into), STUDY (folder for the results of the budget study), MODEL (a checkpoint for it, in the place of a training), LLM_DEMO (words of lzero-kv llm run), LLM_OUT (its
-# folder).
+# TORCH_INDEX_URL (an index with CPU wheels of torch), JOBS (processes of tests and demo), MINUTES (of the soak),
+# UPSTREAM (a checkout of LightZero's git main, installed as its README says: `make bench` plays it, `make test` runs
+# the adapter's tests on it), UPSTREAM_PYTHON (the Python that it was installed into), STUDY (folder for the results of
+# the budget study), MODEL (a checkpoint for it, in the place of a training), LLM_DEMO (words of lzero-kv llm run),
+# LLM_OUT (its folder).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
