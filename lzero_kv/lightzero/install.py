@@ -108,6 +108,7 @@ def _engaging(original: Any) -> Any:
     def __init__(self: Any, cfg: Any, *args: Any, **kwargs: Any) -> None:
         from lzero_kv.lightzero.start import announce, planned
 
+        self._cfg = cfg  # as the host does; its __del__ reads it where a check below refuses
         engaged = flag_of(cfg.model.world_model_cfg)
         if engaged:
             check_policy(self.default_model()[0], cfg)

@@ -63,7 +63,7 @@ TABLE: list[tuple[str, str, str | None, str, str]] = [
         "cannot be combined with window='shift'", "cannot be combined with window='shift'",
     ),
     ("world_model.cache_validation_mode = 'stores'",
-     '', 'world model', "expected False, 'st", "expected False, 'st"),
+     '', 'world model', "expected False, 'rec", "expected False, 'rec"),
     ('world_model.tokens_per_block = 3', '', 'world model', 'tokens_per_block=3', 'tokens_per_block=3'),
     ('world_model.num_heads = 0', '', 'world model', 'num_heads=0', 'num_heads=0'),
     ('world_model.num_heads = 5', '', 'world model', 'num_heads=5', 'num_heads=5'),
