@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -99,6 +100,7 @@ def _train(rank: int, kv: bool) -> dict[str, Any]:
     _counted(Policy, 'sync_gradients', calls, 'updates')
     _counted(MuZeroCollector, 'collect', calls, 'collections')
     _counted(dist, 'all_gather_object', calls, 'gathers')
+    sys.modules.pop('lzero_kv.plugin', None)  # another test may have imported and uninstalled it
     with DDPContext():
         main, create = _configs(kv)
         policy = train_unizero([lz_to_ddp_config(main), create], seed=rank, max_env_step=60)

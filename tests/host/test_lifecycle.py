@@ -133,7 +133,8 @@ def test_importing_the_plugin_installs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_host_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = host_attributes()
     monkeypatch.setattr(importlib.metadata, 'version', lambda name: version)
-    with pytest.raises(RuntimeError, match=rf'expected LightZero 0\.2\.0, found LightZero {version}'):
+    match = rf'expected LightZero 0\.2\.0 or main 2026-08, found LightZero {version}'
+    with pytest.raises(RuntimeError, match=match):
         lzero_kv.install()
     assert changed(before, host_attributes()) == set()
 
@@ -144,7 +145,8 @@ def test_a_missing_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     before = host_attributes()
     monkeypatch.setattr(importlib.metadata, 'version', version)
-    with pytest.raises(RuntimeError, match=r'expected LightZero 0\.2\.0, found none; install it with'):
+    match = r'expected LightZero 0\.2\.0 or main 2026-08, found none; install it with'
+    with pytest.raises(RuntimeError, match=match):
         lzero_kv.install()
     assert changed(before, host_attributes()) == set()
 
@@ -165,7 +167,7 @@ def test_a_flag_of_a_wrong_type_is_refused(flag: Any) -> None:
     [
         (dict(kv_cache=dict(polcy='lru', max_bytes=-1)), r'2 mistake\(s\) in world_model_cfg\.kv_cache'),
         (dict(world_model=dict(tokens_per_block=3)), 'tokens_per_block=3: expected 2'),
-        (dict(world_model=dict(cache_validation_mode='both')), "expected False, 'store' .* or 'model'"),
+        (dict(world_model=dict(cache_validation_mode='both')), "expected False, 'recompute' .* or 'model'"),
         (dict(kv_cache=dict(padding='host')), r"padding: 'host' is gone; .* leave padding out"),
         (dict(kv_cache=dict(validation_rate=2.0)), r'expected a number in \[0, 1\], got 2.0'),
         (dict(kv_cache=dict(max_bytes=1000)), r'max_bytes=1,000 is too small'),

@@ -123,7 +123,7 @@ def test_the_backend_that_a_config_chooses(
         (
             {'world_model': f"{FLAG}, cache_validation_mode='stores'"},
             'world model',
-            "expected False, 'store'",
+            "expected False, 'recompute'",
         ),
     ],
 )

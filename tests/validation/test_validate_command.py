@@ -109,7 +109,10 @@ def test_an_interrupted_run_leaves_no_process_and_no_report(tmp_path: Path) -> N
         (['a.py', '--rate', '0'], '--rate: expected a fraction above 0 and up to 1, got 0'),
         (['a.py', '--rate', '1.5'], '--rate: expected a fraction above 0 and up to 1, got 1.5'),
         (['a.py', '--simulations', '0'], '--simulations: expected 1 or more, got 0'),
-        (['a.py', '--modes', 'store', 'store'], '--modes: expected store, model or both, got store store'),
+        (
+            ['a.py', '--modes', 'store', 'store'],
+            '--modes: expected some of recompute, store and model, got store store',
+        ),
         (['a.py', '--out', 'a.py/below'], 'cannot write into a.py/below: Not a directory; choose another'),
     ],
 )
