@@ -130,7 +130,7 @@ def announce(policy_cfg: Any, plan: Plan | None, default: Any) -> None:
         plan: None where the flag is off.
         default: the policy's default configuration.
     """
-    state = 'off, stock caches' if plan is None else f'on: {plan}'
+    state = 'off, stock caches' if plan is None else f'on: caches of lzero_kv, {plan}'
     logger.info('lzero_kv %s with LightZero %s: %s', __version__, check_supported(), state)
     for text in misplaced_options(policy_cfg, known_names(default)):
         logger.warning('lzero_kv: %s', text)
