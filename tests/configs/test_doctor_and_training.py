@@ -165,8 +165,8 @@ def test_options_that_are_nearly_right_are_named(tmp_path: Path, caplog: pytest.
     lines = [record.getMessage() for record in caplog.records if record.name.startswith('lzero_kv')]
     assert [line.removeprefix('lzero_kv: ') for line in lines if 'did you mean' in line] == texts
     (line,) = [line for line in lines if ': on: ' in line]
-    begin = f'lzero_kv {lzero_kv.__version__} with LightZero 0.2.0: on: caches of lzero_kv, window=rebuild, backend=eager'
-    assert line.startswith(begin)
+    assert line.startswith(f'lzero_kv {lzero_kv.__version__} with LightZero 0.2.0: on: caches of lzero_kv, ')
+    assert 'window=rebuild, backend=eager' in line
     assert 'pools of ' in line and 'budget=none' in line
 
 

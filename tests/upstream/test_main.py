@@ -191,4 +191,5 @@ def test_policies_with_world_models_of_their_own_are_refused() -> None:
 def test_the_log_says_whose_manager_the_flag_means(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         make_policy('tiny', kv=True, **SMALL)
-    assert f'lzero_kv {lzero_kv.__version__} with LightZero main 2026-08: on: caches of lzero_kv' in caplog.text
+    begin = f'lzero_kv {lzero_kv.__version__} with LightZero main 2026-08: on: caches of lzero_kv'
+    assert begin in caplog.text
