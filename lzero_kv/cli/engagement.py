@@ -52,7 +52,7 @@ def _entry_check(call: TrainingCall) -> Check:
     if call.entry == ASYNC_ENTRY:
         remedy = (
             'each Ray actor keeps a cache and a log of its own (log/collector_async_<number>), and the '
-            "learner's reanalysis is in none; nobody has run this with the plugin yet"
+            "learner's reanalysis is in none; this entry was never run with the plugin"
         )
         return Check(Mark.WARN, 'training entry', call.entry, remedy)
     return Check(

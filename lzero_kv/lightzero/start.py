@@ -123,11 +123,11 @@ def _part(tree: Any, name: str) -> Mapping[str, Any]:
 
 
 def announce(policy_cfg: Any, plan: Plan | None, default: Any) -> None:
-    """Log one line at the start of a training: what is on, or that the flag is off.
+    """Log the state of the caches in one line at the start of a training, and each option that is not read.
 
     Args:
         policy_cfg: the host's, defaults included.
-        plan: None where the flag is off.
+        plan: the caches; None for the stock ones, with the flag off.
         default: the policy's default configuration.
     """
     state = 'off, stock caches' if plan is None else f'on: caches of lzero_kv, {plan}'
