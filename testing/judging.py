@@ -10,13 +10,16 @@ import numpy as np
 import torch
 
 from lzero_kv.lightzero.host import scalar_transforms
-from lzero_kv.validation.oracle import Answer, Oracle
+from lzero_kv.validation.oracle import Oracle, Token
 
 from .episodes import Root
+from .fresh import Logits, fresh_answers, history_of
 from .models import world_model_of
 from .precision import precision
 from .reanalysis import Reanalysis
 from .recorder import ROOT, Node
+
+NODE_LOGITS = 'reward', 'latent', 'value', 'policy'
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 """Largest difference of a logit that rounding explains; different histories differ by a hundred times more.
@@ -51,23 +54,27 @@ def judge_roots(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Ve
     """Policy logits and predicted value of every root against its whole episode."""
     oracle, dtype, device = _oracle(policy, window)
     scalar = scalar_transforms(policy)[0]
-    with precision(dtype):
-        differences = []
-        for root in roots:
-            answer = oracle.root(_on(device, root.observations), root.actions)
-            value = float(scalar(answer.value[None].clone()))
+    roots, differences = list(roots), []
+    with precision(dtype), torch.no_grad():
+        for root, answer in zip(roots, _root_answers(oracle, device, roots), strict=True):
+            value = float(scalar(answer['value'][None].clone()))
             # The scalar is stretched against its logits in proportion to its size.
             stretched = abs(value - root.predicted_value) / (1 + abs(value))
-            differences.append(max(_difference(answer.policy, root.policy), stretched))
+            differences.append(max(_difference(answer['policy'], root.policy), stretched))
     return Verdict(np.array(differences), TOLERANCE[dtype])
 
 
 def judge_nodes(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Verdict:
     """All answers of every node below the roots, each against its whole episode and path."""
     oracle, dtype, device = _oracle(policy, window)
-    with precision(dtype):
-        trees = [(root.nodes, oracle.root(_on(device, root.observations), root.actions)) for root in roots]
-        return Verdict(tree_differences(oracle, trees), TOLERANCE[dtype])
+    with precision(dtype), torch.no_grad():
+        if window == 'shift':
+            tops = [(root.nodes, oracle.root(_on(device, root.observations), root.actions)) for root in roots]
+            return Verdict(tree_differences(oracle, tops), TOLERANCE[dtype])
+        trees = [
+            (root.nodes, history_of(oracle, _on(device, root.observations), root.actions)) for root in roots
+        ]
+        return Verdict(_fresh_differences(oracle, trees), TOLERANCE[dtype])
 
 
 def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift') -> Verdict:
@@ -75,27 +82,64 @@ def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift')
     alone.
     """
     oracle, dtype, device = _oracle(policy, window)
-    with precision(dtype):
-        tops = [oracle.root([observation.to(device)], []) for observation in reanalysis.observations]
-        return Verdict(tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True)), TOLERANCE[dtype])
+    with precision(dtype), torch.no_grad():
+        alone = [observation.to(device) for observation in reanalysis.observations]
+        if window == 'shift':
+            tops = [oracle.root([observation], []) for observation in alone]
+            differences = tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True))
+        else:
+            histories = [history_of(oracle, [observation], []) for observation in alone]
+            differences = _fresh_differences(oracle, zip(reanalysis.nodes, histories, strict=True))
+        return Verdict(differences, TOLERANCE[dtype])
 
 
-def tree_differences(oracle: Oracle, trees: Iterable[tuple[Sequence[Node], Answer]]) -> np.ndarray:
+def tree_differences(oracle: Any, trees: Iterable[tuple[Sequence[Node], Any]]) -> np.ndarray:
+    """Largest difference of each node's answers from those of an oracle that goes from parent to child.
+
+    Args:
+        oracle: has ``child(parent, action, latent)``, with logits by name.
+        trees: nodes in order of expansion, and the oracle's answer at their root.
+    """
     differences = []
     for nodes, top in trees:
         answers = {ROOT: top}
         for node in nodes:
             latent = torch.from_numpy(node.latent).to(top.policy.device)
-            answer = oracle.child(answers[node.parent], node.action, latent)
-            answers[node.number] = answer
-            pairs = (
-                (answer.reward, node.reward),
-                (answer.latent, node.latent),
-                (answer.value, node.value),
-                (answer.policy, node.policy),
-            )
-            differences.append(max(_difference(expected, got) for expected, got in pairs))
+            answer = answers[node.number] = oracle.child(answers[node.parent], node.action, latent)
+            differences.append(_node_difference({name: getattr(answer, name) for name in NODE_LOGITS}, node))
     return np.array(differences)
+
+
+def _root_answers(oracle: Oracle, device: torch.device, roots: Sequence[Root]) -> list[Logits]:
+    seen = [_on(device, root.observations) for root in roots]
+    if oracle.rule == 'shift':
+        pairs = zip(seen, roots, strict=True)
+        return [oracle.root(observations, root.actions).logits for observations, root in pairs]
+    return fresh_answers(
+        oracle,
+        [history_of(oracle, before, root.actions) for before, root in zip(seen, roots, strict=True)],
+    )
+
+
+def _fresh_differences(oracle: Oracle, trees: Iterable[tuple[Sequence[Node], list[Token]]]) -> np.ndarray:
+    """:func:`tree_differences` for nodes below a root with these tokens, each computed by itself."""
+    judged, histories = list[Node](), list[list[Token]]()
+    for nodes, tokens in trees:
+        of_nodes = {ROOT: tokens}
+        for node in nodes:
+            before = of_nodes[node.parent]
+            first = before[-1].position + 1
+            latent = torch.from_numpy(node.latent).to(before[0].embedding.device).reshape(-1)
+            step = [Token(oracle.embed_action(node.action), first), Token(latent, first + 1)]
+            of_nodes[node.number] = before + step
+            judged.append(node)
+            histories.append(of_nodes[node.number])
+    answers = fresh_answers(oracle, histories)
+    return np.array([_node_difference(logits, node) for logits, node in zip(answers, judged, strict=True)])
+
+
+def _node_difference(expected: Logits, node: Node) -> float:
+    return max(_difference(expected.get(name), getattr(node, name)) for name in NODE_LOGITS)
 
 
 def _oracle(policy: Any, window: str) -> tuple[Oracle, torch.dtype, torch.device]:

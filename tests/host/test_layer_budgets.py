@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS, Kept
 from testing.episodes import Episodes, Root
+from testing.families import FAMILIES, Family
 from testing.judging import TOLERANCE, tree_differences
 from testing.models import make_policy, world_model_of
 from testing.precision import precision
@@ -19,9 +21,13 @@ from .slow_budgets import Answer, SlowBudgets
 
 ROWS = 3
 SIMULATIONS = 5
+MEMORY = replace(FAMILIES['memory'], heads=2, embed=28, group=7)
+"""Two heads: the oracle goes through the tokens of each layer and head one by one."""
 
 
-def budgeted_policy(family: str = 'memory', budget: dict[str, Any] | None = None, **options: Any) -> Any:
+def budgeted_policy(
+    family: str | Family = MEMORY, budget: dict[str, Any] | None = None, **options: Any
+) -> Any:
     """A small policy whose windows hold 15 tokens."""
     cache = dict(budget=budget, **options.pop('kv_cache', {}))
     defaults = dict(
@@ -93,7 +99,7 @@ def test_every_root_and_node_equals_the_oracle(allocation: str, selection: str) 
 @pytest.mark.parametrize(
     ('family', 'budget'),
     [
-        ('memory', dict(ratio=0.5, selection='cake', per_head=True, window=4)),
+        (MEMORY, dict(ratio=0.5, selection='cake', per_head=True, window=4)),
         ('cartpole', dict(ratio=0.5, selection='cake', window=4)),
         (
             'cartpole',
@@ -103,7 +109,7 @@ def test_every_root_and_node_equals_the_oracle(allocation: str, selection: str) 
             'lunarlander_continuous',
             dict(ratio=0.5, selection='h2o', allocation='uniform', step=1, rho=0.8, window=3, sinks=1),
         ),
-        ('memory', dict(ratio=0.4, selection='hace', allocation='pyramid', strategy='time_decay', window=2)),
+        (MEMORY, dict(ratio=0.4, selection='hace', allocation='pyramid', strategy='time_decay', window=2)),
         (
             'lunarlander_continuous',
             dict(tokens=7, selection='snapkv', allocation='adaptive', beta=3.0, kernel=3, window=2),
@@ -115,7 +121,7 @@ def test_every_root_and_node_equals_the_oracle(allocation: str, selection: str) 
     ],
     ids=['cake-heads', 'cake-rotary', 'h2o-heads', 'decay', 'time-decay', 'snapkv', 'two-ratios'],
 )
-def test_options_equal_the_oracle(family: str, budget: dict[str, Any]) -> None:
+def test_options_equal_the_oracle(family: str | Family, budget: dict[str, Any]) -> None:
     """Learned and rotary positions, discrete and continuous actions, windows of any length."""
     judge = Judge(budgeted_policy(family, budget), lengths={2: [4]}).play(9)
     assert judge.worst < TOLERANCE[torch.float64]

@@ -11,6 +11,7 @@ import torch
 from lzero_kv.validation.oracle import Oracle, Token
 from testing.episodes import Episodes, Root
 from testing.families import FAMILIES
+from testing.fresh import fresh_answers, history_of
 from testing.judging import judge_nodes, judge_roots
 from testing.models import make_policy, world_model_of
 from testing.precision import precision
@@ -175,14 +176,42 @@ def test_a_history_with_too_many_actions_is_refused() -> None:
         Oracle(world_model_of(policy)).root([torch.zeros(7), torch.zeros(7)], [0, 1])
 
 
-def test_a_judge_sees_one_wrong_number() -> None:
-    policy, roots = single('tiny', 2)
+@pytest.mark.parametrize('window', ['shift', 'rebuild'])
+def test_a_judge_sees_one_wrong_number(window: str) -> None:
+    policy, roots = single('tiny', 2, infer_context_length=17)
     node = roots[1].nodes[4]
     value = node.value.copy()
     value[3] += 1e-6
     nodes = [*roots[1].nodes]
     nodes[4] = type(node)(**{**vars(node), 'value': value})
     spoilt = type(roots[1])(**{**vars(roots[1]), 'nodes': tuple(nodes)})
-    verdict = judge_nodes(policy, [spoilt])
+    verdict = judge_nodes(policy, [spoilt], window)
     assert verdict.wrong == 1
     assert np.flatnonzero(verdict.differences > verdict.tolerance).tolist() == [4]
+
+
+@pytest.mark.parametrize('family', ['lunarlander', 'cartpole', 'lunarlander_continuous', 'atari'])
+def test_one_pass_over_the_tokens_in_sight_equals_token_by_token(family: str) -> None:
+    """Roots and paths below them, before and after their windows overflow, all lengths at once."""
+    policy, roots = single(family, 5, simulations=2)
+    oracle = Oracle(world_model_of(policy), 'rebuild')
+    with precision(torch.float64), torch.no_grad():
+        histories, expected = [], []
+        for root in roots:
+            tokens, answer = (
+                history_of(oracle, root.observations, root.actions),
+                oracle.root(root.observations, root.actions),
+            )
+            for node in (None, *root.nodes):
+                if node is not None:
+                    latent, first = torch.from_numpy(node.latent), tokens[-1].position + 1
+                    action = oracle.embed_action(node.action)
+                    tokens = [*tokens, Token(action, first), Token(latent, first + 1)]
+                    answer = oracle.child(answer, node.action, latent)
+                histories.append(tokens)
+                expected.append(answer.logits)
+        answers = fresh_answers(oracle, histories)
+    assert {len(tokens) for tokens in histories} == {1, 3, 5, 7, 9, 11, 13}
+    for answer, logits in zip(answers, expected, strict=True):
+        for name, of in logits.items():
+            torch.testing.assert_close(answer[name], of, **EXACT)
