@@ -65,6 +65,10 @@ class KVCacheConfig(BaseModel):
     shapes, compiled by torch.compile (about a minute, once), 'cudagraph' as one captured CUDA graph. 'auto'
     is 'eager' on every device: a captured step was never timed on a GPU. What fails falls back to 'eager'
     with a warning."""
+    precision: Literal['float32', 'float16', 'int8'] = 'float32'
+    """Precision of the large weights in planning on a CPU. 'float32' is exact. 'float16' rounds the weights,
+    'int8' the weights and what they are multiplied with: faster, and approximate. Training, its targets and
+    checkpoints are not touched."""
     enable_stats: StrictBool = True
     """Whether events are counted."""
     tensorboard: StrictBool = True

@@ -111,7 +111,8 @@ class InferenceSession:
     def weights(self) -> InferenceWeights:
         """Transformer and heads by the weights of the latest :meth:`take_weights`."""
         if self._weights is None:
-            self._weights = InferenceWeights(self.world_model)
+            precision = self.world_model.cache_config.precision
+            self._weights = InferenceWeights(self.world_model, precision=precision)
         return self._weights
 
     def take_weights(self) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..host import feed_forward, policy_control
+from .precision import Precision, reduced, reduces
 
 Layer = Callable[[torch.Tensor], Any]
 """``[N, in]`` to ``[N, out]``. A partial of an operator where it can be: one call, no frame of Python."""
@@ -41,7 +42,7 @@ class BlockWeights:
         gates: the two gates of a gated block (GTrXL, Parisotto et al. 2020), None for plain residuals.
     """
 
-    def __init__(self, block: Any, packed: bool) -> None:
+    def __init__(self, block: Any, packed: bool, precision: Precision = 'float32') -> None:
         attention = block.attn
         self._projections = [attention.query, attention.key, attention.value]
         self._joined = joined(self._projections)
@@ -49,10 +50,12 @@ class BlockWeights:
         self.norm1: Layer = layer_norm(block.ln1)
         self.norm2: Layer = layer_norm(block.ln2)
         self.qkv = (
-            one_by_one(self._projections) if self._joined is None else affine(*self._joined, packed=packed)
+            one_by_one(self._projections)
+            if self._joined is None
+            else affine(*self._joined, packed=packed, precision=precision)
         )
-        (self.project,) = layers_of([attention.proj], packed)
-        self.mlp = layers_of(feed_forward(block), packed)
+        (self.project,) = layers_of([attention.proj], packed, precision)
+        self.mlp = layers_of(feed_forward(block), packed, precision)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The block's output for inputs ``x`` and what attention made of them, both ``[N, embed]``."""
@@ -76,6 +79,7 @@ class InferenceWeights:
         world_model: the host's ``WorldModel``.
         packed: whether large matrices may be laid out anew. Where not, everything but query, key and value
             reads the host's own tensors.
+        precision: of the large matrices, where ``packed``.
 
     Attributes:
         blocks: one for each layer.
@@ -86,7 +90,9 @@ class InferenceWeights:
         heads: number of attention heads.
     """
 
-    def __init__(self, world_model: Any, packed: bool = True) -> None:
+    def __init__(
+        self, world_model: Any, packed: bool = True, precision: Precision = 'float32'
+    ) -> None:
         transformer = world_model.transformer
         self.packed = packed
         self.heads = int(transformer.blocks[0].attn.num_heads)
@@ -94,10 +100,10 @@ class InferenceWeights:
         self._parameters = list(world_model.parameters())
         self._seen = self._fingerprint()
         with torch.no_grad():
-            self.blocks = [BlockWeights(block, packed) for block in transformer.blocks]
+            self.blocks = [BlockWeights(block, packed, precision) for block in transformer.blocks]
             self.norm: Layer = layer_norm(transformer.ln_f)
             self.reward, self.latent, self.policy, self.value = (
-                layers_of(head.head_module, packed)
+                layers_of(head.head_module, packed, precision)
                 for head in (
                     world_model.head_rewards,
                     world_model.head_observations,
@@ -136,7 +142,9 @@ class InferenceWeights:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
 
 
-def layers_of(modules: Iterable[nn.Module] | nn.Module, packed: bool = True) -> tuple[Layer, ...]:
+def layers_of(
+    modules: Iterable[nn.Module] | nn.Module, packed: bool = True, precision: Precision = 'float32'
+) -> tuple[Layer, ...]:
     """The layers of a sequence of modules: linear layers with the GELU behind them in one call, dropout left
     out (inference is never in training mode), everything else as it is."""
     if isinstance(modules, nn.Module) and not isinstance(modules, nn.Sequential):
@@ -150,16 +158,24 @@ def layers_of(modules: Iterable[nn.Module] | nn.Module, packed: bool = True) -> 
         gelu = None
         if packed and packs(module.weight) and rest and isinstance(rest[0], nn.GELU):
             gelu = rest.pop(0).approximate
-        layers.append(affine(module.weight, module.bias, gelu, packed=packed))
+        layers.append(affine(module.weight, module.bias, gelu, packed=packed, precision=precision))
     return tuple(layers)
 
 
 def affine(
-    weight: torch.Tensor, bias: torch.Tensor, gelu: str | None = None, *, packed: bool = True
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    gelu: str | None = None,
+    *,
+    packed: bool = True,
+    precision: Precision = 'float32',
 ) -> Layer:
-    """``x @ weight.T + bias``; where that pays and ``packed`` allows it, by a packed copy of the weights, and
-    then with the GELU behind it (``gelu`` 'none' or 'tanh')."""
+    """``x @ weight.T + bias``; where that pays and ``packed`` allows it, by a packed copy of the weights in
+    ``precision``, and then with the GELU behind it (``gelu`` 'none' or 'tanh')."""
     weight, bias = weight.detach(), bias.detach()
+    if packed and reduces(weight, precision):
+        product = reduced(weight, bias, precision)
+        return product if gelu is None else lambda x: F.gelu(product(x), approximate=gelu)
     if not (packed and packs(weight)):
         return partial(F.linear, weight=weight, bias=bias)
     # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.
