@@ -197,6 +197,11 @@ def _impossible_pairs(values: dict[str, Any]) -> list[str]:
                 f'backend: {values["backend"]!r} cannot be combined with budget, whose layers keep different '
                 f"numbers of tokens; write backend='eager' or leave budget out"
             )
+    if values.get('precision', 'float32') != 'float32' and values.get('backend') in ('compile', 'cudagraph'):
+        problems.append(
+            f'precision: {values["precision"]!r} cannot be combined with backend={values["backend"]!r}, '
+            f"which compiles the products of float32; write backend='eager' or leave precision out"
+        )
     if values.get('enable_stats') is False and values.get('tensorboard') is True:
         problems.append(
             'tensorboard: True needs enable_stats=True; leave tensorboard out or write enable_stats=True'

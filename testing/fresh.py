@@ -65,12 +65,8 @@ def _pass(oracle: Oracle, histories: Sequence[Sequence[Token]]) -> torch.Tensor:
     if not oracle.rotary:
         x = x + model.pos_emb.weight[: x.shape[1]]
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-    for block in model.transformer.blocks:
-        normed = block.ln1(x)
-        query, key, value = (
-            project(normed).unflatten(-1, (oracle.heads, oracle.head_dim)).transpose(1, 2)
-            for project in (block.attn.query, block.attn.key, block.attn.value)
-        )
+    for block in oracle.blocks:
+        query, key, value = (part.transpose(1, 2) for part in oracle._projected(block, x))
         if oracle.rotary:
             turned = positions[:, None, :, None]
             query, key = oracle._rotate(query, turned), oracle._rotate(key, turned)

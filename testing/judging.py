@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lzero_kv.lightzero.host import scalar_transforms
-from lzero_kv.validation.oracle import Oracle, Token
+from lzero_kv.validation.oracle import Oracle, Token, oracle_of
 
 from .episodes import Root
 from .fresh import Logits, fresh_answers, history_of
@@ -145,7 +145,7 @@ def _node_difference(expected: Logits, node: Node) -> float:
 def _oracle(policy: Any, window: str) -> tuple[Oracle, torch.dtype, torch.device]:
     world_model = world_model_of(policy)
     weight = next(world_model.parameters())
-    return Oracle(world_model, window), weight.dtype, weight.device
+    return oracle_of(world_model, window), weight.dtype, weight.device
 
 
 def _on(device: torch.device, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from lzero_kv.cache.window import Window
 from lzero_kv.config import read_field, validation_mode_of
 from lzero_kv.lightzero.host import RELEASE, is_release
+from lzero_kv.lightzero.inference.precision import ELEMENTS, Precision, available
 
 
 def check_world_model_config(config: Any) -> None:
@@ -34,8 +35,11 @@ def check_world_model_config(config: Any) -> None:
             f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)'
         )
     problems += _unserved(config)
+    precision = read_field(config.get('kv_cache') or {}, 'precision', 'float32')
     try:
         mode = validation_mode_of(config)
+        if precision in ELEMENTS:
+            problems += _unreduced(config, precision, mode)
         if mode in ('store', 'model') and not is_release():
             problems.append(
                 f'cache_validation_mode={mode!r}: it compares with the caches of LightZero {RELEASE}, which '
@@ -70,6 +74,34 @@ def _unserved(config: Any) -> list[str]:
     for name in ('moe_in_transformer', 'multiplication_moe_in_transformer'):
         if config.get(name):
             problems.append(f'{name}=True: mixtures of experts are not served; write False')
+    return problems
+
+
+def _unreduced(config: Any, precision: Precision, mode: str | None) -> list[str]:
+    """What stands against planning in a reduced precision."""
+    problems, name = [], f'kv_cache.precision={precision!r}'
+    if str(config.get('device', 'cpu')) != 'cpu':
+        problems.append(f"{name}: it is for planning on a CPU, got device={config.device!r}; leave it out")
+    elif not available():
+        problems.append(f'{name}: torch has no FBGEMM for this processor; leave it out')
+    largest = 4 * config.embed_dim**2
+    if largest < ELEMENTS[precision]:
+        problems.append(
+            f'{name}: it pays from {ELEMENTS[precision]:,} weights in a matrix on, the largest here has '
+            f'{largest:,} (4 x embed_dim x embed_dim); leave it out'
+        )
+    if precision == 'int8' and mode is not None:
+        # one node of a hundred is 0.2 away: an input at the edge of two levels (test_precision.py)
+        problems.append(
+            f'{name}: an input that rounds to the next level moves a logit as far as a wrong entry does, '
+            f'so cache_validation_mode={mode!r} could not tell them apart; write '
+            f"'float16' or 'float32' to validate"
+        )
+    elif mode in ('store', 'model'):
+        problems.append(
+            f'{name}: cache_validation_mode={mode!r} compares with products in float32; write '
+            f"cache_validation_mode='recompute'"
+        )
     return problems
 
 

@@ -45,7 +45,8 @@ class Plan:
         manager, config = self.manager, self.config
         bound = 'no bound' if config.max_bytes is None else f'at most {config.max_bytes:,}'
         return (
-            f'window={config.window}, backend={config.resolved_backend}, {manager.env_num} environments, '
+            f'window={config.window}, backend={config.resolved_backend}, precision={config.precision}, '
+            f'{manager.env_num} environments, '
             f'pools of {manager.storage.slots} histories ({self.bytes:,} bytes, {bound}), '
             f'budget={"none" if config.budget is None else _given(config.budget)}, '
             f'validation={self.validation or "off"}'

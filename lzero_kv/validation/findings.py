@@ -21,7 +21,7 @@ import torch
 from lzero_kv.config import KVCacheConfig
 from lzero_kv.telemetry.counters import Cause, Fault
 from lzero_kv.validation.histories import Course
-from lzero_kv.validation.oracle import Oracle, Token, TokenWindow
+from lzero_kv.validation.oracle import Token, TokenWindow, oracle_of
 from lzero_kv.validation.tolerance import Deviation
 
 FORMAT = 'lzero_kv validation finding'
@@ -235,7 +235,7 @@ def recomputed(finding: Finding) -> dict[str, torch.Tensor]:
     data = finding.replay
     if not data:
         raise ValueError('the finding holds no tokens and weights; give a file that a validation saved')
-    oracle = Oracle(_model(data), data['rule'])
+    oracle = oracle_of(_model(data), data['rule'])
     if data['steps'] is None:
         return oracle.begin(_unpacked(data['base'])[0]).logits
     if data['base'] is None:

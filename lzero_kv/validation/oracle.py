@@ -29,7 +29,11 @@ from typing import Any
 
 import torch
 
+from lzero_kv.config import read_field
 from lzero_kv.lightzero.host import feed_forward, policy_control
+from lzero_kv.lightzero.inference.heads import predict_policy_value, predict_reward_latent
+from lzero_kv.lightzero.inference.precision import Precision
+from lzero_kv.lightzero.inference.weights import InferenceWeights
 
 
 @dataclass(frozen=True)
@@ -197,11 +201,8 @@ class Oracle:
             x = x + self.model.pos_emb.weight[: len(tokens)]
         future = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=x.device).triu(1)
         keys, values = [], []
-        for block in self.model.transformer.blocks:
-            query, key, value = (
-                project(block.ln1(x)).view(len(tokens), self.heads, self.head_dim)
-                for project in (block.attn.query, block.attn.key, block.attn.value)
-            )
+        for block in self.blocks:
+            query, key, value = self._projected(block, x)
             if self.rotary:
                 query = torch.stack(
                     [self._rotate(query[i], token.position) for i, token in enumerate(tokens)]
@@ -226,12 +227,8 @@ class Oracle:
         if not self.rotary:
             x = x + self.model.pos_emb.weight[len(window.tokens) if place is None else place]
         keys, values = [], []
-        for layer, block in enumerate(self.model.transformer.blocks):
-            normed = block.ln1(x)
-            query, key, value = (
-                project(normed).view(self.heads, self.head_dim)
-                for project in (block.attn.query, block.attn.key, block.attn.value)
-            )
+        for layer, block in enumerate(self.blocks):
+            query, key, value = self._projected(block, x)
             if self.rotary:
                 query, key = self._rotate(query, token.position), self._rotate(key, token.position)
             keys.append((*window.keys[layer], key))
@@ -261,6 +258,17 @@ class Oracle:
     def latent(self, features: torch.Tensor) -> torch.Tensor:
         """The predicted next latent state [embed] at an action token's features [embed]."""
         return self.model.head_observations.head_module(features[None])[0]
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """Of the transformer."""
+        return self.model.transformer.blocks
+
+    def _projected(self, block: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        """Query, key and value, each [..., heads, head_dim], of [..., embed]."""
+        normed = block.ln1(x)
+        projections = block.attn.query, block.attn.key, block.attn.value
+        return [project(normed).unflatten(-1, (self.heads, self.head_dim)) for project in projections]
 
     def _residual(self, block: Any, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         attended = block.attn.proj(mixed)
@@ -311,3 +319,60 @@ class Oracle:
         cos, sin = angle.cos().to(x), angle.sin().to(x)
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class ReducedOracle(Oracle):
+    """Recomputation with the products of inference in a reduced ``precision``, one token after another.
+
+    What rounding the weights costs is not the cache's: the truth of a served answer is what these products
+    make of its own history, without batch and cache.
+    """
+
+    def __init__(self, world_model: Any, window: str, precision: Precision) -> None:
+        super().__init__(world_model, window)
+        self._precision = precision
+        self._made: InferenceWeights | None = None
+
+    @property
+    def weights(self) -> InferenceWeights:
+        """Transformer and heads by the weights of now."""
+        if self._made is None or self._made.stale():
+            self._made = InferenceWeights(self.model, precision=self._precision)
+        return self._made
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """Of the transformer."""
+        return self.weights.blocks
+
+    def value(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [support] at an observation token's features [embed]."""
+        return predict_policy_value(self.weights, features[None]).value[0, 0]
+
+    def policy(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [actions] (continuous: mean and deviation) at an observation token's features [embed]."""
+        return predict_policy_value(self.weights, features[None]).policy[0, 0]
+
+    def reward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [support] at an action token's features [embed]."""
+        return predict_reward_latent(self.weights, features[None])[0][0]
+
+    def latent(self, features: torch.Tensor) -> torch.Tensor:
+        """The predicted next latent state [embed] at an action token's features [embed]."""
+        return predict_reward_latent(self.weights, features[None])[1][0]
+
+    def _projected(self, block: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        rows = block.qkv(block.norm1(x.reshape(-1, x.shape[-1]))).reshape(*x.shape[:-1], -1)
+        return [part.unflatten(-1, (self.heads, self.head_dim)) for part in rows.chunk(3, -1)]
+
+    def _residual(self, block: Any, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        flat = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, mixed))
+        return block.finish(*flat).reshape(x.shape)
+
+
+def oracle_of(world_model: Any, window: str) -> Oracle:
+    """The recomputation for a world model with the precision that its configuration asks for."""
+    precision = read_field(world_model.config.get('kv_cache') or {}, 'precision', 'float32')
+    if precision == 'float32':
+        return Oracle(world_model, window)
+    return ReducedOracle(world_model, window, precision)

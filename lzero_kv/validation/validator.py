@@ -21,7 +21,7 @@ from lzero_kv.validation.histories import Course, HistoryName, TrueHistories
 from lzero_kv.validation.mode import NodeBatch, NoStock, RootBatch
 from lzero_kv.validation.mode_model import StockModel
 from lzero_kv.validation.mode_store import StockStore
-from lzero_kv.validation.oracle import Answer, Oracle, Token, TokenWindow
+from lzero_kv.validation.oracle import Answer, Token, TokenWindow, oracle_of
 from lzero_kv.validation.rows import ComparedRow, Truth
 from lzero_kv.validation.stock import StockWorldModel
 from lzero_kv.validation.tolerance import Tolerance
@@ -60,7 +60,7 @@ class Validator(Observer):
     ) -> None:
         self._model = world_model
         self._rate = config.validation_rate
-        oracle = self._oracle = Oracle(world_model, 'shift' if config.window == 'shift' else 'rebuild')
+        oracle = self._oracle = oracle_of(world_model, 'shift' if config.window == 'shift' else 'rebuild')
         self._histories = TrueHistories(oracle)
         tolerance = Tolerance.of(config, world_model.transformer.ln_f.weight.dtype)
         self.stock: StockWorldModel | None = None

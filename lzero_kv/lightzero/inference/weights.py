@@ -81,6 +81,9 @@ class InferenceWeights:
             reads the host's own tensors.
         precision: of the large matrices, where ``packed``.
 
+    Raises:
+        ValueError: another precision than float32 for weights that are not in float32 on a CPU.
+
     Attributes:
         blocks: one for each layer.
         norm: the transformer's last norm.
@@ -94,6 +97,12 @@ class InferenceWeights:
         self, world_model: Any, packed: bool = True, precision: Precision = 'float32'
     ) -> None:
         transformer = world_model.transformer
+        weight = transformer.ln_f.weight
+        if precision != 'float32' and (weight.device.type, weight.dtype) != ('cpu', torch.float32):
+            raise ValueError(
+                f'kv_cache.precision={precision!r}: expected weights in float32 on a CPU, got '
+                f'{weight.dtype} on {weight.device}; leave it out'
+            )
         self.packed = packed
         self.heads = int(transformer.blocks[0].attn.num_heads)
         self.control = policy_control(world_model)

@@ -1,0 +1,226 @@
+"""Planning with large weights in float16 or int8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lzero_kv.lightzero.inference import precision
+from lzero_kv.lightzero.inference.precision import reduced
+from lzero_kv.validation.findings import ValidationError
+from lzero_kv.validation.oracle import Oracle
+from testing import judging
+from testing.episodes import Episodes
+from testing.families import FAMILIES
+from testing.judging import judge_nodes, judge_roots
+from testing.models import collect_model, make_policy, world_model_of
+
+from .planted import PLANTS
+from .plays import assert_same_play
+from .test_weights import CHANGES
+from .validated import assert_accounted, counters_of, validated_policy
+
+PRECISIONS = pytest.mark.parametrize('name', ['float16', 'int8'])
+FROM_FLOAT32 = dict(float16=0.1, int8=5.0)
+"""Largest difference of a logit from float32 in small random models; seen: 0.09 and 4.5."""
+BEYOND_ROUNDING = 0.05
+"""Part of the nodes of an int8 search that one input at the edge of two levels may move; seen: 0.02."""
+
+pytestmark = pytest.mark.skipif(not precision.available(), reason='this torch has no FBGEMM')
+
+
+@pytest.fixture
+def everything_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of these tests are narrower than those whose weights are reduced by default."""
+    monkeypatch.setattr(precision, 'ELEMENTS', dict(float16=1, int8=1))
+    monkeypatch.setattr('lzero_kv.lightzero.inputs.ELEMENTS', dict(float16=1, int8=1))
+
+
+def reduced_policy(family: str, name: str, window: str = 'rebuild', **options: Any) -> Any:
+    cache = dict(window=window, precision=name)
+    return make_policy(
+        family,
+        kv=True,
+        kv_cache=cache,
+        num_simulations=10,
+        collector_env_num=3,
+        evaluator_env_num=1,
+        **options,
+    )
+
+
+def play(policy: Any, family: str, steps: int = 6, seed: int = 0) -> Any:
+    episodes = Episodes(
+        policy, range(3), lengths={1: [3], 2: [4, 2]}, timesteps=FAMILIES[family].timesteps, seed=seed
+    )
+    return episodes.run(steps)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, name: str) -> torch.Tensor:
+    """The same product in the open."""
+    if name == 'float16':
+        return F.linear(x, weight.half().float(), bias)
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    largest = x.abs().amax(-1, keepdim=True)
+    levels = (x / largest * 63).round().double() @ (weight / scales).round().double().T
+    return (levels * largest / 63 * scales.T + bias).float()
+
+
+@PRECISIONS
+@pytest.mark.parametrize('rows', [1, 3, 8, 41])
+def test_a_product_is_that_of_rounded_numbers(name: Any, rows: int) -> None:
+    weight, bias, x = drawn(42, 30), drawn(42), drawn(rows, 30) * drawn(rows, 1)
+    product = reduced(weight, bias, name)(x)
+    torch.testing.assert_close(product, by_hand(x, weight, bias, name), rtol=1e-5, atol=1e-5)
+    assert (product - F.linear(x, weight, bias)).abs().max() > 1e-4
+
+
+@PRECISIONS
+def test_a_row_does_not_depend_on_who_else_is_in_the_batch(name: Any) -> None:
+    layer, x = reduced(drawn(42, 30), drawn(42), name), drawn(13, 30)
+    together = layer(x * torch.arange(1, 14)[:, None] ** 3)
+    for row in (0, 5, 12):
+        alone = layer(x[row : row + 1] * (row + 1) ** 3)[0]
+        rounding = 1e-5 if name == 'float16' else 0.0  # sums of float32 in another order
+        torch.testing.assert_close(alone, together[row], rtol=rounding, atol=rounding)
+
+
+@PRECISIONS
+@pytest.mark.parametrize('broken', ['weight', 'input'])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_number_that_is_not_finite_stays_so(name: Any, broken: str, value: float) -> None:
+    weight, x = drawn(6, 30), drawn(4, 30)
+    (weight if broken == 'weight' else x)[2, 7] = value
+    product = reduced(weight, drawn(6), name)(x)
+    assert not torch.isfinite(product[2] if broken == 'input' else product[:, 2]).any()
+
+
+@PRECISIONS
+@pytest.mark.parametrize('window', ['rebuild', 'shift'])
+@pytest.mark.parametrize('family', ['tiny', 'cartpole', 'lunarlander_continuous'])
+def test_roots_and_nodes_equal_their_recomputation_in_that_precision(
+    everything_reduced: None, monkeypatch: pytest.MonkeyPatch, name: str, family: str, window: str
+) -> None:
+    policy = reduced_policy(family, name, window)
+    roots = play(policy, family)
+    of_roots, of_nodes = judge_roots(policy, roots, window), judge_nodes(policy, roots, window)
+    assert of_roots.wrong == 0, str(of_roots)
+    assert of_nodes.wrong <= (BEYOND_ROUNDING * of_nodes.total if name == 'int8' else 0), str(of_nodes)
+    monkeypatch.setattr(judging, 'oracle_of', Oracle)
+    assert 1e-3 < judge_nodes(policy, roots[:9], window).largest < FROM_FLOAT32[name]
+
+
+@PRECISIONS
+@pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
+def test_the_next_search_has_the_weights_of_now(everything_reduced: None, name: str, change: Any) -> None:
+    policy = reduced_policy('tiny', name)
+    play(policy, 'tiny', steps=2)
+    with torch.enable_grad():
+        change(world_model_of(policy))
+    roots = play(policy, 'tiny', steps=4, seed=1)
+    assert judge_roots(policy, roots, 'rebuild').wrong == 0
+    nodes = judge_nodes(policy, roots, 'rebuild')
+    assert nodes.wrong <= (BEYOND_ROUNDING * nodes.total if name == 'int8' else 0), str(nodes)
+
+
+@PRECISIONS
+def test_training_and_checkpoints_do_not_see_it(everything_reduced: None, name: str) -> None:
+    policy, exact = reduced_policy('tiny', name), reduced_policy('tiny', 'float32')
+    for one in (policy, exact):
+        play(one, 'tiny', steps=2)
+    mine, theirs = (collect_model(one).state_dict() for one in (policy, exact))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    tokens = drawn(2, 5, FAMILIES['tiny'].embed)
+    outs = [world_model_of(one).transformer(tokens, None, None) for one in (policy, exact)]
+    assert torch.equal(*outs)
+
+
+def test_the_default_is_float32_to_the_last_bit() -> None:
+    exact, default = reduced_policy('tiny', 'float32'), make_policy(
+        'tiny', kv=True, num_simulations=10, collector_env_num=3, evaluator_env_num=1
+    )  # fmt: skip
+    assert_same_play(play(exact, 'tiny'), play(default, 'tiny'), tolerance=0.0)
+
+
+def test_validation_judges_float16_as_strictly_as_float32(everything_reduced: None, tmp_path: Path) -> None:
+    policy = validated_policy('recompute', tmp_path, kv_cache=dict(precision='float16'))
+    play(policy, 'tiny')
+    counters = counters_of(policy)
+    assert counters.nodes.compared == counters.nodes.equal > 0
+    assert_accounted(counters.total)
+
+
+@pytest.mark.parametrize('plant', ['another node', 'exchanged at roots', 'rotary positions off'])
+def test_a_planted_fault_is_still_named(
+    everything_reduced: None, plant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    planted = PLANTS[plant]
+    planted.plant(monkeypatch)
+    policy = validated_policy(
+        'recompute', tmp_path, family=planted.family, num_simulations=6, kv_cache=dict(precision='float16')
+    )
+    with pytest.raises(ValidationError) as raised:
+        play(policy, planted.family, steps=4)
+    assert (raised.value.finding.fault, raised.value.finding.kind) == (planted.fault, planted.kind)
+
+
+def test_a_fault_is_seen_in_int8(everything_reduced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTS['another node'].plant(monkeypatch)
+    policy = reduced_policy('tiny', 'int8')
+    nodes = judge_nodes(policy, play(policy, 'tiny', steps=4), 'rebuild')
+    assert nodes.wrong > 2 * BEYOND_ROUNDING * nodes.total
+
+
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        (dict(), r'pays from 524,288 weights in a matrix on, the largest here has 2,304'),
+        (dict(world_model=dict(embed_dim=768, group_size=8, device='cuda')), r"got device='cuda'"),
+        (
+            dict(world_model=dict(embed_dim=768, group_size=8, cache_validation_mode='recompute')),
+            r"could not tell them apart; write 'float16' or 'float32'",
+        ),
+    ],
+    ids=['small', 'gpu', 'validation'],
+)
+def test_what_cannot_pay_or_be_checked_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        reduced_policy('tiny', 'int8', **options)
+
+
+def test_modes_that_compare_with_float32_are_refused(everything_reduced: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'store' compares with products in float32; write .*'recompute'"):
+        validated_policy('store', tmp_path, kv_cache=dict(precision='float16'))
+
+
+def test_another_dtype_is_refused_where_weights_are_taken(everything_reduced: None) -> None:
+    policy = reduced_policy('tiny', 'float16')
+    world_model_of(policy).double()
+    with pytest.raises(ValueError, match=r'expected weights in float32 on a CPU, got torch\.float64'):
+        assert world_model_of(policy).session.weights
+
+
+@pytest.mark.parametrize('backend', ['compile', 'cudagraph'])
+def test_a_compiled_backend_is_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"precision: 'int8' cannot be combined with backend='{backend}'"):
+        make_policy('atari', kv=True, kv_cache=dict(precision='int8', backend=backend))
+
+
+def test_a_gelu_behind_a_reduced_product_is_kept(everything_reduced: None) -> None:
+    from lzero_kv.lightzero.inference.weights import layers_of
+
+    modules = nn.Sequential(nn.Linear(30, 42), nn.GELU(approximate='tanh'), nn.Linear(42, 6))
+    with torch.no_grad():
+        x = found = drawn(5, 30)
+        for layer in layers_of(modules, precision='float16'):
+            found = layer(found)
+        torch.testing.assert_close(found, modules(x), rtol=5e-3, atol=5e-3)
