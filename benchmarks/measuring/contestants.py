@@ -20,6 +20,7 @@ from lzero_kv.lightzero.inference.heads import (
     predict_reward_latent,
 )
 from lzero_kv.lightzero.inference.positions import positions_of
+from lzero_kv.lightzero.inference.precision import ELEMENTS, available
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.episodes import Episodes
 from testing.families import Family
@@ -57,6 +58,13 @@ GRAPHS: dict[str, dict[str, Any] | None] = {
     'shift graph': dict(window='shift', backend='cudagraph'),
 }
 """Those that need a CUDA device."""
+
+PRECISIONS: dict[str, dict[str, Any] | None] = {
+    f'{window} {precision}': dict(window=window, backend='eager', precision=precision)
+    for window in ('rebuild', 'shift')
+    for precision in ELEMENTS
+}
+"""Those that plan with large weights of fewer bits, on a CPU."""
 
 EAGER = [name for name, options in CACHES.items() if options is None or options['backend'] == 'eager']
 """Those that compile nothing, which would take minutes at every shape."""
@@ -111,12 +119,20 @@ def caches_on(device: str, compiled: bool) -> list[str]:
     return [*(CACHES if compiled else EAGER), *(GRAPHS if device == 'cuda' else [])]
 
 
+def precisions_of(family: Family, device: str) -> list[str]:
+    """Those of :data:`PRECISIONS` that a model of this width is not refused."""
+    if device != 'cpu' or not available():
+        return []
+    return [name for name in PRECISIONS if 4 * family.embed**2 >= ELEMENTS[name.split()[1]]]
+
+
 def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) -> Contestant:
     """Build a policy of LightZero's own kind with the same random weights for every cache.
 
-    ``further`` are options of ``kv_cache`` beside those of :data:`CACHES` and :data:`GRAPHS`.
+    ``further`` are options of ``kv_cache`` beside those of :data:`CACHES`, :data:`GRAPHS` and
+    :data:`PRECISIONS`.
     """
-    options = (CACHES | GRAPHS)[cache]
+    options = (CACHES | GRAPHS | PRECISIONS)[cache]
     with quiet():
         policy = make_policy(
             family,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from testing.models import world_model_of
@@ -53,6 +54,11 @@ class Player:
             whole = timed(self.contestant.episodes.step)
         begun, ended = roots[0]
         return whole, (ended - begun) * 1000
+
+    def visits(self) -> list[np.ndarray]:
+        """Play one step; the visit counts of each root's actions."""
+        with quiet():
+            return [np.array(root.visits, dtype=float) for root in self.contestant.episodes.step()]
 
     def split(self, steps: int = 3) -> dict[str, float]:
         """Seconds of ``steps`` steps by part; watching makes them a little slower than timed ones."""

@@ -13,7 +13,7 @@ from testing.families import Family
 from testing.models import collect_model
 
 from .collection import Collection
-from .contestants import CACHES, EAGER, Floor, contestant
+from .contestants import EAGER, Floor, contestant, precisions_of
 from .players import FloorPlayer, Numbers, Player
 from .reanalysis import BatchReanalysis
 from .upstream import FLAGS, UpstreamPlayer
@@ -41,12 +41,15 @@ def measure_shape(
 
     Raises RuntimeError when two contestants predict different values for the first observations.
     """
-    players: list[Any] = [Player(contestant(family, cache, device), family.simulations) for cache in caches]
+    reduced = precisions_of(family, device)
+    names = [*caches, *reduced]
+    players: list[Any] = [Player(contestant(family, name, device), family.simulations) for name in names]
     weights = collect_model(players[0].contestant.policy).state_dict()
     others = [UpstreamPlayer(upstream, name, family, weights, device) for name in FLAGS] if upstream else []
     try:
         players += others
-        require_equal_values({player.name: player.begin() for player in players})
+        values = {player.name: player.begin() for player in players}
+        require_equal_values({name: of for name, of in values.items() if name not in reduced})
         warm_up = history if family.context > 16 else family.context // 2 + 1
         for player in players:
             player.warm_up(warm_up)
@@ -55,6 +58,8 @@ def measure_shape(
         for player in players:
             player.threads(threads[0])
         found: dict[str, Numbers] = {player.name: player.look_closer() for player in players}
+        for name, quality in agreement({p.name: p for p in players}, reduced).items():
+            found[name]['quality'] = quality
     finally:
         for other in others:
             other.close()
@@ -64,6 +69,39 @@ def measure_shape(
             number: compared(rounds, name, family.simulations) for number, rounds in timed.items()
         }
     return found
+
+
+def agreement(players: dict[str, Any], reduced: Sequence[str], steps: int = 6) -> dict[str, Numbers]:
+    """How searches of each of ``reduced`` differ from those of the same window in float32, at the same roots.
+
+    Actions are scripted, so histories stay equal. All have played as many steps before.
+
+    Returns:
+        For each: part of the roots whose most visited action is the same, and the mean divergence (nats) of
+        its visit counts from those of float32.
+    """
+    same: dict[str, list[bool]] = {name: [] for name in reduced}
+    nats: dict[str, list[float]] = {name: [] for name in reduced}
+    exact = sorted({name.split()[0] for name in reduced})
+    for _ in range(steps if reduced else 0):
+        visits = {name: players[name].visits() for name in [*exact, *reduced]}
+        for name in reduced:
+            for own, other in zip(visits[name], visits[name.split()[0]], strict=True):
+                same[name].append(bool(own.argmax() == other.argmax()))
+                nats[name].append(divergence(other, own))
+    return {
+        name: {
+            'root_actions': round(float(np.mean(same[name])), 4),
+            'nats': round(float(np.mean(nats[name])), 5),
+        }
+        for name in reduced
+    }
+
+
+def divergence(counts: np.ndarray, other: np.ndarray) -> float:
+    """Divergence (Kullback-Leibler, nats) of one search's visits from another's, half a visit added to each."""
+    p, q = ((c + 0.5) / (c + 0.5).sum() for c in (counts, other))
+    return float((p * np.log(p / q)).sum())
 
 
 def require_equal_values(predicted: dict[str, list[float]]) -> None:
@@ -111,12 +149,12 @@ def compared(rounds: dict[str, list[tuple[float, float]]], name: str, simulation
 def measure_reanalysis(shape: str, segments: int, simulations: int) -> Numbers:
     """One batch each; the caches take turns, twice for all but stock, which takes minutes."""
     found: Numbers = {'roots': 11 * segments, 'simulations': simulations}
-    for cache in CACHES:
+    for cache in EAGER:
         batch = BatchReanalysis(shape, cache, segments, simulations)
         if cache != 'stock':
             batch.seconds()
         found[f'{cache}_s'] = round(batch.seconds(), 3)
-    for cache in CACHES:
+    for cache in EAGER:
         found[f'{cache}_times_as_fast'] = round(found['stock_s'] / found[f'{cache}_s'], 1)
     return found
 

@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from .contestants import CACHES
+from .contestants import EAGER
 from .players import Numbers
 
 PARTS = ('model', 'cache', 'tree', 'rest')
 COUNTS = ('operators', 'host_reads', 'allocations', 'mib_moved')
 """What is given for one simulation."""
+
+
+QUALITY = ('root_actions', 'nats')
+"""Of a reduced precision beside float32: part of the roots with the same most visited action, and divergence
+of visits."""
 
 
 def shapes_table(shapes: dict[str, dict[str, Numbers]], threads: Sequence[int]) -> Table:
@@ -20,7 +25,7 @@ def shapes_table(shapes: dict[str, dict[str, Numbers]], threads: Sequence[int]) 
     for number in threads[1:]:
         heads += [f'{number} threads: step ms', 'x stock', 'x floor']
     heads += ['/'.join(PARTS) + ' %', 'operators', 'host reads', 'allocations', 'MiB moved']
-    heads += ['peak MiB', 'cache MiB', 'hits']
+    heads += ['peak MiB', 'cache MiB', 'hits', 'root actions', 'visits, nats']
     table = Table(
         *heads, title='eight environments; operators to MiB moved: for one simulation; peak: above cache'
     )
@@ -54,7 +59,8 @@ def _counts(numbers: Numbers) -> list[str]:
     shares = '/'.join(f'{100 * numbers["share_of_time"].get(part, 0):.0f}' for part in PARTS)
     counts = [f'{numbers[f"{name}_per_simulation"]:.4g}' for name in COUNTS]
     memory = [f'{numbers[name]:.3g}' for name in ('step_peak_mib', 'cache_mib')]
-    return [shares, *counts, *memory, str(numbers.get('nodes_hit_rate', ''))]
+    quality = [str(numbers['quality'][name]) for name in QUALITY] if 'quality' in numbers else []
+    return [shares, *counts, *memory, str(numbers.get('nodes_hit_rate', '')), *quality]
 
 
 def collection_table(tasks: dict[str, dict[str, Numbers]]) -> Table:
@@ -69,8 +75,8 @@ def collection_table(tasks: dict[str, dict[str, Numbers]]) -> Table:
 
 def reanalysis_table(shapes: dict[str, Numbers]) -> Table:
     """One row for each shape."""
-    table = Table('reanalysis', 'roots', 'simulations', *(f'{cache} s' for cache in CACHES), 'x stock')
+    table = Table('reanalysis', 'roots', 'simulations', *(f'{cache} s' for cache in EAGER), 'x stock')
     for shape, numbers in shapes.items():
-        row = [shape, numbers['roots'], numbers['simulations'], *(numbers[f'{cache}_s'] for cache in CACHES)]
+        row = [shape, numbers['roots'], numbers['simulations'], *(numbers[f'{cache}_s'] for cache in EAGER)]
         table.add_row(*map(str, row), str(numbers['rebuild_times_as_fast']))
     return table

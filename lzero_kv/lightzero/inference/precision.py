@@ -55,8 +55,9 @@ def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> A
     scales = weight.abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     with warnings.catch_warnings():
-        # torch 2.13 announces the removal of quantized tensors (pytorch issue 184982). What takes their place
-        # there, oneDNN's qlinear, is slower than float16 at eight rows with AVX2 (1.5 and 0.8 ms, 768 x 2304).
+        # torch 2.13 announces the removal of quantized tensors (pytorch issue 184982). What takes their
+        # place, oneDNN's qlinear, is no faster than float16 at eight rows with AVX2: 1.5 instead of 0.8 ms
+        # for 768 x 2304.
         warnings.simplefilter('ignore', UserWarning)
         levels = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
     return partial(_int8, packed=torch.ops.quantized.linear_prepack(levels, None), bias=bias)
