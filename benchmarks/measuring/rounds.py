@@ -99,7 +99,7 @@ def agreement(players: dict[str, Any], reduced: Sequence[str], steps: int = 6) -
 
 
 def divergence(counts: np.ndarray, other: np.ndarray) -> float:
-    """Divergence (Kullback-Leibler, nats) of one search's visits from another's, half a visit added to each."""
+    """Divergence (Kullback-Leibler, nats) of a search's visits from another's, half a visit added to each."""
     p, q = ((c + 0.5) / (c + 0.5).sum() for c in (counts, other))
     return float((p * np.log(p / q)).sum())
 
