@@ -2,6 +2,9 @@
 
     torchrun --nproc_per_node=2 configs/atari_unizero_ddp_kv_config.py --env PongNoFrameskip-v4 --seed 0
 
+Is it on? One line of the log says so: 'lzero_kv ...: on: ...'. Without it LightZero trains with its own
+cache. Before a training: lzero-kv doctor FILE.
+
 The settings are those of atari_unizero_kv_config.py. What makes it several processes is what LightZero's
     zoo/atari/config/atari_unizero_ddp_config.py
 has: `multi_gpu`, the episodes of all processes together, and `DDPContext` around the training.
@@ -9,11 +12,12 @@ has: `multi_gpu`, the episodes of all processes together, and `DDPContext` aroun
 
 from __future__ import annotations
 
-import atari_unizero_kv_config as one_gpu
-from command_line import parse_arguments
 from ding.utils import DDPContext, get_world_size
 from easydict import EasyDict
 from zoo.atari.config.atari_env_action_space_map import atari_env_action_space_map
+
+from lzero_kv.configs import atari_unizero_kv_config as one_gpu
+from lzero_kv.configs.command_line import parse_arguments
 
 FULL, SMOKE = one_gpu.FULL, one_gpu.SMOKE
 

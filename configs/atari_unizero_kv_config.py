@@ -2,6 +2,9 @@
 
     python configs/atari_unizero_kv_config.py --env PongNoFrameskip-v4 --seed 0
 
+Is it on? One line of the log says so: 'lzero_kv ...: on: ...'. Without it LightZero trains with its own
+cache. Before a training: lzero-kv doctor FILE.
+
 The settings are those of LightZero's
     zoo/atari/config/atari_unizero_config.py
 What turns the cache on: `use_new_cache_manager` and `kv_cache` in world_model_cfg, and 'lzero_kv.plugin' in
@@ -10,9 +13,10 @@ import_names.
 
 from __future__ import annotations
 
-from command_line import parse_arguments, require_known
 from easydict import EasyDict
 from zoo.atari.config.atari_env_action_space_map import atari_env_action_space_map
+
+from lzero_kv.configs.command_line import parse_arguments, require_known
 
 # ==============================================================
 # the most frequently changed settings

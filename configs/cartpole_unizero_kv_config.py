@@ -2,6 +2,9 @@
 
     python configs/cartpole_unizero_kv_config.py --seed 0
 
+Is it on? One line of the log says so: 'lzero_kv ...: on: ...'. Without it LightZero trains with its own
+cache. Before a training: lzero-kv doctor FILE.
+
 The settings are those of LightZero's
     zoo/classic_control/cartpole/config/cartpole_unizero_config.py
 What turns the cache on: `use_new_cache_manager` and `kv_cache` in world_model_cfg, and 'lzero_kv.plugin' in
@@ -10,8 +13,9 @@ import_names.
 
 from __future__ import annotations
 
-from command_line import parse_arguments, require_known
 from easydict import EasyDict
+
+from lzero_kv.configs.command_line import parse_arguments, require_known
 
 ENVIRONMENTS = ('CartPole-v0',)  # the one that LightZero's wrapper makes
 

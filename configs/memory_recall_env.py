@@ -19,7 +19,8 @@ from unittest.mock import patch
 import numpy as np
 from ding.envs import BaseEnvTimestep
 from ding.utils import ENV_REGISTRY
-from memory_repairs import repair_memory_tasks
+
+from lzero_kv.configs.memory_repairs import repair_memory_tasks
 
 repair_memory_tasks()
 

@@ -2,6 +2,9 @@
 
     python configs/memory_recall_unizero_kv_config.py --seed 0
 
+Is it on? One line of the log says so: 'lzero_kv ...: on: ...'. Without it LightZero trains with its own
+cache. Before a training: lzero-kv doctor FILE.
+
 The task is memory_recall_env.py's; the settings follow memory_unizero_kv_config.py, smaller, and with more
 updates for a frame collected. The study of layer budgets (studies/budget/study.py) trains this model,
 with shorter episodes first.
@@ -9,9 +12,10 @@ with shorter episodes first.
 
 from __future__ import annotations
 
-from command_line import parse_arguments, require_known
 from easydict import EasyDict
-from memory_unizero_kv_config import make_config as make_memory_config
+
+from lzero_kv.configs.command_line import parse_arguments, require_known
+from lzero_kv.configs.memory_unizero_kv_config import make_config as make_memory_config
 
 ENVIRONMENTS = ('memory_recall',)
 DISTRACTOR_FRAMES = 20
@@ -83,7 +87,7 @@ def make_config(
     world_model.max_blocks, world_model.max_tokens = CONTEXT_STEPS, 2 * CONTEXT_STEPS
     world_model.context_length = 2 * CONTEXT_STEPS
     world_model.embed_pdrop = world_model.resid_pdrop = world_model.attn_pdrop = 0.0
-    create_config.env = EasyDict(type=env_id, import_names=['memory_recall_env'])
+    create_config.env = EasyDict(type=env_id, import_names=['lzero_kv.configs.memory_recall_env'])
     return main_config, create_config
 
 

@@ -2,6 +2,9 @@
 
     python configs/memory_unizero_kv_config.py --env visual_match --seed 0
 
+Is it on? One line of the log says so: 'lzero_kv ...: on: ...'. Without it LightZero trains with its own
+cache. Before a training: lzero-kv doctor FILE.
+
 The settings are those of LightZero's
     zoo/memory/config/memory_unizero_config.py
 What turns the cache on: `use_new_cache_manager` and `kv_cache` in world_model_cfg, and 'lzero_kv.plugin' in
@@ -10,9 +13,10 @@ import_names.
 
 from __future__ import annotations
 
-from command_line import parse_arguments, require_known
 from easydict import EasyDict
-from memory_repairs import repair_memory_tasks
+
+from lzero_kv.configs.command_line import parse_arguments, require_known
+from lzero_kv.configs.memory_repairs import repair_memory_tasks
 
 # Frames of the first phase, in which the agent sees what it has to remember.
 EXPLORE_FRAMES = {'visual_match': 1, 'key_to_door': 15}

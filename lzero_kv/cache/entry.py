@@ -139,11 +139,14 @@ def row_from_keys_values(keys_values: Any, layout: KVLayout) -> tuple[torch.Tens
         _check_cache(cache, block, layout, size)
     with torch.no_grad():
         row = torch.cat([cache._cache[:, :, :size] for cache in caches])[None]
-        if not bool(torch.isfinite(row).all()):
-            raise ValueError(
-                "expected finite keys and values, got NaN or infinity; check the model's outputs"
-            )
+    check_finite(row)
     return row, size, int(getattr(keys_values, 'next_position', size))
+
+
+def check_finite(kv: torch.Tensor) -> None:
+    """ValueError where a number is not finite. On a GPU the program waits for the answer."""
+    if not bool(torch.isfinite(kv).all()):
+        raise ValueError("expected finite keys and values, got NaN or infinity; check the model's outputs")
 
 
 _ONE_OF_A_BATCH = (

@@ -12,7 +12,7 @@ import torch
 from lzero_kv.cache.compat import NamedAccess
 from lzero_kv.cache.entry import layout_of
 from lzero_kv.cache.keys import NodeKey, RootKey
-from lzero_kv.cache.layout import CPU, KVLayout
+from lzero_kv.cache.layout import CPU, KVLayout, positive
 from lzero_kv.cache.pool import KVCachePool
 from lzero_kv.cache.storage import KVStorage, Slots
 from lzero_kv.config import KVCacheConfig, read_field
@@ -45,6 +45,7 @@ class KVCacheManager(NamedAccess):
         scratch: whether the storage has a scratch row: see :class:`KVStorage`.
 
     Raises:
+        TypeError: a number is no integer, or ``cache_config`` is no mapping.
         ValueError: a number is out of range, ``config`` lacks a field, or ``max_bytes`` is too small for one
             window per environment.
     """
@@ -58,27 +59,22 @@ class KVCacheManager(NamedAccess):
         clear_all_log_freq: int = 100,
         *,
         layout: KVLayout | None = None,
-        cache_config: KVCacheConfig | None = None,
+        cache_config: KVCacheConfig | dict[str, Any] | None = None,
         num_simulations: int | None = None,
         scratch: bool = False,
     ) -> None:
         super().__init__(clear_recur_log_freq, clear_all_log_freq)
         self.config = config
-        self.cache_config = (
-            KVCacheConfig.from_world_model_cfg(config) if cache_config is None else cache_config
-        )
+        choices = config if cache_config is None else {'kv_cache': cache_config}
+        self.cache_config = KVCacheConfig.from_world_model_cfg(choices)
         self.enable_stats = enable_stats and self.cache_config.enable_stats
         layout = _layout_from(config) if layout is None else layout
         if num_simulations is None:
             given = read_field(config, 'num_simulations', None)
-            num_simulations = DEFAULT_SIMULATIONS if given is None else int(given)
-        if num_simulations < 1:
-            raise ValueError(f'num_simulations must be at least 1, got {num_simulations}')
-        self.num_simulations = num_simulations
+            num_simulations = DEFAULT_SIMULATIONS if given is None else given
+        self.num_simulations = num_simulations = positive('num_simulations', num_simulations)
         self.scratch = scratch
-        if env_num < 1:
-            raise ValueError(f'env_num must be at least 1, got {env_num}')
-        self.env_num = env_num
+        self.env_num = env_num = positive('env_num', env_num)
         self._search: torch.Tensor | None = None
         self._most = env_num * (num_simulations + 1)
         self._short_of_room = False
@@ -277,6 +273,8 @@ class KVCacheManager(NamedAccess):
             next_positions: ``B`` logical positions of the next tokens.
             newest: ``n``, when the caller wants it checked.
 
+        The numbers of ``kv`` are not looked at: on a GPU the search would wait for each look.
+
         Returns:
             Absolute slots, int64 ``[B]``.
 
@@ -376,7 +374,7 @@ class KVCacheManager(NamedAccess):
 
 def _layout_from(config: Any) -> KVLayout | None:
     names = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
-    layers, heads, embed_dim, tokens = values = [read_field(config, name, None) for name in names]
+    values = [read_field(config, name, None) for name in names]
     missing = [name for name, value in zip(names, values, strict=True) if value is None]
     if len(missing) == len(names):
         return None
@@ -384,6 +382,7 @@ def _layout_from(config: Any) -> KVLayout | None:
         raise ValueError(
             f"the world model's configuration lacks {', '.join(missing)}; add them or pass layout="
         )
-    if heads < 1 or embed_dim % heads:
+    layers, heads, embed_dim, tokens = map(positive, names, values)
+    if embed_dim % heads:
         raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={heads}')
     return KVLayout(layers, heads, embed_dim // heads, tokens, device=read_field(config, 'device', CPU))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lzero_kv.cache.entry import KVEntry, layout_of, row_from_keys_values
+from lzero_kv.cache.entry import KVEntry, check_finite, layout_of, row_from_keys_values
 from lzero_kv.cache.eviction import EvictionOrder, EvictionStrategy
 from lzero_kv.cache.keys import NO_SLOT
 from lzero_kv.cache.layout import KVBatch, KVLayout, positive
@@ -60,7 +60,7 @@ class KVCachePool:
             )
         self.storage = storage
         """The tensor behind the pool."""
-        self.pool_size = int(pool_size)
+        self.pool_size = pool_size
         self.eviction_strategy = EvictionStrategy(eviction_strategy)
         self.enable_stats = enable_stats
         self.name = name
@@ -264,10 +264,12 @@ class KVCachePool:
         """Write a batch of histories; returns their absolute slots, int64 ``[B]``.
 
         Raises:
-            ValueError, RuntimeError: as :meth:`reserve`, or the shape or a length does not fit the layout.
+            ValueError, RuntimeError: as :meth:`reserve`, the shape or a length does not fit the layout, or a
+                number is not finite.
             TypeError: the batch has another dtype. Nothing is changed.
         """
         keys, storage = list(keys), self.storage
+        check_finite(batch.kv)
         numbers = storage.check_batch(len(keys), batch.kv, batch.lengths, batch.next_positions)
         planned = self.plan(keys)
         storage.allocate()
@@ -307,15 +309,14 @@ class KVCachePool:
         """Change the number of slots of a pool that is the last one of its storage. Entries keep their slots.
 
         Raises:
-            ValueError: ``pool_size`` is not positive.
+            TypeError, ValueError: ``pool_size`` is no integer or not positive.
             RuntimeError: a pool that is not empty would shrink, another pool's slots follow, or there is no
                 memory. Nothing is changed.
         """
-        if pool_size <= 0:
-            raise ValueError(f'pool_size must be at least 1, got {pool_size}')
+        pool_size = positive('pool_size', pool_size)
         if self._key_to_index and pool_size < self.pool_size:
             raise RuntimeError(f"pool '{self.name}' holds {len(self)} entries; call clear() before resize()")
-        end = self.first_slot + int(pool_size)
+        end = self.first_slot + pool_size
         if self.first_slot + self.pool_size != self.storage.slots:
             raise RuntimeError(
                 f"pool '{self.name}' cannot change its size: other slots follow in its storage"
@@ -323,7 +324,7 @@ class KVCachePool:
         self.storage.resize(end, keep=self.storage.slots if self._key_to_index else self.first_slot)
         if not self._key_to_index:
             self._forget()
-        self.pool_size = int(pool_size)
+        self.pool_size = pool_size
         self._order.resize(end)
 
     def _slots_of(self, keys: list[Hashable]) -> list[int]:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lzero_kv.cache.layout import KVLayout
+from lzero_kv.cache.layout import CPU, KVLayout
 from lzero_kv.cache.transfer import to_device
 
 Ints = Sequence[int] | np.ndarray
 Slots = Ints
 
+SLOT_BYTES = 512
+"""Bytes of main memory that a pool takes for a filled slot beside its row: key, numbers, age."""
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
@@ -251,18 +253,21 @@ class KVStorage:
                 self._data[:keep] = kept
 
     def _check_memory(self, slots: int, twice: int = 0) -> None:
-        if self.known_layout is None:
-            return
         # a CPU hands out more memory than it has, and kills the process that uses it
-        wanted, device = (slots + self._scratch + twice) * self.layout.row_bytes, self.layout.device
-        if device.type == 'cpu' and wanted - self.bytes > _available(device):
+        layout = self.known_layout
+        if layout is not None and layout.device.type == 'cpu':
+            numbers = (slots + self._scratch + twice) * layout.row_bytes - self.bytes
+        else:
+            numbers = 0
+        if numbers + slots * SLOT_BYTES > _available(CPU):
             raise RuntimeError(self._no_memory(slots))
 
     def _no_memory(self, slots: int) -> str:
-        layout, available = self.layout, _available(self.layout.device)
+        layout = self.known_layout
+        device, row_bytes = (CPU, SLOT_BYTES) if layout is None else (layout.device, layout.row_bytes)
         return (
-            f'no memory for {slots} slots of the KV cache: {slots * layout.row_bytes:,} bytes wanted on '
-            f'{layout.device}, {available:,} bytes available; lower kv_cache.max_bytes, '
+            f'no memory for {slots} slots of the KV cache: {slots * row_bytes:,} bytes wanted on '
+            f'{device}, {_available(device):,} bytes available; lower kv_cache.max_bytes, '
             f'kv_cache.window_slots or num_simulations'
         )
 

@@ -1,8 +1,8 @@
 """The command `lzero-kv`.
 
-`report` shows a log, `doctor` checks an installation and a config, `validate` runs a config with both caches
-side by side, `explain` reads a finding that a validation saved, `llm` measures layer budgets of language
-models.
+`config` prints a config to copy, `report` shows a log, `doctor` checks an installation and a config,
+`validate` runs a config with both caches side by side, `explain` reads a finding that a validation saved,
+`llm` measures layer budgets of language models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import tyro
 
 from lzero_kv import __version__
+from lzero_kv.cli.config import config
 from lzero_kv.cli.console import show_error, show_line
 from lzero_kv.cli.doctor import doctor_with
 from lzero_kv.cli.explain import explain
@@ -40,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if own[:1] == ['llm']:
         return llm(own[1:])
     commands = {
+        'config': config,
         'report': report,
         'doctor': doctor_with(of_config),
         'validate': validate_with(of_config),

@@ -35,23 +35,30 @@ def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='F
     """
     try:
         finding = load_finding(file)
-        truth = _replayed(finding)
     except OSError as error:
         show_error(f'cannot read {file}: {error.strerror or error}; give a file that a validation saved')
         return 1
     except ValueError as error:
         show_error(str(error))
         return 1
-    show_line(str(finding))
-    _show_reasons(finding)
-    if 'kv' in truth:
-        show_table(layers_table(finding, truth))
-    else:
-        show_line('an episode begins here: nothing was served, so there are no keys and values to compare')
-    show_table(answers_table(finding, truth))
-    confirmed, sentence = verdict(finding, truth)
-    show_line(sentence)
+    try:
+        parts, (confirmed, sentence) = _explained(finding)
+    except Exception as error:  # the file holds a model's configuration and weights, which may be anything
+        why = f'{type(error).__name__}: {" ".join(str(error).split())}'
+        show_error(f'{file} cannot be computed again ({why}); give a file that a validation saved')
+        return 1
+    for part in [*parts, sentence]:
+        show_table(part) if isinstance(part, Table) else show_line(part)
     return 0 if confirmed else 1
+
+
+def _explained(finding: Finding) -> tuple[list[str | Table], tuple[bool, str]]:
+    """What is shown about a finding, and the verdict."""
+    truth = _replayed(finding)
+    no_kv = 'an episode begins here: nothing was served, so there are no keys and values to compare'
+    parts: list[str | Table] = [str(finding), *_reasons(finding)]
+    parts.append(layers_table(finding, truth) if 'kv' in truth else no_kv)
+    return [*parts, answers_table(finding, truth)], verdict(finding, truth)
 
 
 def _replayed(finding: Finding) -> dict[str, torch.Tensor]:
@@ -60,11 +67,11 @@ def _replayed(finding: Finding) -> dict[str, torch.Tensor]:
         return recomputed(finding)
 
 
-def _show_reasons(finding: Finding) -> None:
-    if finding.fault is not None:
-        show_line(f'fault: {finding.fault.value}: {finding.fault.sentence}')
-    for cause in finding.causes:
-        show_line(f'proven of the stock cache: {cause.value}: {cause.sentence}')
+def _reasons(finding: Finding) -> list[str]:
+    causes = [f'proven of the stock cache: {cause.value}: {cause.sentence}' for cause in finding.causes]
+    if finding.fault is None:
+        return causes
+    return [f'fault: {finding.fault.value}: {finding.fault.sentence}', *causes]
 
 
 def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:

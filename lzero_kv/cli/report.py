@@ -10,7 +10,7 @@ import tyro
 from lzero_kv.cli.console import show_error, show_line, show_table
 from lzero_kv.telemetry.budget import budget_table
 from lzero_kv.telemetry.metrics import Axis
-from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run
+from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run, runs_in
 from lzero_kv.telemetry.table import statistics_table
 from lzero_kv.telemetry.validation import validation_table
 
@@ -35,10 +35,12 @@ def report(
     where there are layer budgets, another what each layer holds and lost. The plot shows hit rate, rebuilt
     tokens, evictions, occupancy and memory over environment steps, the counts and differences of a
     validation, layer budgets over time and the tokens that a root holds. With several runs below LOGDIR every
-    one is reported, each plot in its own experiment folder.
+    one is reported, each plot in its own experiment folder. A training that was resumed in its folder is one
+    run more, with a plot of its own: both may have made the same steps, and nothing is added up.
 
     Args:
-        logdir: the experiment folder (exp_name) of LightZero, its log or log/serial, or a folder of many.
+        logdir: the experiment folder (exp_name) of LightZero, its log or log/serial, a folder of many, or one
+            event file.
         out: where to write the plot; LOGDIR/kv_cache.png if it is not given.
 
     Returns:
@@ -49,12 +51,18 @@ def report(
         if not runs:
             raise LogError(f'{logdir}: {NOT_ENGAGED}')
         if out is not None and len(runs) > 1:
-            folders = ', '.join(str(run.folder) for run in runs)
+            folders = ', '.join(str(run.folder if run.file is None else run.file) for run in runs)
             raise LogError(
                 f'--out is for one run, but {logdir} holds {len(runs)}: {folders}. Give one of them'
             )
         for run in runs:
-            _show(run, _plot_path(run, logdir, out, alone=len(runs) == 1))
+            beside = [other for other in runs if other.folder == run.folder]
+            path = _plot_path(run, logdir, out, alone=len(beside) == len(runs))
+            if len(beside) > 1:
+                number = beside.index(run) + 1
+                path = path.with_stem(f'{path.stem}_{number}')
+                show_line(f'run {number} of {len(beside)} in its folder, told apart by file: {run.file.name}')
+            _show(run, path)
     except ValueError as error:
         show_error(str(error))
         return 1
@@ -65,7 +73,10 @@ def report(
 
 def _engaged_runs(logdir: Path) -> tuple[list[RunLog], list[Path]]:
     """Return the runs below `logdir` that have charts of the cache, and the folders that have others only."""
-    logs = [read_run(folder) for folder in find_runs(logdir)]
+    if logdir.is_file():
+        logs = [read_run(logdir)]
+    else:
+        logs = [log for folder in find_runs(logdir) for log in runs_in(folder)]
     return [log for log in logs if log.pools], [log.folder for log in logs if not log.pools]
 
 
@@ -73,7 +84,7 @@ def _plot_path(run: RunLog, logdir: Path, out: Path | None, *, alone: bool) -> P
     if out is not None:
         return out
     if alone:
-        return logdir / PLOT_NAME
+        return (logdir.parent if logdir.is_file() else logdir) / PLOT_NAME
     in_experiment = run.folder.parts[-2:] == ('log', 'serial')
     return (run.folder.parent.parent if in_experiment else run.folder) / PLOT_NAME
 

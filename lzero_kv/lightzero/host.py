@@ -277,9 +277,7 @@ def check_supported() -> str:
     """
     version = installed_version()
     if version is None:
-        raise RuntimeError(
-            f'expected LightZero {_KNOWN}, found none; install it with: pip install "lzero-kv[lightzero]"'
-        )
+        raise RuntimeError(f'expected LightZero {_KNOWN}, found none; install it as its README says')
     if version not in SUPPORTED:
         raise RuntimeError(
             f'expected LightZero {_KNOWN}, found LightZero {version}, whose caches lzero_kv does not know; '

@@ -23,6 +23,8 @@ from lzero_kv.telemetry.metrics import (
     parse_tag,
 )
 
+EVENT_FILES = 'events.out.tfevents.*'
+
 
 class LogError(ValueError):
     """A folder holds no log that can be reported; the message says what to do."""
@@ -48,19 +50,30 @@ class HistogramPoint:
     counts: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no equality of one bit
 class RunLog:
-    """The cache's part of the log in one folder."""
+    """The cache's part of a log.
+
+    Attributes:
+        folder: of the event files.
+        file: the one of them that was read; None where all were.
+    """
 
     folder: Path
     scalars: dict[TagName, Series]
     histograms: dict[TagName, tuple[HistogramPoint, ...]]
+    file: Path | None = None
 
     @property
     def pools(self) -> tuple[str, ...]:
         """The pools with at least one chart, in the order of POOLS."""
         present = {name.pool for name in self.scalars}
         return tuple(pool for pool in POOLS if pool in present)
+
+    @property
+    def begun(self) -> float:
+        """Time of the first point, seconds of the epoch."""
+        return min(float(series.wall_times[0]) for series in self.scalars.values())
 
     def series(self, axis: Axis, pool: str, metric: str) -> Series | None:
         """Return a chart, or None when the pool did not report it."""
@@ -159,7 +172,7 @@ def find_runs(logdir: Path) -> list[Path]:
         raise LogError(
             f'{logdir} is not a folder; give the experiment folder (exp_name) that LightZero wrote'
         )
-    folders = sorted({path.parent for path in logdir.rglob('events.out.tfevents.*')})
+    folders = sorted({path.parent for path in logdir.rglob(EVENT_FILES)})
     if not folders:
         raise LogError(
             f'no TensorBoard event file in {logdir} or below; give the experiment folder (exp_name) that '
@@ -169,10 +182,22 @@ def find_runs(logdir: Path) -> list[Path]:
     return folders
 
 
-def read_run(folder: Path) -> RunLog:
-    """Read the charts of the cache from the event files of one folder; other tags of the log are left out."""
+def runs_in(folder: Path) -> list[RunLog]:
+    """The runs that wrote charts of the cache into one folder, the oldest first: one for each event file.
+
+    A resumed training writes a file of its own beside the first one's, about steps that the first may have
+    passed already. Their counters are never added up. Where no file has such a chart there is one empty run.
+    """
+    logs = [read_run(path) for path in sorted(folder.glob(EVENT_FILES))]
+    found = [log for log in logs if log.pools]
+    return sorted(found, key=lambda log: log.begun) or [RunLog(folder, {}, {})]
+
+
+def read_run(path: Path) -> RunLog:
+    """Read the charts of the cache from one event file, or from all of a folder as if one run had written
+    them (:func:`runs_in` keeps runs apart); other tags of the log are left out."""
     accumulator = events.EventAccumulator(
-        str(folder), size_guidance=dict.fromkeys(events.DEFAULT_SIZE_GUIDANCE, 0)
+        str(path), size_guidance=dict.fromkeys(events.DEFAULT_SIZE_GUIDANCE, 0)
     )
     accumulator.Reload()
     tags = accumulator.Tags()
@@ -192,7 +217,9 @@ def read_run(folder: Path) -> RunLog:
             )
             for point in accumulator.Histograms(text)
         )
-    return RunLog(folder, scalars, histograms)
+    if path.is_dir():
+        return RunLog(path, scalars, histograms)
+    return RunLog(path.parent, scalars, histograms, path)
 
 
 def _own(tags: Iterable[str]) -> list[tuple[str, TagName]]:

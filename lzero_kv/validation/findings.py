@@ -184,17 +184,24 @@ def load_finding(path: Path) -> Finding:
         raise ValueError(wrong) from error
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise ValueError(wrong)
-    if content['version'] != VERSION:
+    if content.get('version') != VERSION:
         raise ValueError(
-            f'{path} has version {content["version"]}, expected {VERSION}; read it with the release that '
+            f'{path} has version {content.get("version")}, expected {VERSION}; read it with the release that '
             f'wrote it'
         )
-    plain = dict(content['finding'])
+    try:
+        return Finding(**_read(content['finding']), file=path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f'{wrong} ({type(error).__name__}: {error})') from error
+
+
+def _read(finding: Mapping[str, Any]) -> dict[str, Any]:
+    plain = dict(finding)
     for name in DEVIATIONS:
         plain[name] = None if plain[name] is None else Deviation(**plain[name])
     plain['fault'] = None if plain['fault'] is None else Fault(plain['fault'])
     plain['causes'] = tuple(Cause(name) for name in plain['causes'])
-    return Finding(**plain, file=path)
+    return plain
 
 
 def replay_data(world_model: Any, rule: str, course: Course) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def _what_ran(report: ValidationReport) -> str:
         'environment steps collected': [f'{run.collected:,}' for run in runs],
         'environment steps evaluated': [f'{run.evaluated:,}' for run in runs],
         'training iterations': [f'{run.iterations:,}' for run in runs],
-        'searches (compared)': [f'{run.counters.searches:,} ({run.counters.validated:,})' for run in runs],
+        'searches (with nodes compared)': [
+            f'{run.counters.searches:,} ({run.counters.validated:,})' for run in runs
+        ],
         'simulations of a search': [f'{run.simulations:,}' for run in runs],
         'wall time': [f'{run.seconds:.0f} s' for run in runs],
     }

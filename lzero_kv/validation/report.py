@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lzero_kv.telemetry.counters import Counters, ValidationCounters
+from lzero_kv.telemetry.counters import KINDS, Cause, Counters, ValidationCounters
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,22 @@ class ModeRun:
     def steps(self) -> int:
         """Environment steps of collection and evaluation."""
         return self.collected + self.evaluated
+
+    @property
+    def missing(self) -> str:
+        """What should have been compared and was not, as a sentence; empty where nothing is missing."""
+        roots, nodes = self.counters.roots, self.counters.nodes + self.counters.reanalysis
+        kinds = [name for name, kind in (('root', roots), ('node', nodes)) if not kind.compared]
+        if not kinds:
+            return ''
+        crashed = self.counters.total.causes[Cause.CRASHED]
+        why = (
+            f"LightZero's own code crashed in {crashed:,} rows; write an env_num of all environments"
+            if crashed
+            else 'write a larger --env-steps, or a larger --rate'
+        )
+        searches = f'{self.counters.searches:,} searches'
+        return f'mode {self.mode} compared no {" and no ".join(kinds)} in {searches}: {why}'
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON; :meth:`from_dict` reads it back."""
@@ -93,13 +109,18 @@ class ValidationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is unexplained and the cache was never wrong."""
-        return self.total.failures == 0
+        """Whether each mode compared roots and nodes, and none of them is a failure."""
+        return self.total.failures == 0 and not self.missing
+
+    @property
+    def missing(self) -> str:
+        """What was not compared: a sentence for each mode in which something is missing."""
+        return '; '.join(run.missing for run in self.runs if run.missing) if self.runs else 'no mode ran'
 
     @property
     def verdict(self) -> str:
         """One sentence, for people."""
-        total = self.total
+        total, kinds = self.total, self._kinds
         if self.passed:
             wrong = (
                 f'in {total.different:,} the stock cache was wrong, each time for a proven cause'
@@ -107,14 +128,21 @@ class ValidationReport:
                 else 'the stock cache was never wrong'
             )
             return (
-                f'Passed: of {total.compared:,} rows compared {total.equal:,} are equal and {wrong}; '
-                f'0 are unexplained, and the cache was never wrong (its largest rounding error is '
+                f'Passed: of {total.compared:,} rows compared ({kinds}) {total.equal:,} are equal and '
+                f'{wrong}; 0 are unexplained, and the cache was never wrong (its largest rounding error is '
                 f'{total.largest_cache:.2g}).'
             )
+        if not total.failures:
+            return f'NOT passed: {self.missing}.'
         return (
             f'NOT passed: of {total.compared:,} rows compared {total.unexplained:,} differ without a proven '
             f'cause, and in {total.cache_wrong:,} the cache was wrong.'
         )
+
+    @property
+    def _kinds(self) -> str:
+        counts = {kind: sum(getattr(run.counters, kind).compared for run in self.runs) for kind in KINDS}
+        return ', '.join(f'{kind} {count:,}' for kind, count in counts.items() if count)
 
     def as_json(self) -> str:
         """One JSON document; a difference without a number (another shape, nothing there) is a string."""

@@ -77,6 +77,7 @@ class Validator(Observer):
         self.start_pos: Any = 0
         self._inferences = 0
         self._capacity = 0
+        self._counted = False
         self._roots_kept = False
         self._roots: list[TrueNode] = []
         self._nodes: list[list[TrueNode]] = []
@@ -151,7 +152,7 @@ class Validator(Observer):
         count, self._nodes = self.counters.searches, []
         if int(count * self._rate) == int((count - 1) * self._rate):
             return
-        self.counters.validated += 1
+        self._counted = False
         self._capacity = event.capacity
         self._start_pos = event.timestep
         if event.from_roots:
@@ -216,6 +217,7 @@ class Validator(Observer):
             for row, number in enumerate(numbers)
         ]
         self._compare(rows, getattr(self.counters, self._kind))
+        self._count_search(rows)
         self._nodes.append(children)
 
     def _child(self, event: NodesExpanded, row: int, parent: TrueNode) -> TrueNode:
@@ -225,6 +227,13 @@ class Validator(Observer):
         step = Token(self._oracle.embed_action(event.actions[row]), first), Token(latent, first + 1)
         name = parent.name._replace(node=event.simulation)
         return TrueNode(name, answer, parent.course.then(step), parent.depth + 1)
+
+    def _count_search(self, rows: Sequence[ComparedRow]) -> None:
+        """Count the search at the first of its nodes that was compared: there is none where LightZero's own
+        code ended with an error before."""
+        compared = self.stock is None or any(row.stock is not None for row in rows)
+        self.counters.validated += compared and not self._counted
+        self._counted = self._counted or compared
 
     def _is_lost(self, event: NodesExpanded, row: int) -> bool:
         """Whether an entry is gone although it was never cleared and the pool never was full."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from lzero.policy import InverseScalarTransform, unizero
 from measuring.instruments import clock
-from memory_recall_env import MemoryRecallEnv, shows_door
 from memory_recall_unizero_kv_config import DISTRACTOR_FRAMES
 
+from lzero_kv.configs.memory_recall_env import MemoryRecallEnv, shows_door
 from lzero_kv.lightzero.inference.heads import expected_scalars
 from testing.models import world_model_of
 from testing.recorder import replaced

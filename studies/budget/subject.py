@@ -20,7 +20,7 @@ Weights = dict[str, torch.Tensor]
 
 def load_checkpoint(path: Path) -> Weights:
     """The weights of a model that LightZero saved."""
-    saved = torch.load(path, map_location='cpu')['model']
+    saved = torch.load(path, map_location='cpu', weights_only=True)['model']
     return {name.removeprefix('_orig_mod.'): tensor for name, tensor in saved.items()}
 
 

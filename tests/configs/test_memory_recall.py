@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from memory_recall_env import DOORS, STEPS_TO_DOOR, MemoryRecallEnv, RecallGame, shows_door
+
+from lzero_kv.configs.memory_recall_env import DOORS, STEPS_TO_DOOR, MemoryRecallEnv, RecallGame, shows_door
 
 DISTRACTOR, REWARD = 9, 5
 NORTH, SOUTH, WEST, EAST = range(4)

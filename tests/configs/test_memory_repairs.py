@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from memory_repairs import ascii_codes, repair_memory_tasks
 from memory_unizero_kv_config import make_config
+
+from lzero_kv.configs.memory_repairs import ascii_codes, repair_memory_tasks
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 

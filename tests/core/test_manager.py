@@ -483,10 +483,22 @@ def test_a_dropped_manager_is_freed_at_once():
     ('change', 'text'),
     [
         (dict(num_simulations=0), 'num_simulations must be at least 1, got 0'),
-        (dict(num_heads=0), r'embed_dim=12 must be a multiple of num_heads=0'),
+        (dict(num_simulations=2.5), 'num_simulations must be an integer, got 2.5 of type float'),
+        (dict(num_heads=0), 'num_heads must be at least 1, got 0'),
+        (dict(num_heads='3'), "num_heads must be an integer, got '3' of type str"),
+        (dict(num_layers=0), 'num_layers must be at least 1, got 0'),
     ],
 )
 def test_numbers_of_the_world_model_that_cannot_be_are_refused(change, text):
     sizes = dict(num_layers=2, num_heads=3, embed_dim=12, context_length=8)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         KVCacheManager(sizes | change, 4)
+
+
+def test_choices_may_be_a_dict_and_nothing_else():
+    made = KVCacheManager(WORLD_MODEL, 4, cache_config=dict(policy='lfu'))
+    assert made.cache_config == KVCacheConfig(policy='lfu')
+    with pytest.raises(TypeError, match=r"kv_cache must be a dict such as dict.policy='lru'., got str"):
+        KVCacheManager(WORLD_MODEL, 4, cache_config='lfu')
+    with pytest.raises(TypeError, match=r'env_num must be an integer, got 2\.5'):
+        KVCacheManager(WORLD_MODEL, 2.5)

@@ -214,3 +214,20 @@ def test_a_pool_without_layout_says_what_it_needs():
 def test_a_size_that_is_no_number_of_slots_is_refused(size, error):
     with pytest.raises(error, match='pool_size must be'):
         KVCachePool(size)
+    pool = KVCachePool(3)
+    with pytest.raises(error, match='pool_size must be'):
+        pool.resize(size)
+    assert pool.pool_size == 3
+
+
+def test_a_batch_that_is_not_finite_is_refused_as_one_history_is():
+    pool, given = KVCachePool(3, layout=LAYOUT), batch(4, 5)
+    given.kv[1, 2, 1, 4] = float('nan')
+    with pytest.raises(ValueError, match='expected finite keys and values, got NaN or infinity'):
+        pool.store('ab', given)
+    assert (len(pool), pool.storage.bytes) == (0, 0)
+
+
+def test_more_slots_than_memory_are_refused_before_a_layout_is_known():
+    with pytest.raises(RuntimeError, match='no memory for 200000000 slots of the KV cache: 102,400,000,000'):
+        KVCachePool(200_000_000)

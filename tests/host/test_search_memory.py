@@ -13,7 +13,7 @@ from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.tree import Parents, SearchTree
 from testing.episodes import Episodes
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots
-from testing.models import make_policy, world_model_of
+from testing.models import collect_model, make_policy, world_model_of
 from testing.reanalysis import reanalyze
 
 from .plays import assert_same_play, fail_with_nan
@@ -44,6 +44,24 @@ def test_every_node_equals_its_recomputation(family: str, context: int) -> None:
     found = nodes_of(policy)
     assert found['evictions'] == found['rebuilt_tokens'] == 0
     assert (found['window_tokens'] > 0) == (context < 12)
+
+
+def test_long_windows_that_fill_evict_nothing_by_default() -> None:
+    """28 tokens, of which 25 are kept: full after 12 steps, so that each node of 8 more loses a step."""
+    policy = search_policy('tiny', infer_context_length=14)
+    Episodes(policy, range(ROWS), record=False).run(20)
+    found = nodes_of(policy)
+    assert found['evictions'] == found['rebuilt_tokens'] == 0
+    assert found['misses'] > 100
+
+
+def test_a_model_in_bfloat16_is_refused_in_words() -> None:
+    policy = search_policy('tiny', dtype=torch.float32)
+    collect_model(policy).to(torch.bfloat16)
+    with pytest.raises(TypeError, match='the world model is in bfloat16, which LightZero cannot search with'):
+        Episodes(policy, range(ROWS), record=False).run(1)
+    with pytest.raises(TypeError, match='the world model is in bfloat16, which LightZero cannot search with'):
+        search_policy('tiny', dtype=torch.bfloat16)
 
 
 def _another_path(tree: SearchTree, path: np.ndarray) -> np.ndarray:

@@ -226,6 +226,16 @@ def test_fewer_last_inputs_than_rows_crash_the_host(mode: str, tmp_path: Path) -
     assert counters_of(policy).roots.causes[Cause.CRASHED] == 3
 
 
+def test_a_search_whose_nodes_were_not_compared_does_not_count(tmp_path: Path) -> None:
+    """LightZero's root inference has room for one environment of two, so that no search follows in it."""
+    policy = validated_policy('model', tmp_path, environments=2, world_model=dict(
+        cache_validation_mode='model', env_num=1
+    ))  # fmt: skip
+    counters = play(policy, 4, environments=2)
+    assert (counters.roots.causes[Cause.CRASHED], counters.roots.compared) == (6, 8)
+    assert (counters.searches, counters.validated, counters.nodes.compared) == (4, 0, 0)
+
+
 def test_a_root_without_timesteps_crashes_the_host(tmp_path: Path) -> None:
     """It cuts them to the batch, whatever was passed."""
     policy = validated_policy('model', tmp_path, environments=2)

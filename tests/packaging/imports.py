@@ -21,6 +21,8 @@ def third_party_imports(package: Path) -> dict[str, list[str]]:
     """Name of each imported package that is neither Python's nor this one, with the files that import it."""
     found: dict[str, list[str]] = {}
     for path in sorted(package.rglob('*.py')):
+        if path.parent.name == 'configs':  # scripts, in the wheel to be copied out of it
+            continue
         for name in set(imported_names(path.read_text(encoding='utf-8'))):
             if name not in sys.stdlib_module_names and name != package.name:
                 found.setdefault(name, []).append(str(path.relative_to(package)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -50,6 +51,26 @@ def test_every_run_of_a_parent_gets_its_own_report(
         assert f'plot: {folder.parent.parent / "kv_cache.png"}' in out
         assert (folder.parent.parent / 'kv_cache.png').is_file()
     assert f'{stock}: no chart of the KV cache, left out' in out
+
+
+def test_a_resumed_run_in_the_same_folder_is_a_run_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six points and four: the second training makes the first one's steps again."""
+    folder = write_experiment(tmp_path, points=6)
+    time.sleep(1.1)  # TensorBoard names its files by the second
+    write_experiment(tmp_path, points=4)
+    assert main(['report', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    lines = [line.replace(' ', '') for line in out.splitlines() if 'queries' in line]
+    queries = [line.split('│')[2] for line in lines]
+    assert queries == ['120', '20', '80', '20']
+    assert out.count(f'log: {folder}, ') == 2
+    for number, file in enumerate(sorted(folder.glob('events*')), 1):
+        assert f'run {number} of 2 in its folder, told apart by file: {file.name}' in out
+        assert (tmp_path / f'kv_cache_{number}.png').is_file()
+    assert main(['report', str(file), '--out', str(tmp_path / 'second.png')]) == 0
+    assert 'log: ' in capsys.readouterr().out
 
 
 def test_a_log_of_a_training_without_the_plugin_says_what_to_write(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.table import Table
 
 from lzero_kv.cli import main
+from lzero_kv.cli.console import show_table
 from lzero_kv.cli.explain import verdict
-from lzero_kv.validation.findings import load_finding, save_finding
+from lzero_kv.validation.findings import FORMAT, VERSION, load_finding, save_finding
 from testing.episodes import Episodes
 from testing.models import make_policy, world_model_of
 
@@ -85,8 +87,19 @@ def test_causes_and_fault_are_said_in_sentences(saved: Path, capsys: pytest.Capt
         (lambda path: None, 'cannot read {path}: No such file or directory; give a file that a validation'),
         (lambda path: path.mkdir(), 'cannot read {path}: Is a directory; give a file that a validation'),
         (lambda path: path.write_text('text'), '{path} is no finding of a validation; give a file that'),
+        (lambda path: path.write_bytes(b''), '{path} is no finding of a validation; give a file that'),
+        (lambda path: path.write_bytes(bytes(range(256))), '{path} is no finding of a validation; give a'),
+        (lambda path: torch.save({'format': FORMAT}, path), '{path} has version None, expected 2; read it'),
+        (
+            lambda path: torch.save({'format': FORMAT, 'version': VERSION, 'finding': {'row': 3}}, path),
+            "give a file that cache_validation_mode saved (KeyError: 'cache')",
+        ),
         (lambda path: torch.save([1], path), '{path} is no finding of a validation; give a file that'),
         (lambda path: save_finding(a_finding(), path), 'the finding holds no tokens and weights'),
+        (
+            lambda path: save_finding(replace(a_finding(), replay={'rule': 'shift'}), path),
+            "{path} cannot be computed again (KeyError: 'config')",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_explained_is_said_in_one_line(
@@ -101,6 +114,34 @@ def test_a_file_that_cannot_be_explained_is_said_in_one_line(
     assert message.format(path=path) in error
 
 
+def test_a_file_that_is_cut_off_or_holds_something_else_is_said_in_one_line(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, path = torch.load(saved, weights_only=True), tmp_path / 'changed.pt'
+    path.write_bytes(saved.read_bytes()[:-700])
+    assert main(['explain', str(path)]) == 1
+    for part in ('finding', 'replay', 'tensors'):
+        place = content['finding'] if part == 'finding' else content['finding'][part]
+        for name in list(place):
+            before, place[name] = place[name], 'something else'
+            torch.save(content, path)
+            place[name] = before
+            main(['explain', str(path)])
+    error = capsys.readouterr().err
+    assert error.count('\n') == error.count('lzero-kv: ') > 10
+    assert 'Traceback' not in error
+
+
+def test_an_escape_in_a_name_does_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(['explain', str(tmp_path / '\x1b[31m\udcff\x7f.pt')]) == 1
+    show_table(Table('a\x1b]0;b'))
+    shown = capsys.readouterr()
+    assert '/\u241b[31m\ufffd\u2421.pt' in shown.err and 'a\u241b]0;b' in shown.out
+    assert '\x1b' not in shown.err + shown.out
+
+
 def test_the_verdict_compares_what_both_hold() -> None:
     finding = a_finding(fault=None)
     truth = {name: tensor.clone() for name, tensor in finding.tensors['truth'].items()}
@@ -108,7 +149,7 @@ def test_the_verdict_compares_what_both_hold() -> None:
     assert 'no cause is proven' in verdict(finding, truth)[1]
     truth['policy'][3] += 0.01
     assert not verdict(finding, truth)[0]
-    lost = dataclasses.replace(finding, tensors={})
+    lost = replace(finding, tensors={})
     assert verdict(lost, truth) == (
         False,
         'The file holds no truth to compare the recomputation with.',

@@ -61,9 +61,9 @@ def test_json_gives_the_same_report(drawn: list[ModeRun]) -> None:
 def test_everything_explained_passes() -> None:
     assert REPORT.passed
     assert REPORT.verdict == (
-        'Passed: of 42 rows compared 24 are equal and in 18 the stock cache was wrong, each time for a '
-        'proven cause; 0 are unexplained, and the cache was never wrong (its largest rounding error is '
-        '3e-07).'
+        'Passed: of 42 rows compared (roots 18, nodes 21, reanalysis 3) 24 are equal and in 18 the stock '
+        'cache was wrong, each time for a proven cause; 0 are unexplained, and the cache was never wrong '
+        '(its largest rounding error is 3e-07).'
     )
 
 
@@ -82,6 +82,23 @@ def test_one_row_that_must_not_be_fails_all(fault: Fault | None) -> None:
     )
 
 
+def test_a_mode_that_compared_no_node_has_not_passed() -> None:
+    counters = ValidationCounters(searches=8)
+    counters.roots.count_equal()
+    report = with_counters(counters)
+    assert not report.passed
+    assert report.verdict == (
+        'NOT passed: mode store compared no node in 8 searches: '
+        'write a larger --env-steps, or a larger --rate.'
+    )
+    counters.roots.count_different([Cause.CRASHED])
+    assert report.verdict == (
+        'NOT passed: mode store compared no node in 8 searches: '
+        "LightZero's own code crashed in 1 rows; write an env_num of all environments."
+    )
+    assert dataclasses.replace(REPORT, runs=()).verdict == 'NOT passed: no mode ran.'
+
+
 def rows_of(page: str, first: str) -> list[list[str]]:
     lines = [line.strip('| ').split(' | ') for line in page.splitlines() if line.startswith(f'| {first} |')]
     return [cells[1:] for cells in lines]
@@ -96,7 +113,7 @@ def test_the_page_says_what_ran_what_was_found_and_how_to_repeat_it() -> None:
     assert rows_of(page, 'environment steps collected') == [['61', '61']]
     assert rows_of(page, 'environment steps evaluated') == [['17', '17']]
     assert rows_of(page, 'training iterations') == [['13', '13']]
-    assert rows_of(page, 'searches (compared)') == [['11 (7)', '22 (14)']]
+    assert rows_of(page, 'searches (with nodes compared)') == [['11 (7)', '22 (14)']]
     assert rows_of(page, 'simulations of a search') == [['8', '8']]
     assert [row[:4] for row in rows_of(page, 'compared')] == [['6', '7', '1', '14'], ['12', '14', '2', '28']]
     assert rows_of(page, 'root_lost') == [['1', '2', Cause.ROOT_LOST.sentence]]

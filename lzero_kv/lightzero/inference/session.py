@@ -34,7 +34,13 @@ def make_manager(world_model: Any, environments: int, num_simulations: int) -> K
 
     Raises:
         ValueError: the cache's configuration has no room for them.
+        TypeError: the model is in bfloat16.
     """
+    if world_model.transformer.ln_f.weight.dtype == torch.bfloat16:
+        raise TypeError(
+            'the world model is in bfloat16, which LightZero cannot search with: it keeps latent states and '
+            'values as numpy arrays, and numpy has no bfloat16; write world_model.float()'
+        )
     config, window = world_model.cache_config, Window(world_model.context_length)
     weight = world_model.transformer.ln_f.weight
     budget = limiting_budget(config, world_model.num_layers, window)
