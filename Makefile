@@ -20,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo llm-demo test lint fuzz soak bench plots budget-study types docs clean
+.PHONY: help setup demo llm-demo test lint fuzz soak bench plots budget-study types docs site clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ soak: setup  ## train Pong for MINUTES (30) with validation sampled: memory and 
 types: setup  ## check types with pyright (installed on the first call)
 	@$(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check -r requirements/types.txt
 	$(BIN)/pyright
+
+site: setup  ## build the documentation site into build/site, strictly (installs mkdocs on the first call)
+	@$(BIN)/python -m pip install --quiet --no-deps --disable-pip-version-check -r requirements/site.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs: setup  ## run every command and snippet of the documentation (many minutes: the demo among them)
 	$(BIN)/python tools/run_docs.py

@@ -1,0 +1,78 @@
+"""The examples do what they say."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lzero_kv.cache.keys import NO_SLOT, NodeKey
+
+from ..telemetry.driving import write_experiment
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def example(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / 'examples' / f'{name}.py'))
+
+
+def nodes_of(node: Any) -> list[Any]:
+    return [node, *(one for child in node.children if child.visits for one in nodes_of(child))]
+
+
+def test_a_search_of_ones_own_finds_the_same_under_any_bound() -> None:
+    """What is held equals a pass over the whole history; evicted nodes are computed again."""
+    main = example('own_search')['main']
+    bounded, free = main(200_000), main(10_000_000)
+    counted = [search.manager.get_stats_summary()['nodes'] for search in (bounded, free)]
+    assert counted[0]['evictions'] > 0 < counted[0]['rebuilt_tokens']
+    assert counted[1]['evictions'] == counted[1]['misses'] == 0
+    assert bounded.manager.bytes <= 200_000
+    checked = 0
+    for row, (root, twin) in enumerate(zip(bounded.roots, free.roots, strict=True)):
+        visits = [[(one.history, one.visits) for one in nodes_of(top)] for top in (root, twin)]
+        assert visits[0] == visits[1]
+        for node in nodes_of(root):
+            slots = bounded.manager.slots([NodeKey(row, node.number)])
+            if slots[0] != NO_SLOT:
+                held, length = bounded.manager.load(slots), len(node.history)
+                whole = bounded.model.whole(node.history)[2]
+                torch.testing.assert_close(held[:, :, :, -length:], whole[:, :, :, -length:])
+                checked += 1
+    assert checked > 20
+    assert len({tuple(child.visits for child in root.children) for root in bounded.roots}) > 1
+
+
+def test_a_budget_in_a_transformer_of_ones_own() -> None:
+    """A budget of all tokens keeps all; a quarter holds a quarter."""
+    main = example('own_transformer_budget')['main']
+    (quarter, small), (whole, large) = main(0.25), main(1.0)
+    assert [int(layer.lengths.min()) for layer in (large[0], large[2])] == [75, 75]
+    assert max(small[layer].lengths.max() for layer in range(3)) < 75 // 3
+    assert quarter.shape == whole.shape == (2, 23)
+
+
+def test_statistics_are_read_run_by_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_experiment(tmp_path / name, points=points) for name, points in (('a', 2), ('b', 3))]
+    totals = example('read_statistics')['main'](tmp_path)
+    assert [total['roots']['queries'] for total in totals] == [40, 60]
+    out = capsys.readouterr().out
+    assert all(f'{folder}  nodes: 60.0% hits' in out for folder in folders)
+    assert 'of nodes, by environment step: 20: 60.0% 40: 60.0% 60: 60.0%' in out
+
+
+def test_an_evaluation_loop_of_ones_own(tmp_path: Path, warm_python: str) -> None:
+    """Two environments of twelve steps: each but the first after a reset finds its root."""
+    done = subprocess.run(
+        [warm_python, str(ROOT / 'examples' / 'own_evaluation.py')], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert "'misses': 0, 'stores': 24," in last
