@@ -37,8 +37,8 @@ def _is_model(annotation: Any) -> bool:
 
 def did_you_mean(name: str, allowed: Sequence[str]) -> str:
     """The end of a message about an unknown name."""
-    close = difflib.get_close_matches(name.lower(), allowed, n=1)
-    return f'; did you mean {close[0]!r}?' if close else f'; allowed: {", ".join(allowed)}'
+    close = close_name(name, allowed)
+    return f'; did you mean {close!r}?' if close else f'; allowed: {", ".join(allowed)}'
 
 
 def close_name(name: str, allowed: Sequence[str]) -> str | None:

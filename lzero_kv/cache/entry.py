@@ -94,12 +94,6 @@ class KVEntry:
         layers = [LayerKV(keys, values, size) for keys, values in zip(padded[::2], padded[1::2], strict=True)]
         return cls(layers, next_position)
 
-    @classmethod
-    def from_keys_values(cls, keys_values: Any, layout: KVLayout) -> KVEntry:
-        """A private copy of a ``KeysValues``-like object; raises as :func:`row_from_keys_values`."""
-        row, size, next_position = row_from_keys_values(keys_values, layout)
-        return cls.from_row(layout, row, size, next_position)
-
 
 def layout_of(keys_values: Any) -> KVLayout:
     """The layout whose capacity, dtype and device are those of a ``KeysValues``-like object of one sample.

@@ -50,14 +50,6 @@ class Log2Histogram:
         """Number of values counted."""
         return sum(self.counts)
 
-    def merge(self, other: Log2Histogram) -> None:
-        """Add the counts of ``other`` to this histogram."""
-        self.counts = _combine(self.counts, other.counts, 1)
-
-    def copy(self) -> Log2Histogram:
-        """A histogram of its own with the same counts."""
-        return Log2Histogram(self.counts)
-
     def __add__(self, other: Log2Histogram) -> Log2Histogram:
         return Log2Histogram(_combine(self.counts, other.counts, 1))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,29 +68,20 @@ def planned(policy_cfg: Any) -> Plan:
     model = policy_cfg['model']['world_model_cfg']
     config, mode = KVCacheConfig.from_world_model_cfg(model), validation_mode_of(model)
     check_world_model_config(model)
-    refuse_validated_budget(config, int(model.num_layers), Window(int(model.context_length)), mode)
-    world_model: Any = SimpleNamespace(
-        config=model,
-        cache_config=config,
-        context_length=int(model.context_length),
-        num_layers=int(model.num_layers),
-        num_heads=int(model.num_heads),
-        embed_dim=int(model.embed_dim),
-        backend=config.resolved_backend,
-        transformer=SimpleNamespace(ln_f=SimpleNamespace(weight=torch.empty(0))),
-    )
+    refuse_validated_budget(config, model, mode)
     environments = int(policy_cfg['collector_env_num']) + int(policy_cfg['evaluator_env_num'])
-    manager = make_manager(world_model, environments, simulations_of(policy_cfg))
+    manager = make_manager(model, config, torch.empty(0), environments, simulations_of(policy_cfg))
     return Plan(config, manager, mode)
 
 
-def refuse_validated_budget(config: KVCacheConfig, layers: int, window: Window, mode: str | None) -> None:
+def refuse_validated_budget(config: KVCacheConfig, model: Any, mode: str | None) -> None:
     """Refuse validation of a cache that drops tokens.
 
     Raises:
         ValueError: both are asked for, or the budget does not hold what is always kept.
     """
-    if limiting_budget(config, layers, window) is not None and mode is not None:
+    kept = Window(int(model.context_length)).kept
+    if limiting_budget(config, int(model.num_layers), kept) is not None and mode is not None:
         raise ValueError(
             f'cache_validation_mode={mode!r} compares whole histories, and kv_cache.budget keeps a part of '
             f'them: the differences would be its own; leave one of the two out'

@@ -12,7 +12,6 @@ from lzero.model.unizero_world_models.world_model import WorldModel
 
 from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
-from lzero_kv.cache.window import Window
 from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.lightzero.inference.events import Observer
 from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
@@ -62,12 +61,11 @@ class KVWorldModel(WorldModel):
         self.cache_config = KVCacheConfig.from_world_model_cfg(config)
         check_world_model_config(config)
         self._validation_mode = validation_mode_of(config)
+        refuse_validated_budget(self.cache_config, config, self._validation_mode)
         self._session: InferenceSession | None = None
         self._validator: Any = None
         self._counters = None if self._validation_mode is None else _validation().ValidationCounters()
         super().__init__(config, tokenizer)
-        window = Window(self.context_length)
-        refuse_validated_budget(self.cache_config, self.num_layers, window, self._validation_mode)
         self._env_num = self._search_rows = int(config.env_num)
         self._num_simulations = int(config.get('num_simulations', 50))
         self._env_ids: Sequence[int] | None = None
@@ -149,7 +147,8 @@ class KVWorldModel(WorldModel):
         self._search_rows = environments if rows is None else rows
         self._drop_session()
         # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
-        make_manager(self, environments, num_simulations)
+        weight = self.transformer.ln_f.weight
+        make_manager(self.config, self.cache_config, weight, environments, num_simulations)
 
     @contextmanager
     def serving(self, env_ids: Sequence[int], host_last: HostLast | None = None) -> Iterator[None]:

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lzero_kv.budget import BudgetConfig, BudgetedCache, LayerCache, Preference
 from lzero_kv.budget.allocation import AttentionBased
 from lzero_kv.budget.cascade import least
 from lzero_kv.budget.config import INTERVAL
-from lzero_kv.llm.attention import watch_attention
 from lzero_kv.llm.budget import PromptBudget
 from lzero_kv.llm.families import check_attention, check_family, sliding_windows
 
@@ -61,7 +62,8 @@ class BudgetCache(Cache):
         )  # fmt: skip
         self._tokens = self._empty()
         longest = getattr(config, 'max_position_embeddings', None)
-        watch_attention()
+        # for every model of the process; keys of others pass it as they are
+        AttentionInterface.register('sdpa', budget_attention)
         super().__init__(
             layers=[
                 BudgetLayer(self._tokens, number, window, longest) for number, window in enumerate(windows)
@@ -252,3 +254,26 @@ class BudgetLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
+
+
+def budget_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **others: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' ``sdpa`` attention; keys that a :class:`~lzero_kv.llm.BudgetCache` returned bring their
+    layer with them, all others pass as they are."""
+    layer = getattr(key, 'budget_layer', None)
+    if layer is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+    # the layer holds these keys: without the way back both are freed with the last reference
+    del key.budget_layer
+    if others.get('output_attentions'):
+        raise ValueError('output_attentions=True is not possible under a budget; leave it out')
+    mask = layer.begin(attention_mask, query)
+    output = sdpa_attention_forward(module, query, key, value, mask, **others)
+    layer.end(query, others.get('scaling'))
+    return output

@@ -9,16 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lzero_kv.telemetry.budget_plot import MAPS, draw_budgets, draw_kept_tokens
 from lzero_kv.telemetry.metrics import (
     CAUSE_PREFIX,
     CHARTS,
+    LAYER_PREFIX,
     METRICS,
     VALIDATION,
     VALIDATION_CHARTS,
     VALIDATION_METRICS,
     Axis,
     Chart,
+    TagName,
     Unit,
     ValidationChart,
 )
@@ -34,6 +35,11 @@ LINES = {
 BYTE_UNITS = (('B', 1), ('KiB', 2**10), ('MiB', 2**20), ('GiB', 2**30))
 VALIDATION_DASHES = ('solid', (0, (4, 2)), (0, (1, 1.5)))
 MARKED_POINTS = 60  # beyond this, markers hide the line
+MAPS = (
+    ('slots', 'tokens of each layer', 1),
+    ('lost_mass', 'attention lost by each layer, %', 100),
+)
+"""Metric, title, and the factor of what is drawn."""
 
 
 def plot_run(run: RunLog, path: Path) -> Path:
@@ -63,8 +69,8 @@ def plot_run(run: RunLog, path: Path) -> Path:
         panels.append(figure.add_subplot(rows, 1, row + 1, sharex=panels[0] if panels else None))
         panels[-1].tick_params(labelbottom=row == len(charts) + maps - 1)
     if maps:
-        draw_budgets(panels[len(charts) :], run)
-        draw_kept_tokens(figure.add_subplot(rows, 1, rows), run)
+        _draw_budgets(panels[len(charts) :], run)
+        _draw_kept_tokens(figure.add_subplot(rows, 1, rows), run)
     for panel, chart in zip(panels[: len(charts)], charts, strict=True):
         if isinstance(chart, Chart):
             _draw(panel, chart, _lines(run, chart))
@@ -151,3 +157,48 @@ def _scale(unit: Unit, highest: float) -> tuple[str, float]:
     if unit is Unit.BYTES:
         return next((name, size) for name, size in reversed(BYTE_UNITS) if size <= max(highest, 1))
     return unit.value, 1.0
+
+
+def _draw_budgets(panels: list[Axes], run: RunLog) -> None:
+    """Draw the layer-by-time maps of MAPS, a panel for each; the horizontal axis is environment steps."""
+    for panel, (metric, title, factor) in zip(panels, MAPS, strict=True):
+        _draw_map(panel, run, metric, factor)
+        panel.set_title(f'layer budgets: {title}', fontsize=10, loc='left')
+
+
+def _draw_map(panel: Axes, run: RunLog, metric: str, factor: int) -> None:
+    layers = list(run.layers())
+    series = [run.series(Axis.ENV_STEP, f'{LAYER_PREFIX}{layer}', metric) for layer in layers]
+    steps = np.unique(np.concatenate([one.steps for one in series if one is not None] or [np.empty(0)]))
+    panel.set_ylabel('layer')
+    panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    if not len(steps):
+        panel.text(0.5, 0.5, 'no attention was read', ha='center', transform=panel.transAxes, fontsize=8)
+        return
+    values = np.full((len(layers), len(steps)), np.nan)
+    for row, one in enumerate(series):
+        if one is not None:
+            values[row, np.searchsorted(steps, one.steps)] = factor * one.values
+    # a point stands for the interval that ended with it
+    edges = np.concatenate([[0], steps]) if steps[0] > 0 else np.concatenate([steps, steps[-1:] + 1])
+    mesh = panel.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, values, cmap='viridis', vmin=0)
+    panel.invert_yaxis()
+    bar = panel.figure.colorbar(mesh, ax=panel, pad=0.01, aspect=12)
+    bar.ax.tick_params(labelsize=7)
+
+
+def _draw_kept_tokens(panel: Axes, run: RunLog) -> None:
+    """Draw which places of its window one root holds in each layer, at the last point that knows it."""
+    layers = list(run.layers())
+    panel.set_title('layer budgets: tokens that one root holds at the last point', fontsize=10, loc='left')
+    panel.set_ylabel('layer')
+    panel.set_xlabel('place in the window, 0 for its oldest token')
+    panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    for row, layer in enumerate(layers):
+        points = run.histograms.get(TagName(Axis.ENV_STEP, f'{LAYER_PREFIX}{layer}', 'kept_tokens'), ())
+        if points:
+            last = max(points, key=lambda point: point.step)
+            held = np.array(last.limits)[np.array(last.counts) > 0] - 1  # a bucket for each place
+            panel.bar(held, 0.7, width=0.8, bottom=row - 0.35, color='#0072b2')
+    panel.set_ylim(len(layers) - 0.4, -0.6)
+    panel.set_xlim(left=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -40,6 +40,12 @@ def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Tab
             metric.name, *('-' if cell is None else format_value(cell, metric.unit) for cell in cells)
         )
     return table
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of texts as a table of Markdown; the first one is its head."""
+    head, *others = ['| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |' for row in rows]
+    return '\n'.join([head, '|' + '---|' * len(rows[0]), *others])
 
 
 def format_value(value: float, unit: Unit) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 
@@ -54,20 +54,16 @@ def validation_table(columns: Mapping[str, Mapping[str, float]], title: str = 'V
     for kind in columns:
         table.add_column(kind, justify='right', no_wrap=True)
     table.add_column('meaning')
-    for name in shown_metrics(columns):
-        metric = VALIDATION_METRICS[name]
-        cells = [numbers.get(name) for numbers in columns.values()]
-        texts = ('-' if cell is None else format_value(cell, metric.unit) for cell in cells)
-        alarming = name in ('unexplained', 'cache_wrong') and any(cells)
-        table.add_row(name, *texts, metric.sentence, style='red' if alarming else None)
+    for name, *texts in validation_rows(columns):
+        alarming = name in ('unexplained', 'cache_wrong') and any(col.get(name) for col in columns.values())
+        table.add_row(name, *texts, style='red' if alarming else None)
     return table
 
 
-def shown_metrics(columns: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The metrics of a table with these columns: causes and faults only where one came."""
-    return [
-        name
-        for name in VALIDATION_METRICS
-        if not name.startswith((CAUSE_PREFIX, FAULT_PREFIX))
-        or any(numbers.get(name) for numbers in columns.values())
-    ]
+def validation_rows(columns: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
+    """Name, a number for each column and meaning of each metric; causes and faults only where one came."""
+    for name, metric in VALIDATION_METRICS.items():
+        cells = [numbers.get(name) for numbers in columns.values()]
+        if any(cells) or not name.startswith((CAUSE_PREFIX, FAULT_PREFIX)):
+            texts = ['-' if cell is None else format_value(cell, metric.unit) for cell in cells]
+            yield [name, *texts, metric.sentence]

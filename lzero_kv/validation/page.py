@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,9 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lzero_kv.telemetry.counters import Cause
-from lzero_kv.telemetry.metrics import VALIDATION_METRICS
-from lzero_kv.telemetry.table import format_value
-from lzero_kv.telemetry.validation import columns_of, shown_metrics
+from lzero_kv.telemetry.table import markdown_table
+from lzero_kv.telemetry.validation import columns_of, validation_rows
 from lzero_kv.validation.report import ModeRun, ValidationReport
 
 VERDICTS = {
@@ -42,10 +41,6 @@ def validation_page(report: ValidationReport, picture: str) -> str:
         '## What ran',
         _what_ran(report),
         *(_found(run) for run in report.runs),
-        '## Why the stock cache was wrong',
-        _causes(report.runs),
-        '## How far predictions moved because of it',
-        _movements(report.runs),
         '## Failures',
         _failures(report.runs),
         '## To run it again',
@@ -57,9 +52,8 @@ def validation_page(report: ValidationReport, picture: str) -> str:
 def _what_ran(report: ValidationReport) -> str:
     runs = report.runs
     common = {'config': f'`{report.config}`', 'its arguments': f'`{" ".join(report.arguments) or "none"}`'}
-    lines = _rows([('', *(f'mode {run.mode}' for run in runs))], header=True)
-    for name, text in {**common, **report.versions}.items():
-        lines += _rows([(name, *(text for _ in runs))])
+    rows = [('', *(f'mode {run.mode}' for run in runs))]
+    rows += [(name, *(text for _ in runs)) for name, text in {**common, **report.versions}.items()]
     numbers = {
         'environment steps collected': [f'{run.collected:,}' for run in runs],
         'environment steps evaluated': [f'{run.evaluated:,}' for run in runs],
@@ -70,55 +64,15 @@ def _what_ran(report: ValidationReport) -> str:
         'simulations of a search': [f'{run.simulations:,}' for run in runs],
         'wall time': [f'{run.seconds:.0f} s' for run in runs],
     }
-    lines += _rows((name, *texts) for name, texts in numbers.items())
+    rows += [(name, *texts) for name, texts in numbers.items()]
     notes = [f'- mode {run.mode}: {note}' for run in runs for note in run.notes]
-    return '\n'.join([*lines, *(['', *notes] if notes else [])])
+    return '\n'.join([markdown_table(rows), *(['', *notes] if notes else [])])
 
 
 def _found(run: ModeRun) -> str:
     columns = columns_of(run.counters)
-    lines = _rows([('metric', *columns, 'meaning')], header=True)
-    for name in shown_metrics(columns):
-        metric = VALIDATION_METRICS[name]
-        cells = (
-            '-' if name not in numbers else format_value(numbers[name], metric.unit)
-            for numbers in columns.values()
-        )
-        lines += _rows([(name, *cells, metric.sentence)])
-    return '\n'.join([f'## What mode {run.mode} found', '', *lines])
-
-
-def _causes(runs: Sequence[ModeRun]) -> str:
-    totals = [run.counters.total for run in runs]
-    if not any(total.causes for total in totals):
-        return 'It never was.'
-    lines = _rows([('cause', *(f'mode {run.mode}' for run in runs), 'what happened')], header=True)
-    lines += _rows(
-        (cause.value, *(f'{total.causes[cause]:,}' for total in totals), cause.sentence)
-        for cause in Cause
-        if any(total.causes[cause] for total in totals)
-    )
-    return '\n'.join([*lines, '', 'A row with several causes counts under each.'])
-
-
-def _movements(runs: Sequence[ModeRun]) -> str:
-    lines = _rows([('', *(f'mode {run.mode}' for run in runs))], header=True)
-    totals = [run.counters.total for run in runs]
-    for name, text in (('policy', 'policy, total variation distance'), ('value', 'value, absolute')):
-        found = [getattr(total, name) for total in totals]
-        cells = (
-            f'{movement.mean:.3g} on average, {movement.largest:.3g} at most, {movement.count:,} rows'
-            if movement.count
-            else 'no row of which it is known'
-            for movement in found
-        )
-        lines += _rows([(text, *cells)])
-    for name, text in (
-        ('largest_stock', 'stock cache, largest difference from the recomputation'),
-        ('largest_cache', 'cache, largest difference from the recomputation'),
-    ):
-        lines += _rows([(text, *(f'{getattr(total, name):.3g}' for total in totals))])
-    return '\n'.join(lines)
+    table = markdown_table([('metric', *columns, 'meaning'), *validation_rows(columns)])
+    return f'## What mode {run.mode} found\n\n{table}\n\nA row with several causes counts under each.'
 
 
 def _failures(runs: Sequence[ModeRun]) -> str:
@@ -130,15 +84,6 @@ def _failures(runs: Sequence[ModeRun]) -> str:
     if lines:
         return '\n'.join(lines)
     return 'None.' if not any(run.counters.total.failures for run in runs) else 'None of them was saved.'
-
-
-def _rows(rows: Iterable[Sequence[str]], *, header: bool = False) -> list[str]:
-    lines = []
-    for row in rows:
-        lines.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in row) + ' |')
-        if header:
-            lines.append('|' + '---|' * len(row))
-    return lines
 
 
 def plot_validation(report: ValidationReport, path: Path) -> Path:

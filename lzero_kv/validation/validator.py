@@ -18,9 +18,7 @@ from lzero_kv.validation.compare import Comparison
 from lzero_kv.validation.faults import FaultFinder
 from lzero_kv.validation.findings import FindingLog
 from lzero_kv.validation.histories import Course, HistoryName, TrueHistories
-from lzero_kv.validation.mode import NodeBatch, NoStock, RootBatch
-from lzero_kv.validation.mode_model import StockModel
-from lzero_kv.validation.mode_store import StockStore
+from lzero_kv.validation.mode import NodeBatch, RootBatch, StockModel, StockStore
 from lzero_kv.validation.oracle import Answer, Token, TokenWindow, oracle_of
 from lzero_kv.validation.rows import ComparedRow, Truth
 from lzero_kv.validation.stock import StockWorldModel
@@ -64,7 +62,7 @@ class Validator(Observer):
         self._histories = TrueHistories(oracle)
         tolerance = Tolerance.of(config, world_model.transformer.ln_f.weight.dtype)
         self.stock: StockWorldModel | None = None
-        self._mode: NoStock | StockStore | StockModel = NoStock()
+        self._mode: StockStore | StockModel | None = None
         if mode != 'recompute':
             self.stock = StockWorldModel.over(world_model)
             replay = StepReplay(oracle, self.stock, tolerance.close)
@@ -101,7 +99,8 @@ class Validator(Observer):
             truths.append(truth)
             roots.append(root)
         last = self.stock_last or (event.last_observations, event.last_actions)
-        stock = self._mode.roots(RootBatch(event, names, asked, truths, *last, self.start_pos))
+        batch = RootBatch(event, names, asked, truths, *last, self.start_pos)
+        stock = [None] * len(names) if self._mode is None else self._mode.roots(batch)
         outputs = {'policy': event.outputs.policy, 'value': event.outputs.value}
         rows = [
             ComparedRow(
@@ -161,7 +160,8 @@ class Validator(Observer):
         else:
             self._kind, tops = 'reanalysis', self._latent_roots(event)
         self._nodes = [tops]
-        self._mode.begin(event, len(tops))
+        if self._mode is not None:
+            self._mode.begin(event, len(tops))
 
     def _latent_roots(self, event: SearchBegun) -> list[TrueNode]:
         """Roots of a reanalysis: whole sequences of the batch, as many as LightZero has environments."""
@@ -199,7 +199,8 @@ class Validator(Observer):
         names, asked = [child.name for child in children], [parent.name for parent in parents]
         depths = np.array([child.depth for child in children])
         batch = NodeBatch(event, names, asked, truths, depths, self._timesteps, self._start_pos)
-        stock, outputs = self._mode.nodes(batch), event.outputs._asdict()
+        stock = [None] * len(names) if self._mode is None else self._mode.nodes(batch)
+        outputs = event.outputs._asdict()
         rows = [
             ComparedRow(
                 self._kind,
@@ -247,7 +248,7 @@ class Validator(Observer):
         nodes = [[node.answer for node in batch] for batch in self._nodes]
         for row in rows:
             self._comparison.compare_row(row, counters, nodes)
-            if row.stock is not None:
+            if self._mode is not None and row.stock is not None:
                 self._mode.store(row.row, row.truth)
 
     # Other events

@@ -35,17 +35,15 @@ def test_negative_values_are_refused():
     assert made == histogram(3)
 
 
-def test_merge_copy_and_difference():
+def test_sum_and_difference():
     left, right = histogram(0, 3, 3), histogram(5)
-    copy = left.copy()
-    left.merge(right)
-    assert left == histogram(5, 3, 0, 3)
-    assert copy == histogram(0, 3, 3)
-    assert left - copy == right
-    assert left + right == histogram(0, 3, 3, 5, 5)
-    assert (left.total, left.counts) == (4, [1, 0, 2, 1])
+    both = left + right
+    assert both == histogram(5, 3, 0, 3)
+    assert left == histogram(0, 3, 3) and right == histogram(5)
+    assert both - left == right
+    assert (both.total, both.counts) == (4, [1, 0, 2, 1])
     assert histogram() == left - left
-    assert left != copy
+    assert left != both
 
 
 def test_rates_before_and_after_the_first_query():

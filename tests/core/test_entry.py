@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from lzero_kv.cache.entry import KVEntry
+from lzero_kv.cache.entry import KVEntry, row_from_keys_values
 from lzero_kv.cache.keys import NodeKey
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.pool import KVCachePool
@@ -122,7 +122,7 @@ def test_a_history_larger_than_it_is_long_fits():
 
 def test_copies_of_the_hosts_objects():
     history = host_history(4)
-    entry = KVEntry.from_keys_values(history, LAYOUT)
+    entry = KVEntry.from_row(LAYOUT, *row_from_keys_values(history, LAYOUT))
     kept = entry.clone()
     history[1]._v_cache._cache.zero_()
     assert same(tensors_of(entry), tensors_of(kept))

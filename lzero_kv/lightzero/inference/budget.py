@@ -27,7 +27,7 @@ from lzero_kv.budget import (
 )
 from lzero_kv.cache.keys import NO_SLOT, RootKey
 from lzero_kv.cache.transfer import to_device
-from lzero_kv.cache.window import TOKENS_PER_STEP, Window
+from lzero_kv.cache.window import TOKENS_PER_STEP
 from lzero_kv.config import KVCacheConfig, NodeBudget
 
 from .attention import Columns, additive_mask, attention_probabilities, decode, prefill
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 NOT_SHOWN = 'observers compare whole histories, and kv_cache.budget keeps a part of them; leave budget out'
 
 
-def limiting_budget(config: KVCacheConfig, layers: int, window: Window) -> NodeBudget | None:
-    """The budget, if it holds less than all tokens of a full window.
+def limiting_budget(config: KVCacheConfig, layers: int, kept: int) -> NodeBudget | None:
+    """The budget, if it holds less than the ``kept`` tokens of a full window in every layer.
 
     Raises:
         ValueError: it does not hold what is always kept.
     """
     budget = config.budget
-    if budget is None or budget.sizes(layers, window.kept).total >= layers * window.kept:
+    if budget is None or budget.sizes(layers, kept).total >= layers * kept:
         return None
     return budget
 

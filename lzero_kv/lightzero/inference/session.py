@@ -12,6 +12,7 @@ from lzero_kv.cache.keys import NodeKey
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.window import TOKENS_PER_STEP, Window
+from lzero_kv.config import KVCacheConfig
 
 from ..inputs import check_finite_latents, same_latents, timesteps_of
 from .attention import WindowsBeside, causal_mask, prefilled
@@ -25,10 +26,15 @@ from .rows import Geometry
 from .weights import InferenceWeights
 
 
-def make_manager(world_model: Any, environments: int, num_simulations: int) -> KVCacheManager:
-    """The caches of a world model by its configuration; nothing is allocated yet.
+def make_manager(
+    model: Any, config: KVCacheConfig, weight: torch.Tensor, environments: int, num_simulations: int
+) -> KVCacheManager:
+    """The caches of a world model; nothing is allocated yet.
 
     Args:
+        model: the host's ``world_model_cfg``, for the sizes.
+        config: the user's choices.
+        weight: any tensor of the dtype and on the device of the weights.
         environments: of collection and evaluation together.
         num_simulations: of a search.
 
@@ -36,32 +42,30 @@ def make_manager(world_model: Any, environments: int, num_simulations: int) -> K
         ValueError: the cache's configuration has no room for them.
         TypeError: the model is in bfloat16.
     """
-    if world_model.transformer.ln_f.weight.dtype == torch.bfloat16:
+    if weight.dtype == torch.bfloat16:
         raise TypeError(
             'the world model is in bfloat16, which LightZero cannot search with: it keeps latent states and '
             'values as numpy arrays, and numpy has no bfloat16; write world_model.float()'
         )
-    config, window = world_model.cache_config, Window(world_model.context_length)
-    weight = world_model.transformer.ln_f.weight
-    budget = limiting_budget(config, world_model.num_layers, window)
-    layers, tokens = world_model.num_layers, window.kept
+    layers, tokens = int(model.num_layers), Window(int(model.context_length)).kept
+    budget = limiting_budget(config, layers, tokens)
     if budget is not None:  # one run of tokens, which the layers divide among themselves
         layers, tokens = 1, budget.sizes(layers, tokens).total
+    layout = KVLayout(
+        layers=layers,
+        heads=int(model.num_heads),
+        head_dim=int(model.embed_dim) // int(model.num_heads),
+        tokens=tokens,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
     return KVCacheManager(
-        world_model.config,
+        model,
         environments,
-        config.enable_stats,
-        layout=KVLayout(
-            layers=layers,
-            heads=world_model.num_heads,
-            head_dim=world_model.embed_dim // world_model.num_heads,
-            tokens=tokens,
-            dtype=weight.dtype,
-            device=weight.device,
-        ),
+        layout=layout,
         cache_config=config,
         num_simulations=num_simulations,
-        scratch=world_model.backend != 'eager',
+        scratch=config.resolved_backend != 'eager',
     )
 
 
@@ -86,13 +90,14 @@ class InferenceSession:
         self.window = Window(world_model.context_length)
         self.exact = config.window != 'shift'
         self.positions = positions_of(world_model)
-        self.manager = make_manager(world_model, environments, num_simulations)
+        weight = world_model.transformer.ln_f.weight
+        self.manager = make_manager(world_model.config, config, weight, environments, num_simulations)
         self._full = Geometry(
             self.manager.layout.heads,
             self.manager.layout.head_dim,
             (self.window.kept,) * world_model.num_layers,
         )
-        budget = limiting_budget(config, world_model.num_layers, self.window)
+        budget = limiting_budget(config, world_model.num_layers, self.window.kept)
         self.budget = None if budget is None else WindowBudget(self, budget)
         self.roots = RootInference(self)
         self._weights: InferenceWeights | None = None

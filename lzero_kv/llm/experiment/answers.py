@@ -53,11 +53,6 @@ def class_named(prediction: str, answers: Sequence[str], classes: Sequence[str] 
     return max(_share_of_named(named, answer) for answer in answers)
 
 
-def exact(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Whether the words are those of an answer, without case, punctuation and articles."""
-    return float(any(_words(prediction) == _words(answer) for answer in answers))
-
-
 def number(prediction: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
     """Part of the numbers in the prediction that are the number in the answer; the best answer counts."""
     said = re.findall(r'\d+', prediction)
@@ -72,7 +67,6 @@ SCORES: dict[str, Score] = {
     'rouge_l': rouge_l,
     'edit': edit,
     'class_named': class_named,
-    'exact': exact,
     'number': number,
 }
 """The score of each name that a document may have as its metric."""

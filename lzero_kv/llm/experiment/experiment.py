@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.llm.experiment.estimate import SPEED, TIMED_REPEATS, TIMED_TOKENS, Rates
 from lzero_kv.llm.experiment.methods import Method
 from lzero_kv.llm.experiment.models import load
 from lzero_kv.llm.experiment.plan import RECORDS, Plan
 from lzero_kv.llm.experiment.records import read_records
 from lzero_kv.llm.experiment.rows import Row
-from lzero_kv.llm.experiment.scoring import score, timing
+from lzero_kv.llm.experiment.scoring import SPEED, TIMED_REPEATS, TIMED_TOKENS, Rates, score, timing
 from lzero_kv.llm.experiment.sweep import Sweep, Watch
-from lzero_kv.llm.experiment.tasks import TASKS, documents
+from lzero_kv.llm.experiment.tasks import TEXTS, documents
 
 
 @dataclass(frozen=True)
@@ -93,22 +91,14 @@ def documents_of(plan: Plan, tokenizer: Any) -> list[Document]:
     """
     texts, records = plan.texts, [name for name in plan.data if name.endswith(RECORDS)]
     groups = [
-        _of_task(plan, task, tokenizer, text) for task in plan.asked for text in _texts_for(task, texts)
+        documents(task, tokenizer, plan.documents, plan.length, plan.seed, text)
+        for task in plan.asked
+        for text in (texts if texts and task in TEXTS else [None])
     ]
     groups += [_first(read_records(name, tokenizer, plan.length), plan.documents) for name in records]
     timed = [dataclasses.replace(one, task=SPEED) for one in groups[0][: plan.speed]]
     rounds = itertools.zip_longest(*groups)
     return [*(one for some in rounds for one in some if one is not None), *timed]
-
-
-def _of_task(plan: Plan, task: str, tokenizer: Any, text: str | None) -> list[Document]:
-    options = {} if text is None else {'text': text}
-    return documents(task, tokenizer, plan.documents, plan.length, plan.seed, **options)
-
-
-def _texts_for(task: str, texts: Sequence[str]) -> Sequence[str | None]:
-    """The given texts, where a task reads one; None for its own."""
-    return texts if texts and 'text' in inspect.signature(TASKS[task]).parameters else [None]
 
 
 def _first(found: Iterable[Document], count: int) -> list[Document]:

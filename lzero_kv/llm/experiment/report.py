@@ -10,11 +10,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lzero_kv.llm.experiment.estimate import SPEED
 from lzero_kv.llm.experiment.metrics import Estimate
 from lzero_kv.llm.experiment.rows import RowsError, read_rows
+from lzero_kv.llm.experiment.scoring import SPEED
 from lzero_kv.llm.experiment.summary import ESTIMATES, Summary, by_ratio, by_task, summaries
-from lzero_kv.telemetry.table import format_bytes
+from lzero_kv.telemetry.table import format_bytes, markdown_table
 
 PAGE = 'report.md'
 SCALARS = 'tensorboard'
@@ -84,12 +84,6 @@ def title_of(task: str, found: Sequence[Summary]) -> str:
     )
 
 
-def markdown_table(columns: Mapping[str, Sequence[str]]) -> str:
-    """Columns as a table of Markdown."""
-    lines = [tuple(columns), ('---',) * len(columns), *zip(*columns.values(), strict=True)]
-    return '\n'.join('| ' + ' | '.join(cell.replace('|', '\\|') for cell in line) + ' |' for line in lines)
-
-
 def page(
     header: Mapping[str, Any], found: Sequence[Summary], pictures: Mapping[str, str], folder: str
 ) -> str:
@@ -107,10 +101,14 @@ def page(
         LEGEND,
     ]
     for task, some in by_task(found).items():
-        parts += [f'## {title_of(task, some)}', markdown_table(cells(some))]
+        parts += [f'## {title_of(task, some)}', _markdown(cells(some))]
     parts += [f'## {text}\n\n![{text}]({file})' for file, text in pictures.items()]
-    parts += ['## What ran', markdown_table(_settings(header)), f'```bash\nlzero-kv llm report {folder}\n```']
+    parts += ['## What ran', _markdown(_settings(header)), f'```bash\nlzero-kv llm report {folder}\n```']
     return '\n\n'.join(parts) + '\n'
+
+
+def _markdown(columns: Mapping[str, Sequence[str]]) -> str:
+    return markdown_table([tuple(columns), *zip(*columns.values(), strict=True)])
 
 
 def best_sentences(found: Iterable[Summary]) -> list[str]:

@@ -1,10 +1,11 @@
-"""Scores of methods on a document, beside the full cache on the same document."""
+"""Scores of methods on a document, beside the full cache on the same document, and the seconds they take."""
 
 from __future__ import annotations
 
 import copy
 import math
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,18 @@ import torch
 
 from lzero_kv.llm.experiment.answers import SCORES
 from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.llm.experiment.estimate import TOGETHER, now
 from lzero_kv.llm.experiment.methods import FULL, Method
 from lzero_kv.llm.experiment.rows import Row
 from lzero_kv.llm.families import cache_argument
 
 BINS = 32
 """Parts of a prompt for which the kept tokens are counted."""
+BLOCK, STEPS = 128, 4
+TOGETHER = 16
+"""Methods that share a prefill."""
+SPEED = 'speed'
+"""The task whose documents are timed and not scored."""
+TIMED_TOKENS, TIMED_REPEATS = 32, 3
 _EVERYTHING = dict(ratio=1.0, allocation='uniform', selection='streaming')
 
 
@@ -30,7 +36,6 @@ def score(
     document: Document,
     methods: Sequence[Method],
     *,
-    stepwise: bool = False,
     together: int = TOGETHER,
 ) -> Iterator[Row]:
     """One row for the full cache, then one for each method.
@@ -47,7 +52,6 @@ def score(
         tokenizer: of the model.
         document: what is read.
         methods: with different names; the full cache is added where it is missing.
-        stepwise: read the target token by token, not in one block: tokens are then dropped between them.
         together: caches that are held at the same time.
 
     Yields:
@@ -71,7 +75,7 @@ def score(
         caches, logits = _filled(model, document, group)
         while caches:
             method, cache = group[len(group) - len(caches)], caches.pop(0)
-            measured = _Measured.of(model, tokenizer, document, cache, logits, stepwise)
+            measured = _Measured.of(model, tokenizer, document, cache, logits)
             control = control or measured
             yield _row(document, method, measured, control)
             del cache
@@ -140,21 +144,15 @@ class _Measured:
 
     @classmethod
     def of(
-        cls,
-        model: Any,
-        tokenizer: Any,
-        document: Document,
-        cache: Any,
-        logits: torch.Tensor,
-        stepwise: bool,
+        cls, model: Any, tokenizer: Any, document: Document, cache: Any, logits: torch.Tensor
     ) -> _Measured:
         held, size = _held(cache, len(document.prompt)), _key_value_bytes(cache)
         if document.question:
-            logits = _read(model, cache, document.question, stepwise=False)[-1]
+            logits = _read(model, cache, document.question)[-1]
         prediction = None
         if document.answers:
             prediction = _generate(model, tokenizer, document, copy.deepcopy(cache), logits)
-        further = _read(model, cache, document.target[:-1], stepwise)
+        further = _read(model, cache, document.target[:-1])
         return cls(held, size, prediction, torch.cat([logits[None], further]))
 
 
@@ -196,11 +194,11 @@ def forced(document: Document, logits: torch.Tensor, full: torch.Tensor) -> Row:
     )
 
 
-def _read(model: Any, cache: Any, tokens: Sequence[int], stepwise: bool) -> torch.Tensor:
+def _read(model: Any, cache: Any, tokens: Sequence[int]) -> torch.Tensor:
     """Logits behind each token, ``[tokens, vocabulary]``."""
-    blocks = [[token] for token in tokens] if stepwise else [tokens] if tokens else []
-    read = [_forward(model, cache, block) for block in blocks]
-    return torch.cat(read) if read else torch.empty(0, model.config.vocab_size, device=model.device)
+    if not tokens:
+        return torch.empty(0, model.config.vocab_size, device=model.device)
+    return _forward(model, cache, tokens)
 
 
 def _generate(model: Any, tokenizer: Any, document: Document, cache: Any, logits: torch.Tensor) -> str:
@@ -215,7 +213,7 @@ def _generate(model: Any, tokenizer: Any, document: Document, cache: Any, logits
         if document.stop and document.stop in text.lstrip('\n'):
             break
         if len(made) < document.new_tokens:
-            logits = _read(model, cache, [token], stepwise=False)[-1]
+            logits = _read(model, cache, [token])[-1]
     text = tokenizer.decode(made, skip_special_tokens=True)
     return text.lstrip('\n').partition(document.stop)[0] if document.stop else text
 
@@ -289,3 +287,46 @@ def _forward(model: Any, cache: Any, tokens: Sequence[int], **options: Any) -> t
 
 def _ids(model: Any, tokens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([list(tokens)], device=model.device)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of a model with a full cache."""
+
+    token: float
+    """Of each token of a block."""
+    step: float
+    """Of a token that is read alone."""
+
+    @classmethod
+    @torch.no_grad()
+    def measured(cls, model: Any) -> Rates:
+        """A block of :data:`BLOCK` tokens and :data:`STEPS` single ones, behind a block that does not count:
+        the first one of a process is slower."""
+        from transformers.cache_utils import DynamicCache
+
+        ids = torch.ones(1, BLOCK, dtype=torch.int64, device=model.device)
+        model(ids, use_cache=False)
+        cache = DynamicCache(config=model.config)
+        begun = now(model)
+        model(ids, past_key_values=cache, use_cache=True)
+        read = now(model)
+        for _ in range(STEPS):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+        return cls((read - begun) / BLOCK, (now(model) - read) / STEPS)
+
+    def seconds(self, document: Document, methods: int) -> float:
+        """About what a document takes with so many methods."""
+        prompt = self.token * len(document.prompt)
+        if document.task == SPEED:
+            return TIMED_REPEATS * methods * (prompt + self.step * TIMED_TOKENS)
+        behind = self.token * (document.size - len(document.prompt))
+        answer = self.step * document.new_tokens if document.answers else 0
+        return math.ceil(methods / TOGETHER) * prompt + methods * (behind + answer)
+
+
+def now(model: Any) -> float:
+    """Seconds of a clock, when the model's device has done its work."""
+    if model.device.type == 'cuda':
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -9,7 +9,6 @@ Prompts are written to be continued, not as instructions, so that a base model a
 from __future__ import annotations
 
 import bisect
-import inspect
 import random
 import re
 from collections import Counter
@@ -33,13 +32,13 @@ _ASSIGNED = (
     'Question: Which variables are assigned the value {number}?\n'
     'Answer: The variables that are assigned the value {number} are'
 )
-_MOST_FREQUENT = (
-    '\n\nThe most frequent word of the list is',
-    '\n\nThe {asked} most frequent words of the list are',
-)
+_MOST_FREQUENT = '\n\nThe most frequent word of the list is'
 _STATEMENT = re.compile(
     r'(return|yield|raise|if|elif|for|while|with|def|class|import|from)\b|[\w.\[\]]+( =|\()'
 )
+_TARGET = 128
+"""Tokens of a text that goes on."""
+_HIDDEN, _HOPS = 4, 2
 _LINES = 400
 """Tokens behind the prompt of a program in which a line of code is looked for."""
 _DIGITS = 5
@@ -48,7 +47,7 @@ _DEEPEST = 0.9
 
 
 def documents(
-    task: str, tokenizer: Any, count: int, length: int, seed: int = 0, **options: Any
+    task: str, tokenizer: Any, count: int, length: int, seed: int = 0, text: Text | None = None
 ) -> list[Document]:
     """Documents of a task.
 
@@ -58,38 +57,36 @@ def documents(
         count: documents.
         length: tokens of a prompt.
         seed: the documents ``seed * count`` to ``(seed + 1) * count - 1`` of the task.
-        options: further arguments of the task's function, such as ``text``.
+        text: a source of :class:`Stretches`; None for the task's own in :data:`TEXTS`.
 
     Raises:
-        ValueError: the task or an option is unknown, a number is not positive, or the length is too short.
+        ValueError: the task is unknown or reads no text, a number is not positive, or the length is too
+            short.
         ImportError: a text's package is missing.
     """
     make = TASKS.get(task)
     if make is None:
         raise ValueError(f'task must be one of {list(TASKS)}, got {task!r}{did_you_mean(task, list(TASKS))}')
-    known = [name for name, one in inspect.signature(make).parameters.items() if one.kind is one.KEYWORD_ONLY]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f'{", ".join(unknown)}: task {task!r} reads {known or "no options"}; leave it out')
+    if text is not None and task not in TEXTS:
+        raise ValueError(f'text: task {task!r} reads none; leave it out')
     if count < 1 or length < 1 or seed < 0:
         raise ValueError(
             f'count and length must be at least 1, seed at least 0; got {count}, {length}, {seed}'
         )
-    return make(tokenizer, range(seed * count, (seed + 1) * count), length, **options)
+    numbers = range(seed * count, (seed + 1) * count)
+    return make(task, tokenizer, numbers, length, TEXTS.get(task) if text is None else text)
 
 
-def continuation(
-    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE, target: int = 128
-) -> list[Document]:
-    """Text that goes on; ``target`` tokens of it are compared."""
+def _continued(task: str, tokenizer: Any, numbers: Sequence[int], length: int, text: Text) -> list[Document]:
     first = beginning(tokenizer)
-    stretches = _stretches(text, tokenizer, length - len(first) + target, numbers)
+    stretches = _stretches(text, tokenizer, length - len(first) + _TARGET, numbers)
     made = []
     for number in numbers:
         tokens = [*first, *stretches.tokens(number)]
         made.append(
             Document(
-                task=_named('continuation', stretches, SHAKESPEARE),
-                id=f'continuation-{stretches.name}-{length}-{number}',
+                task=_named(task, stretches),
+                id=f'{task}-{stretches.name}-{length}-{number}',
                 prompt=tuple(tokens[:length]),
                 target=tuple(tokens[length:]),
             )
@@ -97,67 +94,15 @@ def continuation(
     return made
 
 
-def needle(
-    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE
+def _lists_of_words(
+    task: str, tokenizer: Any, numbers: Sequence[int], length: int, text: None
 ) -> list[Document]:
-    """A number hidden in a text; the question for it stands in the window that every method keeps."""
-    return _planted('needle', tokenizer, numbers, length, text, _one_needle)
+    return [_frequent_word(tokenizer, number, length) for number in numbers]
 
 
-def needle_after(
-    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE
-) -> list[Document]:
-    """A number hidden in a text; the question for it comes after the cut, in a block of its own."""
-    return _planted('needle_after', tokenizer, numbers, length, text, _one_needle, asked_after=True)
-
-
-def needles(
-    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE, hidden: int = 4
-) -> list[Document]:
-    """Several numbers hidden in a text, one of which is asked for in the window (RULER's niah_multikey)."""
-    if not 1 < hidden <= len(KEYS):
-        raise ValueError(f'hidden must be from 2 to {len(KEYS)}, got {hidden}')
-    return _planted('needles', tokenizer, numbers, length, text, partial(_needles, hidden=hidden))
-
-
-def variables(
-    tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = SHAKESPEARE, hops: int = 2
-) -> list[Document]:
-    """A number that is passed from variable to variable, in lines hidden in a text; the names of all of them
-    are asked for in the window (RULER's variable tracking, one chain), behind a worked example."""
-    if not 0 < hops < len(_LETTERS):
-        raise ValueError(f'hops must be from 1 to {len(_LETTERS) - 1}, got {hops}')
-    return _planted('variables', tokenizer, numbers, length, text, partial(_chain, hops=hops))
-
-
-def words(tokenizer: Any, numbers: Sequence[int], length: int, *, asked: int = 1) -> list[Document]:
-    """The most frequent ones of made-up words, as often as Zipf's law has it with exponent 1.2 (RULER's
-    frequent words); the question stands in the window. Chance is a word of the list.
-
-    RULER asks for three words; of models with 135 million parameters only ``asked=1`` is above chance.
-    """
-    if not 0 < asked <= 10:
-        raise ValueError(f'asked must be from 1 to 10, got {asked}')
-    return [_frequent_words(tokenizer, number, length, asked) for number in numbers]
-
-
-def code(tokenizer: Any, numbers: Sequence[int], length: int, *, text: Text = PYTHON) -> list[Document]:
-    """The next line of a program, scored by its similarity as in LongBench. What a guess scores was not
-    measured and counts as 0."""
+def _programs(task: str, tokenizer: Any, numbers: Sequence[int], length: int, text: Text) -> list[Document]:
     stretches = _stretches(text, tokenizer, length + _LINES, numbers)
     return [_next_line(tokenizer, stretches, number, length) for number in numbers]
-
-
-TASKS: dict[str, Callable[..., list[Document]]] = {
-    'continuation': continuation,
-    'needle': needle,
-    'needle_after': needle_after,
-    'needles': needles,
-    'variables': variables,
-    'words': words,
-    'code': code,
-}
-"""The function of each task: of the tokenizer, the numbers of the documents and the tokens of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +119,7 @@ class _Plant:
     chance: float = 0.0
 
 
-def _needles(random_: random.Random, hidden: int) -> _Plant:
+def _needles(random_: random.Random, hidden: int = _HIDDEN) -> _Plant:
     keys = random_.sample(KEYS, hidden)
     numbers = [_number(random_) for _ in keys]
     facts = [_NEEDLE.format(key=key, number=number) for key, number in zip(keys, numbers, strict=True)]
@@ -188,12 +133,8 @@ def _needles(random_: random.Random, hidden: int) -> _Plant:
     )
 
 
-def _one_needle(random_: random.Random) -> _Plant:
-    return _needles(random_, 1)
-
-
-def _chain(random_: random.Random, hops: int) -> _Plant:
-    (names, number, facts), example = (_chain_of(random_, hops) for _ in range(2))
+def _chain(random_: random.Random) -> _Plant:
+    (names, number, facts), example = (_chain_of(random_) for _ in range(2))
     return _Plant(
         facts,
         '\n\n' + _ASSIGNED.format(number=number),
@@ -203,9 +144,9 @@ def _chain(random_: random.Random, hops: int) -> _Plant:
     )
 
 
-def _chain_of(random_: random.Random, hops: int) -> tuple[list[str], str, list[str]]:
+def _chain_of(random_: random.Random) -> tuple[list[str], str, list[str]]:
     """Names of variables, their number, and a line for each."""
-    letters = random_.sample(_LETTERS, hops + 1)
+    letters = random_.sample(_LETTERS, _HOPS + 1)
     names = [f'{letter}{random_.randrange(1, 10)}' for letter in letters]
     number = _number(random_)
     values = [number, *(f'VAR {name}' for name in names)]
@@ -218,12 +159,12 @@ def _worked(names: Sequence[str], number: str, facts: Sequence[str]) -> str:
     return f'{between.join(facts)}{_ASSIGNED.format(number=number)} {answer}.\n\n'
 
 
-def _frequent_words(tokenizer: Any, number: int, length: int, asked: int) -> Document:
+def _frequent_word(tokenizer: Any, number: int, length: int) -> Document:
     random_ = random.Random(f'words {number}')
     kinds = [''.join(random_.choices(_SYLLABLES, k=3)) for _ in range(100)]
     kinds = list(dict.fromkeys(kinds))
     shares = [1 / (place + 1) ** 1.2 for place in range(len(kinds))]
-    question = encode(tokenizer, _MOST_FREQUENT[asked > 1].format(asked=asked))
+    question = encode(tokenizer, _MOST_FREQUENT)
     tokens = [*beginning(tokenizer), *encode(tokenizer, 'A list of words:')]
     said: list[str] = []
     while True:
@@ -233,22 +174,19 @@ def _frequent_words(tokenizer: Any, number: int, length: int, asked: int) -> Doc
             break
         tokens += more
         said.append(word)
-    if len(said) < 4 * asked:
-        raise ValueError(
-            f'words needs a length for {4 * asked} words at least, {length} has room for {len(said)}'
-        )
-    counts = Counter(said).most_common(asked)
-    answers = [word for word, _ in counts]
-    target = encode(tokenizer, ' ' + ', '.join(answers))
+    if len(said) < 4:
+        raise ValueError(f'words needs a length for 4 words at least, {length} has room for {len(said)}')
+    [(answer, count)] = Counter(said).most_common(1)
+    target = encode(tokenizer, f' {answer}')
     return Document(
         task='words',
         id=f'words-{length}-{number}',
         prompt=(*tokens, *question),
         target=tuple(target),
-        answers=tuple(answers),
+        answers=(answer,),
         new_tokens=len(target) + 8,
         stop='\n',
-        chance=sum(count for _, count in counts) / len(said) / asked,
+        chance=count / len(said),
     )
 
 
@@ -264,7 +202,7 @@ def _next_line(tokenizer: Any, stretches: Stretches, number: int, length: int) -
     if len(before) < room:
         raise ValueError(f'piece {number} of {stretches.source} has no line of code behind {length} tokens')
     return Document(
-        task=_named('code', stretches, PYTHON),
+        task=_named('code', stretches),
         id=f'code-{stretches.name}-{length}-{number}',
         prompt=(*front, *before[-room:]),
         # the line's beginning belongs to it: tokens join it with the spaces that follow
@@ -288,12 +226,11 @@ def _planted(
     numbers: Sequence[int],
     length: int,
     text: Text,
-    plant_of: Callable[[random.Random], _Plant],
     *,
-    asked_after: bool = False,
+    plant_of: Callable[[random.Random], _Plant],
 ) -> list[Document]:
     """Documents with facts at random lines of a text."""
-    stretches = _stretches(text, tokenizer, length, numbers)
+    stretches, asked_after = _stretches(text, tokenizer, length, numbers), task.endswith('_after')
     made = []
     for number in numbers:
         # the same facts with the question inside and after
@@ -311,7 +248,7 @@ def _planted(
         filled = _hidden(tokenizer, stretches.tokens(number)[:room], facts, random_)
         made.append(
             Document(
-                task=_named(task, stretches, SHAKESPEARE),
+                task=_named(task, stretches),
                 id=f'{task}-{stretches.name}-{length}-{number}',
                 prompt=(*front, *filled, *behind),
                 question=tuple(question) if asked_after else (),
@@ -346,10 +283,43 @@ def _stretches(text: Text, tokenizer: Any, tokens: int, numbers: Sequence[int]) 
     return found
 
 
-def _named(task: str, stretches: Stretches, usual: str) -> str:
-    """The task's name, with the text's where that is not the usual one."""
-    return task if stretches.source == usual else f'{task}/{stretches.name}'
+def _named(task: str, stretches: Stretches) -> str:
+    """The task's name, with the text's where that is not the task's own."""
+    return task if stretches.source == TEXTS[task] else f'{task}/{stretches.name}'
 
 
 def _number(random_: random.Random) -> str:
     return str(random_.randrange(10 ** (_DIGITS - 1), 10**_DIGITS))
+
+
+_one_needle = partial(_planted, plant_of=partial(_needles, hidden=1))
+TASKS: dict[str, Callable[..., list[Document]]] = {
+    'continuation': _continued,
+    'needle': _one_needle,
+    'needle_after': _one_needle,
+    'needles': partial(_planted, plant_of=_needles),
+    'variables': partial(_planted, plant_of=_chain),
+    'words': _lists_of_words,
+    'code': _programs,
+}
+"""What makes the documents of each task.
+
+``continuation``
+    Text that goes on, of which 128 tokens are compared.
+``needle``, ``needle_after``
+    A number hidden in a text. The question for it stands in the window that every method keeps; or it comes
+    after the cut, in a block of its own.
+``needles``
+    Four numbers, one of which is asked for (RULER's niah_multikey).
+``variables``
+    A number that is passed from variable to variable, in lines hidden in a text. The names of all three are
+    asked for, behind a worked example (RULER's variable tracking, one chain).
+``words``
+    The most frequent one of made-up words, as often as Zipf's law has it with exponent 1.2; chance is a word
+    of the list. RULER asks for three: of models with 135 million parameters one alone is above chance.
+``code``
+    The next line of a program, scored by its similarity as in LongBench. What a guess scores was not measured
+    and counts as 0.
+"""
+TEXTS = {task: PYTHON if task == 'code' else SHAKESPEARE for task in TASKS if task != 'words'}
+"""The text that a task reads unless another one is given."""

@@ -1,8 +1,7 @@
-"""`lzero-kv llm run` on a tiny real model: rows, resuming, a kill, several processes, refusals; the tools."""
+"""`lzero-kv llm run` on a tiny real model: rows, resuming, an interrupt, refusals; the tools."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,12 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lzero_kv.cli import main
 from lzero_kv.cli.llm import duration
@@ -52,10 +49,10 @@ def words(checkpoint: Path, story: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def process(python: str, arguments: list[str], **variables: str) -> subprocess.Popen:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **variables}
+def process(arguments: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen(
-        [python, '-m', 'lzero_kv.cli', *arguments],
+        [sys.executable, '-m', 'lzero_kv.cli', *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -155,43 +152,6 @@ def test_several_mistakes_are_told_at_once(
     assert 'ratios: expected' in said and 'documents: expected' in said
 
 
-def test_of_two_processes_one_is_killed_and_the_rows_are_those_of_a_quiet_run(
-    checkpoint: Path, story: Path, tmp_path: Path, warm_python: str
-) -> None:
-    whole, parts = (
-        words(
-            checkpoint, story, tmp_path / name, '--documents', '9', '--tasks', 'continuation', 'needle_after'
-        )
-        for name in ('whole', 'parts')
-    )
-    ranks = [
-        process(warm_python, parts, RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank)) for rank in range(2)
-    ]
-    wait_for_rows(tmp_path / 'parts', 2 * len(METHODS))
-    os.kill(ranks[1].pid, signal.SIGKILL)
-    ranks[1].communicate(timeout=60)
-    before = (tmp_path / 'parts' / ROWS).read_bytes()
-    assert len(read_rows(tmp_path / 'parts')[1]) < 18 * len(METHODS)
-    said = ranks[0].communicate(timeout=300)
-    assert ranks[0].returncode == 0, said
-    assert 'report: ' in said[0]
-    assert (tmp_path / 'parts' / ROWS).read_bytes().startswith(before[: before.rindex(b'\n') + 1])
-    with one_thread():
-        assert main(whole) == 0
-    rows = [read_rows(tmp_path / name)[1] for name in ('whole', 'parts')]
-    assert len(rows[1]) == 18 * len(METHODS)
-    assert sorted(map(json.dumps, rows[0])) == sorted(map(json.dumps, rows[1]))
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """As in the processes: another number of threads adds up in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_only_the_first_process_of_a_torchrun_speaks(
     checkpoint: Path,
     story: Path,
@@ -213,7 +173,7 @@ def wait_for_rows(folder: Path, count: int, seconds: float = 120.0) -> None:
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(checkpoint: Path, story: Path, tmp_path: Path) -> None:
-    running = process(sys.executable, words(checkpoint, story, tmp_path, '--documents', '16'))
+    running = process(words(checkpoint, story, tmp_path, '--documents', '16'))
     wait_for_rows(tmp_path, len(METHODS))
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)

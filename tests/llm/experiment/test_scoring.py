@@ -27,7 +27,8 @@ COVERING = [Method.parse(f'{name} {more}') for name in ALGORITHMS[1:] for more i
 
 @pytest.fixture(scope='module')
 def document(tokenizer, story) -> Document:
-    return documents('continuation', tokenizer, 1, PROMPT, text=story, target=TARGET)[0]
+    [made] = documents('continuation', tokenizer, 1, PROMPT, text=story)
+    return replace(made, target=made.target[:TARGET])
 
 
 @pytest.fixture(scope='module')
@@ -72,28 +73,25 @@ def test_the_control_is_what_transformers_computes(model, tokenizer, document):
 
 def test_a_budget_that_covers_the_context_changes_nothing(model, tokenizer, document, asked):
     for one in (document, asked):
-        for stepwise in (False, True):
-            rows = rows_of(model, tokenizer, one, COVERING, stepwise=stepwise)
-            assert len(rows) == 1 + len(COVERING)
-            for name, row in rows.items():
-                assert (row['kl'], row['agreement']) == (0.0, 1.0), name
-                for field in ('score', 'forced', 'perplexity', 'prediction'):
-                    assert row[field] == rows['full'][field], (name, field)
+        rows = rows_of(model, tokenizer, one, COVERING)
+        assert len(rows) == 1 + len(COVERING)
+        for name, row in rows.items():
+            assert (row['kl'], row['agreement']) == (0.0, 1.0), name
+            for field in ('score', 'forced', 'perplexity', 'prediction'):
+                assert row[field] == rows['full'][field], (name, field)
 
 
 @pytest.mark.parametrize('method', CUT, ids=lambda method: method.algorithm)
-@pytest.mark.parametrize('stepwise', [False, True])
 @torch.no_grad()
-def test_a_cut_cache_is_scored_as_if_it_were_alone(model, tokenizer, document, method, stepwise):
-    row = rows_of(model, tokenizer, document, CUT, stepwise=stepwise)[method.name]
+def test_a_cut_cache_is_scored_as_if_it_were_alone(model, tokenizer, document, method):
+    row = rows_of(model, tokenizer, document, CUT)[method.name]
     cache = BudgetCache(model.config, method.budget())
     model(torch.tensor([document.prompt]), past_key_values=cache)
     assert row['bytes'] == cache.bytes
     assert row['slots'] == list(cache.slots[0])
     assert row['peak_tokens'] == cache.peak_tokens < 3 * PROMPT
     target = list(document.target)
-    blocks = [[token] for token in target[:-1]] if stepwise else [target[:-1]]
-    said = torch.cat([model(torch.tensor([block]), past_key_values=cache).logits[0] for block in blocks])
+    said = model(torch.tensor([target[:-1]]), past_key_values=cache).logits[0]
     full = stock_logits(model, document)[1:]
     kl = torch.nn.functional.kl_div(
         said.log_softmax(-1), full.log_softmax(-1), log_target=True, reduction='batchmean'
@@ -102,17 +100,6 @@ def test_a_cut_cache_is_scored_as_if_it_were_alone(model, tokenizer, document, m
     assert row['agreement'] == pytest.approx((said.argmax(-1) == full.argmax(-1)).double().mean().item())
     loss = torch.nn.functional.cross_entropy(said, torch.tensor(target[1:]))
     assert row['perplexity'] == pytest.approx(loss.exp().item(), rel=1e-4)
-
-
-def test_a_block_and_single_tokens_are_cut_at_different_times(model, tokenizer, document):
-    block, steps = (
-        rows_of(model, tokenizer, document, CUT, stepwise=stepwise)[CUT[0].name] for stepwise in (False, True)
-    )
-    assert block['kl'] != steps['kl']
-    assert {**block, **dict.fromkeys(METRICS)} == {**steps, **dict.fromkeys(METRICS)}
-
-
-METRICS = ('kl', 'perplexity', 'agreement', 'forced', 'score')
 
 
 def test_kept_is_the_part_of_the_prompt_that_stays(model, tokenizer, document):
