@@ -11,9 +11,9 @@ from rich import box
 from rich.table import Table
 
 from lzero_kv.llm.experiment.estimate import SPEED
-from lzero_kv.llm.experiment.metrics import Estimate
-from lzero_kv.llm.experiment.rows import RowsError, read_rows
 from lzero_kv.llm.experiment.summary import ESTIMATES, Summary, by_ratio, by_task, summaries
+from lzero_kv.sweep.intervals import Estimate
+from lzero_kv.sweep.rows import RowsError, read_rows
 from lzero_kv.telemetry.table import format_bytes
 
 PAGE = 'report.md'
