@@ -33,7 +33,7 @@ setup:  ## build .venv: LightZero with its compiled tree search, torch, Atari ga
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: found no $(PYTHON), expected Python 3.11: install it, or write make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
-demo: setup  ## train UniZero on Pong for a few minutes with the cache on, then show what the cache did
+demo: setup  ## train UniZero on Pong for a few minutes with the cache on (set-up, 1.7 GB, comes first), then show what it did
 	@$(BIN)/python tools/demo.py
 
 ifdef UPSTREAM

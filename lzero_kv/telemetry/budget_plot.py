@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from lzero_kv.telemetry.metrics import LAYER_PREFIX, Axis, TagName
+from lzero_kv.telemetry.metrics import LAYER_PREFIX, TagName
 from lzero_kv.telemetry.read import RunLog
 
 MAPS = (
@@ -29,7 +29,7 @@ def draw_budgets(panels: list[Axes], run: RunLog) -> None:
 
 def _draw_map(panel: Axes, run: RunLog, metric: str, factor: int) -> None:
     layers = list(run.layers())
-    series = [run.series(Axis.ENV_STEP, f'{LAYER_PREFIX}{layer}', metric) for layer in layers]
+    series = [run.series(f'{LAYER_PREFIX}{layer}', metric) for layer in layers]
     steps = np.unique(np.concatenate([one.steps for one in series if one is not None] or [np.empty(0)]))
     panel.set_ylabel('layer')
     panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
@@ -56,7 +56,7 @@ def draw_kept_tokens(panel: Axes, run: RunLog) -> None:
     panel.set_xlabel('place in the window, 0 for its oldest token')
     panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     for row, layer in enumerate(layers):
-        points = run.histograms.get(TagName(Axis.ENV_STEP, f'{LAYER_PREFIX}{layer}', 'kept_tokens'), ())
+        points = run.histograms.get(TagName(f'{LAYER_PREFIX}{layer}', 'kept_tokens'), ())
         if points:
             last = max(points, key=lambda point: point.step)
             held = np.array(last.limits)[np.array(last.counts) > 0] - 1  # a bucket for each place

@@ -52,9 +52,7 @@ def test_every_run_of_a_parent_gets_its_own_report(
     assert f'{stock}: no chart of the KV cache, left out' in out
 
 
-def test_a_log_of_a_training_without_the_plugin_says_what_to_write(
-    tmp_path: Path, warm_python: str
-) -> None:
+def test_a_log_of_a_training_without_the_plugin_says_what_to_write(tmp_path: Path, warm_python: str) -> None:
     write_stock_experiment(tmp_path)
     done = run(warm_python, 'report', tmp_path)
     assert done.returncode == 1
