@@ -3,7 +3,7 @@
 # UPSTREAM (a checkout of LightZero's git main, installed as its README says: `make bench` plays it, `make test` runs
 # the adapter's tests on it), UPSTREAM_PYTHON (the Python that it was installed into), STUDY (folder for the results of
 # the budget study), MODEL (a checkpoint for it, in the place of a training), LLM_DEMO (words of lzero-kv llm run),
-# LLM_OUT (its folder).
+# LLM_OUT (its folder), CONFIG, STEPS, SEEDS and COMPARE_OUT (of make compare).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 VENV ?= .venv
@@ -13,6 +13,10 @@ UPSTREAM_PYTHON ?= python
 STUDY ?= data_lz/budget_study
 LLM_DEMO ?= --algorithm full cake h2o hace --tasks continuation needle --documents 6
 LLM_OUT ?= data_lz/llm_demo
+CONFIG ?= configs/cartpole_unizero_kv_config.py
+STEPS ?= 1500
+SEEDS ?= 10
+COMPARE_OUT ?= data_lz/compare/cartpole
 BIN := $(VENV)/bin
 
 # On two cores several threads per process wait for each other: up to ten times slower than one.
@@ -20,7 +24,7 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo llm-demo test lint fuzz soak bench plots budget-study types docs site clean
+.PHONY: help setup demo llm-demo test lint fuzz soak bench compare plots budget-study types docs site clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +33,7 @@ setup:  ## build .venv: LightZero with its compiled tree search, torch, Atari ga
 	@command -v $(PYTHON) >/dev/null || { echo "make setup: found no $(PYTHON), expected Python 3.11: install it, or write make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
-demo: setup  ## train UniZero on Pong for a few minutes with the cache on, then show what the cache did
+demo: setup  ## train UniZero on Pong for a few minutes with the cache on (set-up, 1.7 GB, comes first), then show what it did
 	@$(BIN)/python tools/demo.py
 
 ifdef UPSTREAM
@@ -63,6 +67,9 @@ docs: setup  ## run every command and snippet of the documentation (many minutes
 
 bench: setup  ## planning with each cache against LightZero's own and the model alone: one table, one JSON line (minutes)
 	@$(BIN)/python benchmarks/benchmark_kv_cache.py $(if $(UPSTREAM),--upstream $(UPSTREAM))
+
+compare: setup  ## train CONFIG with LightZero's own cache and with this one, in turn: time, memory, returns (an hour; resumes)
+	@$(BIN)/lzero-kv compare $(CONFIG) --env-steps $(STEPS) --seeds $(SEEDS) --out $(COMPARE_OUT)
 
 plots: setup  ## growth with every size of a search, and where a step's time goes: the pictures of the docs (minutes)
 	@$(BIN)/python benchmarks/cache_growth.py --plot docs/images/cache_growth.png

@@ -23,7 +23,7 @@ from lzero_kv.cli.llm import report
 from lzero_kv.llm.experiment.experiment import documents_of, measured, quiet_transformers
 from lzero_kv.llm.experiment.models import SMOLLM2, load, smollm2_folder
 from lzero_kv.llm.experiment.plan import Plan, plan_from_file
-from lzero_kv.llm.experiment.sweep import Sweep
+from lzero_kv.sweep.sweep import Sweep
 
 
 class Worker:

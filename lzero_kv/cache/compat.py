@@ -144,6 +144,14 @@ class NamedAccess:
             pool = self.recur_pool if env_id is None else self.init_pools[self._env(env_id)]
             pool.stats.window_tokens += tokens
 
+    def count_step(self, new: int, served: int, *, env_id: int | None = None) -> None:
+        """Count new tokens, and tokens of the histories behind them that were there: of a root of an
+        environment, else of nodes."""
+        if self.enable_stats:
+            pool = self.recur_pool if env_id is None else self.init_pools[self._env(env_id)]
+            pool.stats.new_tokens += new
+            pool.stats.served_tokens += served
+
     def stats_snapshot(self) -> dict[str, CacheStats]:
         """Copies of the counters of all root pools together ('roots') and of the recurrent pool ('nodes')."""
         roots = sum((pool.stats for pool in self.init_pools), CacheStats(rebuilt_tokens=self._rebuilt_roots))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 
 _COUNTERS = (
     *('queries', 'hits', 'misses', 'stores', 'overwrites', 'evictions'),
-    *('rebuilt_tokens', 'window_tokens'),
+    *('new_tokens', 'rebuilt_tokens', 'window_tokens', 'served_tokens'),
 )
 
 
@@ -83,10 +83,15 @@ class CacheStats:
     """Stores under a key that was already there."""
     evictions: int = 0
     """Entries that had to make room for another."""
+    new_tokens: int = 0
+    """Tokens of new actions and observations, computed for the first time."""
     rebuilt_tokens: int = 0
     """Tokens recomputed because their history was not found."""
     window_tokens: int = 0
     """Tokens recomputed because a full window dropped its oldest step (``window='rebuild'``); no miss."""
+    served_tokens: int = 0
+    """Tokens of the histories behind them whose keys and values were there: a pass without a cache computes
+    them again."""
     lifetime: Log2Histogram = field(default_factory=Log2Histogram)
     """Stores of the pool between an entry's first store and its removal (eviction, discard or clear)."""
     reuse_distance: Log2Histogram = field(default_factory=Log2Histogram)
@@ -96,6 +101,17 @@ class CacheStats:
     def queries(self) -> int:
         """The same as ``total_queries``."""
         return self.total_queries
+
+    @property
+    def computed_tokens(self) -> int:
+        """New tokens, those of windows that moved, and rebuilt ones."""
+        return self.new_tokens + self.window_tokens + self.rebuilt_tokens
+
+    @property
+    def saved_tokens(self) -> float:
+        """Served tokens as a part of all that a pass without a cache computes; 0.0 before the first."""
+        every = self.served_tokens + self.computed_tokens
+        return self.served_tokens / every if every else 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -119,6 +135,7 @@ class CacheStats:
     def as_dict(self) -> dict[str, int | float]:
         """Counters and rates by name, without the histograms."""
         numbers: dict[str, int | float] = {name: getattr(self, name) for name in _COUNTERS}
+        numbers |= {'computed_tokens': self.computed_tokens, 'saved_tokens': self.saved_tokens}
         return {**numbers, 'hit_rate': self.hit_rate, 'miss_rate': self.miss_rate}
 
     def __add__(self, other: CacheStats) -> CacheStats:

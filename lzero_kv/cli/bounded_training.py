@@ -27,6 +27,7 @@ class Progress:
     Attributes:
         limit: environment steps of collection and evaluation together.
         listener: called after every inference of a batch of environments and every training iteration.
+        evaluates: whether a part of the steps may be evaluation's; else the host's evaluations are left out.
         collected, evaluated: environment steps so far.
         iterations: training iterations so far.
         policy: the policy, as soon as it acted.
@@ -34,6 +35,7 @@ class Progress:
 
     limit: int
     listener: Callable[[Progress], None] = lambda progress: None
+    evaluates: bool = True
     collected: int = 0
     evaluated: int = 0
     iterations: int = 0
@@ -47,17 +49,21 @@ class Progress:
     @property
     def evaluation_limit(self) -> int:
         """Steps after which an evaluation ends, so that collection and training get theirs."""
-        return max(1, self.limit // EVALUATION_SHARE)
+        return max(1, self.limit // EVALUATION_SHARE) if self.evaluates else 0
 
 
 @contextmanager
-def bounded(progress: Progress) -> Iterator[None]:
-    """Within the block a training with the plugin counts its steps in ``progress``, and raises
-    :class:`EnoughSteps` before the first batch of environments that would go past ``progress.limit``."""
+def bounded(progress: Progress, owner: type | None = None) -> Iterator[None]:
+    """Within the block a training counts its steps in ``progress``, and raises :class:`EnoughSteps` before
+    the first batch of environments that would go past ``progress.limit``.
+
+    ``owner`` is the policy class whose own methods act; None for that of the plugin.
+    """
     from ding.worker import BaseLearner
     from lzero.worker import MuZeroEvaluator
 
-    from lzero_kv.lightzero.policy import KVPolicy
+    if owner is None:
+        from lzero_kv.lightzero.policy import KVPolicy as owner
 
     def collect(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         _stop_at_limit(progress)
@@ -92,8 +98,8 @@ def bounded(progress: Progress) -> Iterator[None]:
         return result
 
     with ExitStack() as stack:
-        stack.enter_context(around(KVPolicy, '_forward_collect', collect))
-        stack.enter_context(around(KVPolicy, '_forward_eval', evaluate))
+        stack.enter_context(around(owner, '_forward_collect', collect))
+        stack.enter_context(around(owner, '_forward_eval', evaluate))
         stack.enter_context(around(MuZeroEvaluator, 'eval', evaluation))
         stack.enter_context(around(BaseLearner, 'train', train))
         yield

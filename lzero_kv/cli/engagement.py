@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,44 @@ def config_checks(path: Path, arguments: Sequence[str] = ()) -> list[Check]:
     stock cache or stops the training.
     """
     try:
-        call = training_call(path, arguments)
+        return call_checks(training_call(path, arguments))
     except ConfigError as error:
         return [Check(Mark.FAIL, 'config', str(path), str(error))]
+
+
+def alone(call: TrainingCall, path: str, folder: Path, *, flag: bool) -> tuple[TrainingCall, list[str]]:
+    """The call in one process and with a log folder of its own, with the plugin or without; and what had to
+    be changed for that, in words.
+
+    Raises:
+        ConfigError: the entry or the policy is none that the plugin knows.
+    """
+    kind = _at(call.create_config, 'policy', 'type')
+    if call.entry not in ENTRIES or kind not in POLICIES:
+        raise ConfigError(
+            f'{path} calls {call.entry} with the policy {kind!r}, for which there is no plugin; '
+            f'give a config of {" or ".join(ENTRIES)} with {" or ".join(POLICIES)}'
+        )
+    config: Any = copy.deepcopy(call.config)
+    create_config: Any = copy.deepcopy(call.create_config)
+    notes = []
+    config['policy']['model']['world_model_cfg'][FLAG] = flag
+    names = list(create_config['policy'].get('import_names') or [f'lzero.policy.{kind}'])
+    if flag and PLUGIN not in names:
+        notes.append(f"'{PLUGIN}' is not in the config's import_names and was added for this run")
+    names = [name for name in names if name != PLUGIN]
+    create_config['policy']['import_names'] = [*names, PLUGIN] if flag else names
+    if create_config['env_manager'].get('type') != 'base':
+        notes.append("the environments ran in the training's process: env_manager.type='base'")
+    create_config['env_manager'] = {'type': 'base'}
+    config['policy']['use_wandb'] = False
+    # relative: the host puts './' in front of it
+    config['exp_name'] = os.path.relpath(folder)
+    return dataclasses.replace(call, config=config, create_config=create_config), notes
+
+
+def call_checks(call: TrainingCall) -> list[Check]:
+    """What :func:`config_checks` says of a training call."""
     world_model = _at(call.config, 'policy', 'model', 'world_model_cfg')
     checks = [
         _entry_check(call),

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from lzero_kv.cli.console import show_error, show_line, show_table
 
 if TYPE_CHECKING:
-    from lzero_kv.llm.experiment import experiment, sweep
+    from lzero_kv.llm.experiment import experiment
+    from lzero_kv.sweep import sweep
 
 LINE_SECONDS = 15.0  # between two lines of progress where there is no terminal
 TABLE_WIDTH = 132  # of a method's name and nine numbers, where no terminal says how wide it is

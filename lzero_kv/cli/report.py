@@ -9,9 +9,8 @@ import tyro
 
 from lzero_kv.cli.console import show_error, show_line, show_table
 from lzero_kv.telemetry.budget import budget_table
-from lzero_kv.telemetry.metrics import Axis
 from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run, runs_in
-from lzero_kv.telemetry.table import statistics_table
+from lzero_kv.telemetry.table import speed_table, statistics_table
 from lzero_kv.telemetry.validation import validation_table
 
 PLOT_NAME = 'kv_cache.png'
@@ -30,13 +29,12 @@ def report(
 ) -> int:
     """Print the statistics of a training's KV cache and write them as a plot.
 
-    The first table adds the counters up over the whole run (entries, occupancy and bytes are those of the
-    end), the second shows the last point alone; where validation was on, a third says what it found, and
-    where there are layer budgets, another what each layer holds and lost. The plot shows hit rate, rebuilt
-    tokens, evictions, occupancy and memory over environment steps, the counts and differences of a
-    validation, layer budgets over time and the tokens that a root holds. With several runs below LOGDIR every
-    one is reported, each plot in its own experiment folder. A training that was resumed in its folder is one
-    run more, with a plot of its own: both may have made the same steps, and nothing is added up.
+    The first table has times and rates. The next adds the counters up over the whole run (entries, occupancy
+    and bytes are those of the end), and one shows the last point alone; where validation was on, a table says
+    what it found, and where there are layer budgets, what each layer holds and lost. The plot shows the same
+    over environment steps; panels that never moved are left out and named. With several runs below LOGDIR
+    every one is reported, each plot in its own experiment folder. A training that was resumed in its folder
+    is one run more, with a plot of its own: both may have made the same steps, and nothing is added up.
 
     Args:
         logdir: the experiment folder (exp_name) of LightZero, its log or log/serial, a folder of many, or one
@@ -91,17 +89,21 @@ def _plot_path(run: RunLog, logdir: Path, out: Path | None, *, alone: bool) -> P
 
 def _show(run: RunLog, path: Path) -> None:
     # Imported here so that a broken plotting library does not take the other commands with it.
-    from lzero_kv.telemetry.plot import plot_run
+    from lzero_kv.telemetry.plot import constant_charts, plot_run
 
-    ends = run.last_steps()
-    step, iteration = ends.get(Axis.ENV_STEP, 0), ends.get(Axis.TRAIN_ITER, 0)
-    show_line(f'log: {run.folder}, {step:,} environment steps, {iteration:,} training iterations')
+    iterations = f'{run.train_iterations:,} training iterations'
+    show_line(f'log: {run.folder}, {run.last_step:,} environment steps, {iterations}')
     if run.ranks > 1:
         show_line(f'{run.ranks} processes: counters, entries and bytes are their sums, occupancy the largest')
+    if speed := run.speed():
+        show_table(speed_table(speed, run.speed(last=True)))
     show_table(statistics_table(run.totals(), 'Whole run'))
     show_table(statistics_table(run.last(), 'Last point'))
     if validation := run.validation():
         show_table(validation_table({'total': validation}, 'Validation of the whole run'))
     if layers := run.layers():
         show_table(budget_table(layers))
+    if constant := constant_charts(run):
+        told = (f'{name} ({values})' for name, values in constant.items())
+        show_line(f'constant, so not in the plot: {", ".join(told)}')
     show_line(f'plot: {plot_run(run, path)}')

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,8 +13,8 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import lzero_kv
 from lzero_kv.cli.checks import installed_version
+from lzero_kv.cli.child import ChildFailed, answer_of
 from lzero_kv.cli.console import show_error, show_line, show_table
 from lzero_kv.cli.validation_run import Request
 from lzero_kv.telemetry.validation import columns_of, validation_table
@@ -26,7 +22,6 @@ from lzero_kv.validation.report import ModeRun, ValidationReport
 
 MODES = ('store', 'model')
 PAGE, PICTURE, NUMBERS = 'validation.md', 'validation.png', 'validation.json'
-PACKAGES = Path(lzero_kv.__file__).resolve().parents[1]
 TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy')
 
 
@@ -165,37 +160,11 @@ def _run_mode(request: Request, show_progress: Callable[[dict[str, int]], None])
         ValidationFailed: it ended without a result.
     """
     log = Path(request.folder) / f'{request.mode}.log'
-    reader, writer = os.pipe()
-    asked = json.dumps(dataclasses.asdict(request))
-    command = [sys.executable, '-m', 'lzero_kv.cli.validation_run', str(writer), asked]
-    # The same package as here, also where that is a checkout; and threads wait for each other on few cores.
-    path = os.pathsep.join([str(PACKAGES), *filter(None, [os.environ.get('PYTHONPATH')])])
-    environment = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONPATH': path}
-    with log.open('wb') as file, os.fdopen(reader, encoding='utf-8') as answers:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            pass_fds=[writer],
-            env=environment,
-        )
-        os.close(writer)
-        answer: dict[str, Any] = {}
-        try:
-            for line in answers:
-                answer = json.loads(line)
-                if 'progress' in answer:
-                    show_progress(answer['progress'])
-            child.wait()
-        finally:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
-    if 'run' in answer:
-        return ModeRun.from_dict(answer['run'])
-    reason = answer.get('error', f'the process ended with code {child.returncode}')
-    raise ValidationFailed(f'mode {request.mode}: {reason} (what LightZero wrote: {log})')
+    try:
+        run = answer_of('lzero_kv.cli.validation_run', dataclasses.asdict(request), log, show_progress)
+    except ChildFailed as error:
+        raise ValidationFailed(f'mode {request.mode}: {error}') from error
+    return ModeRun.from_dict(run)
 
 
 def versions() -> dict[str, str]:

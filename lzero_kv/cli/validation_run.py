@@ -7,22 +7,19 @@ host's.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from lzero_kv.cli.bounded_training import EnoughSteps, Progress, bounded, every
-from lzero_kv.cli.engagement import ENTRIES, PLUGIN, POLICIES
+from lzero_kv.cli.child import serve, tell
+from lzero_kv.cli.engagement import alone
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig
+from lzero_kv.lightzero.install import FLAG
 from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.validation.findings import load_finding
 from lzero_kv.validation.report import Failure, ModeRun
@@ -119,23 +116,13 @@ def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[s
     Raises:
         ConfigError: the entry or the policy is none that the plugin knows, or `kv_cache` is impossible.
     """
-    kind = call.create_config.get('policy', {}).get('type')
-    if call.entry not in ENTRIES or kind not in POLICIES:
-        raise ConfigError(
-            f'{request.config} calls {call.entry} with the policy {kind!r}, for which there is no plugin; '
-            f'give a config of {" or ".join(ENTRIES)} with {" or ".join(POLICIES)}'
-        )
-    config: Any = copy.deepcopy(call.config)
-    create_config: Any = copy.deepcopy(call.create_config)
-    policy, notes = config['policy'], []
+    given = call.config.get('policy', {}).get('model', {}).get('world_model_cfg', {})
+    folder = Path(request.folder) / 'training' / request.mode
+    call, notes = alone(call, request.config, folder, flag=True)
+    if given.get(FLAG) is not True:
+        notes.insert(0, f'{FLAG} is not True in the config and was switched on for this run')
+    policy = call.config['policy']
     world_model = policy['model']['world_model_cfg']
-    if world_model.get('use_new_cache_manager') is not True:
-        world_model['use_new_cache_manager'] = True
-        notes.append('use_new_cache_manager is not True in the config and was switched on for this run')
-    names = list(create_config['policy'].get('import_names') or [f'lzero.policy.{kind}'])
-    if PLUGIN not in names:
-        create_config['policy']['import_names'] = [*names, PLUGIN]
-        notes.append(f"'{PLUGIN}' is not in the config's import_names and was added for this run")
     world_model['cache_validation_mode'] = request.mode
     world_model['kv_cache'] = {
         **_cache_choices(world_model),
@@ -147,17 +134,11 @@ def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[s
         policy['num_simulations'] = request.simulations
         if 'num_simulations' in world_model:  # where it is not, the host's own caches are made for 50
             world_model['num_simulations'] = request.simulations
-    if create_config['env_manager'].get('type') != 'base':
-        notes.append("the environments ran in the training's process: env_manager.type='base'")
-    create_config['env_manager'] = {'type': 'base'}
-    policy['use_wandb'] = False
-    # relative: the host puts './' in front of it
-    config['exp_name'] = os.path.relpath(Path(request.folder) / 'training' / request.mode)
     try:
         KVCacheConfig.from_world_model_cfg(world_model)
     except (ValueError, TypeError) as error:
         raise ConfigError(f'{request.config}: {error}') from error
-    return dataclasses.replace(call, config=config, create_config=create_config), notes
+    return call, notes
 
 
 def _cache_choices(world_model: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,22 +176,8 @@ def _tell_progress(progress: Progress, report: TextIO) -> None:
         'different': total.different,
         'failures': total.failures,
     }
-    print(json.dumps({'progress': numbers}), file=report, flush=True)
-
-
-def main(descriptor: int, asked: str) -> int:
-    """Entry point: 0, or 1 when an error was reported."""
-    request = Request(**json.loads(asked))
-    with os.fdopen(descriptor, 'w', encoding='utf-8') as report:
-        try:
-            answer = {'run': run(request, report).as_dict()}
-        except Exception as error:
-            traceback.print_exc()
-            kind = '' if isinstance(error, ConfigError) else f'{type(error).__name__}: '
-            answer = {'error': f'{kind}{error}'}
-        print(json.dumps(answer), file=report, flush=True)
-    return 1 if 'error' in answer else 0
+    tell(report, numbers)
 
 
 if __name__ == '__main__':
-    sys.exit(main(int(sys.argv[1]), sys.argv[2]))
+    sys.exit(serve(lambda asked, report: run(Request(**asked), report).as_dict()))

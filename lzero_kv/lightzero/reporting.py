@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ def replace_collector_logs(replace: Callable[[Any, str, Any], None]) -> None:
 
     for collector in (MuZeroCollector, MuZeroSegmentCollector):
         replace(collector, '_output_log', _logging(collector._output_log))
+        replace(collector, 'collect', _collecting(collector.collect))
 
 
 def _logging(original: Any) -> Any:
@@ -30,26 +32,49 @@ def _logging(original: Any) -> Any:
     return _output_log
 
 
+def _collecting(original: Any) -> Any:
+    """A collection whose seconds are known when it is reported, which is before it returns."""
+
+    @functools.wraps(original)
+    def collect(self: Any, *args: Any, **kwargs: Any) -> Any:
+        models = _world_models(self)
+        if models is not None:
+            self._kv_collection = time.perf_counter(), models['acting'].timings.snapshot()
+        return original(self, *args, **kwargs)
+
+    return collect
+
+
+def _world_models(collector: Any) -> Mapping[str, Any] | None:
+    """Those of a policy that keeps caches; None for another."""
+    try:
+        return collector._policy.get_attribute('kv_world_models')
+    except NotImplementedError:
+        return None
+
+
 def report(collector: Any, train_iter: int) -> None:
     """Write what the caches of a collector's policy did since the last time; nothing where its policy keeps
     none.
 
     Of several processes the first one writes for all where they meet, else each one writes a log of its own.
     """
-    try:
-        world_models = collector._policy.get_attribute('kv_world_models')
-    except NotImplementedError:
+    world_models = _world_models(collector)
+    if world_models is None:
         return
     acting = world_models['acting']
+    begun = vars(collector).pop('_kv_collection', None)
+    if begun is not None:
+        acting.timings.count_collection(time.perf_counter() - begun[0], begun[1])
     if not (acting.cache_config.tensorboard and acting.cache_config.enable_stats):
         return
     managers = {name: model.kv_cache_manager for name, model in world_models.items()}
     validation, budget = run_counters(world_models), acting.budgets
     together = collector._world_size > 1 and ranks.meet(collector)
-    others = ranks.gather(Moment.of(managers, validation, budget)) if together else ()
+    others = ranks.gather(Moment.of(managers, validation, budget, acting.timings)) if together else ()
     sink = _sink(collector, together)
     if sink is not None:
-        sink.write(managers, collector.envstep, train_iter, validation, budget, others)
+        sink.write(managers, collector.envstep, train_iter, validation, budget, others, acting.timings)
 
 
 def _sink(collector: Any, together: bool) -> TensorBoardSink | None:

@@ -3,6 +3,7 @@ the search."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ def cached_search(
     Raises:
         RuntimeError: the model predicts nan or inf; names rows and simulation.
     """
+    begun = time.perf_counter()
     config, rows, device = mcts._cfg, roots.num, torch.device(mcts._cfg.device)
     continuous = bool(config.model.get('continuous_action_space', False))
     sampled = hasattr(roots, 'get_sampled_actions')
@@ -88,6 +90,8 @@ def cached_search(
                     results,
                     players,
                 )
+    simulations = rows * config.num_simulations
+    model.world_model.timings.count_search(simulations, time.perf_counter() - begun)
     return first
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
 from lzero_kv.lightzero.inference.session import InferenceSession, make_manager
 from lzero_kv.lightzero.inputs import check_world_model_config, timesteps_of
 from lzero_kv.lightzero.start import refuse_validated_budget
+from lzero_kv.telemetry.counters import Timings
 
 if TYPE_CHECKING:
     from lzero_kv.telemetry.counters import ValidationCounters
@@ -64,6 +66,7 @@ class KVWorldModel(WorldModel):
         refuse_validated_budget(self.cache_config, config, self._validation_mode)
         self._session: InferenceSession | None = None
         self._validator: Any = None
+        self.timings = Timings()
         self._counters = None if self._validation_mode is None else _validation().ValidationCounters()
         super().__init__(config, tokenizer)
         self._env_num = self._search_rows = int(config.env_num)
@@ -178,6 +181,7 @@ class KVWorldModel(WorldModel):
 
         Without ``current_obs`` (targets for training and reanalysis) the host's own cache-free pass answers.
         """
+        begun = time.perf_counter()
         observations = obs_act_dict['current_obs']
         if observations is None:
             if np.ndim(start_pos) == 0:  # the host's replay buffer for sampled actions passes no timesteps
@@ -199,6 +203,7 @@ class KVWorldModel(WorldModel):
         session.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
         session.by_latent, session.latest = None, roots
         self.latent_state = roots.latents
+        self.timings.count_roots(time.perf_counter() - begun)
         return outputs.hidden, self.latent_state, outputs.reward, outputs.policy, outputs.value
 
     @torch.no_grad()
@@ -306,7 +311,13 @@ class KVWorldModel(WorldModel):
 
     def __getstate__(self) -> dict[str, Any]:
         counters = None if self._counters is None else type(self._counters)()
-        fresh = {'_session': None, '_validator': None, '_counters': counters, 'observers': []}
+        fresh = {
+            'timings': Timings(),
+            '_session': None,
+            '_validator': None,
+            '_counters': counters,
+            'observers': [],
+        }
         return {**self.__dict__, **fresh}
 
 

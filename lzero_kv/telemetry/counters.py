@@ -211,4 +211,34 @@ class ValidationCounters(_Additive):
         return self.roots + self.nodes + self.reanalysis
 
 
+@dataclass
+class Timings(_Additive):
+    """Seconds on the wall and work of one world model, as SPEED_METRICS names them."""
+
+    searches: int = 0
+    simulations: int = 0
+    search_seconds: float = 0.0
+    root_inferences: int = 0
+    root_seconds: float = 0.0
+    collect_seconds: float = 0.0
+    planning_seconds: float = 0.0
+
+    def count_search(self, simulations: int, seconds: float) -> None:
+        """Count a search of a batch with that many simulations in all rows together."""
+        self.searches += 1
+        self.simulations += simulations
+        self.search_seconds += seconds
+
+    def count_roots(self, seconds: float) -> None:
+        """Count a root inference of a batch."""
+        self.root_inferences += 1
+        self.root_seconds += seconds
+
+    def count_collection(self, seconds: float, before: Timings) -> None:
+        """Count a collection, or a part of it, that began with the counts ``before``."""
+        self.collect_seconds += seconds
+        self.planning_seconds += self.search_seconds - before.search_seconds
+        self.planning_seconds += self.root_seconds - before.root_seconds
+
+
 KINDS = ('roots', 'nodes', 'reanalysis')

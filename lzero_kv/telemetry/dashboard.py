@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from lzero_kv.telemetry.metrics import (
     BUDGET_CHARTS,
     BUDGET_HISTOGRAMS,
@@ -11,22 +13,23 @@ from lzero_kv.telemetry.metrics import (
     LAYER_PREFIX,
     METRICS,
     POOLS,
+    PREFIX,
     RANK_METRICS,
+    SPEED_CHARTS,
+    SPEED_METRICS,
     VALIDATION,
     VALIDATION_CHARTS,
     VALIDATION_METRICS,
-    Axis,
     Kind,
+    LinesChart,
 )
 
-LAYOUT_TITLES: dict[Axis, str] = {
-    Axis.ENV_STEP: 'KV cache by environment step',
-    Axis.TRAIN_ITER: 'KV cache by training iteration',
-}
+MOVING, STEADY = 'KV cache', 'KV cache: constant in a healthy training'
 
 
 def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[str, dict[str, list[object]]]:
-    """Return the layout of the Custom Scalars page, as `SummaryWriter.add_custom_scalars` takes it.
+    """Return the layout of the Custom Scalars page, as `SummaryWriter.add_custom_scalars` takes it: what
+    moves first, what is constant in a healthy training in a group of its own.
 
     Args:
         validation: whether the charts of the validation follow those of the pools.
@@ -35,32 +38,44 @@ def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[
     TensorBoard matches an entry as a regular expression against the beginning of a tag. One closed expression
     per chart draws whichever pools report, and a pool that never reports is no missing tag.
     """
-    layout: dict[str, dict[str, list[object]]] = {}
-    for axis, title in LAYOUT_TITLES.items():
-        layout[title] = {
-            chart.heading: ['Multiline', [f'{axis.value}/({"|".join(chart.pools)})/{chart.metric}$']]
-            for chart in CHARTS
-        }
-        for chart in VALIDATION_CHARTS if validation else ():
-            entry = f'{axis.value}/{VALIDATION}/({"|".join(chart.metrics)})$'
-            layout[title][chart.heading] = ['Multiline', [entry]]
-        for chart in BUDGET_CHARTS if budget else ():
-            entry = f'{axis.value}/{LAYER_PREFIX}[0-9]+/{chart.metric}$'
-            layout[title][chart.title] = ['Multiline', [entry]]
+    charts = (*SPEED_CHARTS, *CHARTS, *(VALIDATION_CHARTS if validation else ()))
+    layout: dict[str, dict[str, list[object]]] = {MOVING: {}, STEADY: {}}
+    for chart in charts:
+        names = chart.metrics if isinstance(chart, LinesChart) else (chart.metric,)
+        places = (chart.section,) if isinstance(chart, LinesChart) else chart.pools
+        layout[STEADY if chart.steady else MOVING][chart.heading] = _lines(_any(places), _any(names))
+    for chart in BUDGET_CHARTS if budget else ():
+        layout[MOVING][chart.title] = _lines(f'{LAYER_PREFIX}[0-9]+', chart.metric)
     return layout
 
 
-def explanation(*, validation: bool = False, budget: bool = False, ranks: bool = False) -> str:
-    """Return a Markdown table that says what each metric, pool and histogram means, and, with `validation`,
-    a second one of its metrics; likewise with `budget`. With `ranks` the first has RANK_METRICS too.
+def _lines(place: str, metric: str) -> list[object]:
+    return ['Multiline', [f'{PREFIX}/{place}/{metric}$']]
+
+
+def _any(names: Sequence[str]) -> str:
+    return f'({"|".join(names)})' if len(names) > 1 else names[0]
+
+
+def explanation(
+    *,
+    validation: bool = False,
+    budget: bool = False,
+    ranks: bool = False,
+    choices: Mapping[str, object] | None = None,
+) -> str:
+    """Return Markdown tables: the configuration of the cache (``choices``), what each metric, pool and
+    histogram means, and, with `validation` or `budget`, further metrics. With `ranks` RANK_METRICS too.
     """
     kinds = {
         Kind.COUNTER: 'since the previous point',
         Kind.GAUGE: 'at this moment',
         Kind.RATIO: 'since the previous point',
     }
-    lines = ['| metric | unit | value | meaning |', '|---|---|---|---|']
-    metrics = [*METRICS.values(), *(RANK_METRICS.values() if ranks else ())]
+    lines = ['| option of kv_cache | value |', '|---|---|'] if choices else []
+    lines += [f'| {name} | {value} |' for name, value in (choices or {}).items()]
+    lines += ['', '| metric | unit | value | meaning |', '|---|---|---|---|']
+    metrics = [*SPEED_METRICS.values(), *METRICS.values(), *(RANK_METRICS.values() if ranks else ())]
     lines += [f'| {m.name} | {m.unit.value} | {kinds[m.kind]} | {m.sentence} |' for m in metrics]
     lines += [
         f'| {name} | histogram | since the previous point | {text} |' for name, text in HISTOGRAMS.items()

@@ -1,26 +1,22 @@
 """The one home of metric names, pool names, tags and charts.
 
-A tag is `<axis>/<pool>/<metric>`: `kv_cache_step/roots/hit_rate` is the hit rate of the root pools over
-environment steps, `kv_cache_iter/roots/hit_rate` the same numbers over training iterations. The two axes are
-separate tags because TensorBoard draws a tag against one step only; LightZero's own charts follow the same
-habit (`collector_step`, `collector_iter`). Where validation is on, `kv_cache_step/validation/<metric>` stands
-beside the pools, and where layer budgets are, `kv_cache_step/layer_0/<metric>` for each layer.
+A tag is `kv_cache_step/<pool>/<metric>`: `kv_cache_step/roots/hit_rate` is the hit rate of the root pools
+over environment steps. `kv_cache_step/speed/<metric>` has times and rates. Where validation is on,
+`kv_cache_step/validation/<metric>` stands beside the pools, and where layer budgets are,
+`kv_cache_step/layer_0/<metric>` for each layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from lzero_kv.telemetry.counters import Cause, Fault
 
-
-class Axis(Enum):
-    """What a chart's horizontal axis counts; the value is the first part of the tag."""
-
-    ENV_STEP = 'kv_cache_step'
-    TRAIN_ITER = 'kv_cache_iter'
+PREFIX = 'kv_cache_step'
+"""First part of each tag: points are over environment steps, as LightZero's own ``collector_step/...``."""
 
 
 class Kind(Enum):
@@ -39,6 +35,9 @@ class Unit(Enum):
     ENTRIES = 'entries'
     FRACTION = 'fraction'
     BYTES = 'bytes'
+    MILLISECONDS = 'ms'
+    SECONDS = 's'
+    RATE = '1/s'
     DIFFERENCE = 'difference'  # of keys, values, latents or predictions; no fixed number of digits fits
 
 
@@ -83,6 +82,24 @@ METRICS: dict[str, Metric] = {
             'Entries removed by the policy because the pool was full.',
         ),
         Metric(
+            'saved_tokens',
+            Kind.RATIO,
+            Unit.FRACTION,
+            'Served tokens as a part of all that a pass without a cache would compute.',
+        ),
+        Metric(
+            'computed_tokens',
+            Kind.COUNTER,
+            Unit.TOKENS,
+            'Tokens whose KV was computed: new ones, windows that moved, rebuilt ones.',
+        ),
+        Metric(
+            'served_tokens',
+            Kind.COUNTER,
+            Unit.TOKENS,
+            'Tokens of the histories behind them whose KV was there.',
+        ),
+        Metric(
             'rebuilt_tokens',
             Kind.COUNTER,
             Unit.TOKENS,
@@ -113,6 +130,82 @@ RANK_METRICS: dict[str, Metric] = {
     )
 }
 """Beside METRICS where the numbers stand for several processes."""
+
+SPEED = 'speed'
+"""Stands in a tag in the place of the pool: times and rates of the acting model, on the wall."""
+
+SPEED_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            'env_steps_per_second',
+            Kind.RATIO,
+            Unit.RATE,
+            'Environment steps by all seconds since the previous point: collection, learning, evaluation.',
+        ),
+        Metric(
+            'simulations_per_second',
+            Kind.RATIO,
+            Unit.RATE,
+            'Simulations of all rows by the seconds of the searches, in one process.',
+        ),
+        Metric(
+            'search_ms',
+            Kind.RATIO,
+            Unit.MILLISECONDS,
+            'Mean time of a search of one batch of environments. A search waits for its answers: true on a '
+            'GPU too.',
+        ),
+        Metric(
+            'root_inference_ms',
+            Kind.RATIO,
+            Unit.MILLISECONDS,
+            'Mean time of a root inference of one batch. On a GPU without the heads and stores that are '
+            'still queued when it returns.',
+        ),
+        Metric(
+            'planning_share',
+            Kind.RATIO,
+            Unit.FRACTION,
+            'Part of the seconds of collection that searches and root inferences took.',
+        ),
+        Metric('train_iterations', Kind.GAUGE, Unit.COUNT, 'Training iterations so far.'),
+        Metric('env_steps', Kind.COUNTER, Unit.COUNT, 'Environment steps in `seconds`.'),
+        Metric('seconds', Kind.COUNTER, Unit.SECONDS, 'All seconds since the previous point.'),
+        Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches of a batch of environments.'),
+        Metric('simulations', Kind.COUNTER, Unit.COUNT, 'Simulations of all rows of the searches.'),
+        Metric('search_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the searches.'),
+        Metric('root_inferences', Kind.COUNTER, Unit.COUNT, 'Root inferences of a batch of environments.'),
+        Metric('root_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the root inferences.'),
+        Metric('collect_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of collection.'),
+        Metric(
+            'planning_seconds',
+            Kind.COUNTER,
+            Unit.SECONDS,
+            'Seconds of searches and root inferences in collection.',
+        ),
+    )
+}
+
+SPEED_QUOTIENTS: dict[str, tuple[str, str, float]] = {
+    'env_steps_per_second': ('env_steps', 'seconds', 1),
+    'simulations_per_second': ('simulations', 'search_seconds', 1),
+    'search_ms': ('search_seconds', 'searches', 1000),
+    'root_inference_ms': ('root_seconds', 'root_inferences', 1000),
+    'planning_share': ('planning_seconds', 'collect_seconds', 1),
+}
+"""Each ratio of SPEED_METRICS: a counter by a counter, and the factor of its unit."""
+
+
+def speed_numbers(counters: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of SPEED_METRICS from its counters; a ratio is left out where nothing was counted."""
+    ratios = {
+        name: factor * counters[above] / counters[below]
+        for name, (above, below, factor) in SPEED_QUOTIENTS.items()
+        if counters.get(below)
+    }
+    return {**ratios, **counters}
+
 
 POOLS: dict[str, str] = {
     'roots': 'The root pools of all environments of the acting model.',
@@ -195,11 +288,19 @@ HISTOGRAMS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart of the dashboard and one panel of the report's plot: a metric of some pools."""
+    """One chart of the dashboard and one panel of the report's plot: a metric of some pools.
+
+    Attributes:
+        title: what is drawn, with its unit.
+        metric: a name of METRICS.
+        pools: one line each.
+        steady: whether the chart is constant in a healthy training.
+    """
 
     title: str
     metric: str
     pools: tuple[str, ...] = ('roots', 'nodes', 'reanalysis')
+    steady: bool = False
 
     @property
     def heading(self) -> str:
@@ -209,47 +310,69 @@ class Chart:
 
 
 CHARTS = (
+    Chart('tokens saved, part of all', 'saved_tokens'),
     Chart('hit rate', 'hit_rate'),
-    Chart('rebuilt tokens', 'rebuilt_tokens'),
-    Chart('tokens of moved windows', 'window_tokens'),
-    Chart('evictions', 'evictions'),
-    Chart('occupancy', 'occupancy'),
     Chart('memory in bytes', 'bytes', ('roots', 'nodes', 'reanalysis', 'total')),
+    Chart('computed tokens', 'computed_tokens'),
+    Chart('served tokens', 'served_tokens'),
+    Chart('tokens of moved windows', 'window_tokens'),
+    Chart('occupancy, part of the capacity', 'occupancy'),
+    Chart('rebuilt tokens', 'rebuilt_tokens', steady=True),
+    Chart('evictions, entries', 'evictions', steady=True),
 )
-"""In the order in which the dashboard and the plot show them."""
+"""In the order in which the dashboard and the plot show them, behind SPEED_CHARTS."""
 
 
 @dataclass(frozen=True)
-class ValidationChart:
-    """One chart of the dashboard and one panel of the plot: metrics of the validation.
+class LinesChart:
+    """One chart of the dashboard and one panel of the plot: metrics of the validation or of speed.
 
     Attributes:
         title: what is drawn.
-        metrics: names of VALIDATION_METRICS, one line each.
+        metrics: names of VALIDATION_METRICS or of SPEED_METRICS, one line each.
         logarithmic: the plot's vertical axis; differences lie many powers of ten apart.
+        section: where the metrics stand in a tag.
+        steady: whether the chart is constant in a healthy training.
     """
 
     title: str
     metrics: tuple[str, ...]
     logarithmic: bool = False
+    section: str = VALIDATION
+    steady: bool = False
 
     @property
     def heading(self) -> str:
         """The title, with what a point of a counter counts."""
-        counters = all(VALIDATION_METRICS[name].kind is Kind.COUNTER for name in self.metrics)
+        counters = all(self.metric(name).kind is Kind.COUNTER for name in self.metrics)
         return f'{self.title} since the previous point' if counters else self.title
+
+    def metric(self, name: str) -> Metric:
+        """The metric of this name."""
+        return (VALIDATION_METRICS if self.section == VALIDATION else SPEED_METRICS)[name]
+
+
+SPEED_CHARTS = (
+    LinesChart('environment steps per second', ('env_steps_per_second',), section=SPEED),
+    LinesChart('simulations per second', ('simulations_per_second',), section=SPEED),
+    LinesChart(
+        'time of a search and of a root inference in ms', ('search_ms', 'root_inference_ms'), section=SPEED
+    ),
+    LinesChart('share of collection that is planning', ('planning_share',), section=SPEED),
+)
+"""What the dashboard and the plot open with."""
 
 
 VALIDATION_CHARTS = (
-    ValidationChart('validation: rows compared', ('compared', 'equal', 'different')),
-    ValidationChart('validation: failures, which must stay 0,', ('unexplained', 'cache_wrong')),
-    ValidationChart('validation: differences by cause', tuple(f'{CAUSE_PREFIX}{c.value}' for c in Cause)),
-    ValidationChart(
+    LinesChart('validation: rows compared', ('compared', 'equal', 'different')),
+    LinesChart('validation: failures, which must stay 0,', ('unexplained', 'cache_wrong'), steady=True),
+    LinesChart('validation: differences by cause', tuple(f'{CAUSE_PREFIX}{c.value}' for c in Cause)),
+    LinesChart(
         'validation: largest difference from the recomputation so far',
         ('largest_stock', 'largest_cache'),
         logarithmic=True,
     ),
-    ValidationChart(
+    LinesChart(
         'validation: policy and value moved, mean of the differences', ('policy_moved', 'value_moved')
     ),
 )
@@ -317,43 +440,53 @@ def layer_of(pool: str) -> int | None:
 
 class TagName(NamedTuple):
     """A tag taken apart; `metric` is a name of METRICS, RANK_METRICS or HISTOGRAMS, or, where `pool` is
-    VALIDATION, of VALIDATION_METRICS, or, where it is a layer, of BUDGET_METRICS or BUDGET_HISTOGRAMS.
+    VALIDATION or SPEED, of VALIDATION_METRICS or SPEED_METRICS, or, where it is a layer, of BUDGET_METRICS or
+    BUDGET_HISTOGRAMS.
     """
 
-    axis: Axis
     pool: str
     metric: str
 
 
-def tag(axis: Axis, pool: str, metric: str) -> str:
+def tag(pool: str, metric: str) -> str:
     """Return the tag of a scalar or a histogram.
 
     Raises:
         ValueError: the pool or the metric has no entry in POOLS, METRICS or HISTOGRAMS.
     """
-    if pool not in POOLS and pool != VALIDATION and layer_of(pool) is None:
+    if pool not in (*POOLS, VALIDATION, SPEED) and layer_of(pool) is None:
         raise ValueError(
             f'pool must be one of {", ".join(POOLS)}, got {pool!r}; add it to POOLS to report it'
         )
     if metric not in _metrics_of(pool):
         known = ', '.join(_metrics_of(pool))
         raise ValueError(f'metric must be one of {known}, got {metric!r}; add it to METRICS to report it')
-    return f'{axis.value}/{pool}/{metric}'
+    return f'{PREFIX}/{pool}/{metric}'
 
 
 def parse_tag(text: str) -> TagName | None:
     """Return the parts of a tag written by this library, or None for any other tag of the log."""
     parts = text.split('/')
-    if len(parts) != 3 or parts[0] not in {axis.value for axis in Axis}:
+    if len(parts) != 3 or parts[0] != PREFIX:
         return None
     if parts[2] not in _metrics_of(parts[1]):
         return None
-    return TagName(Axis(parts[0]), parts[1], parts[2])
+    return TagName(parts[1], parts[2])
+
+
+def metric_of(pool: str, name: str) -> Metric:
+    """The metric with this name in a pool, a layer, VALIDATION or SPEED."""
+    if layer_of(pool) is not None:
+        return BUDGET_METRICS[name]
+    named = {VALIDATION: VALIDATION_METRICS, SPEED: SPEED_METRICS}
+    return named.get(pool, METRICS | RANK_METRICS)[name]
 
 
 def _metrics_of(pool: str) -> tuple[str, ...]:
     if pool == VALIDATION:
         return tuple(VALIDATION_METRICS)
+    if pool == SPEED:
+        return tuple(SPEED_METRICS)
     if layer_of(pool) is not None:
         return (*BUDGET_METRICS, *BUDGET_HISTOGRAMS)
     return (*METRICS, *RANK_METRICS, *HISTOGRAMS) if pool in POOLS else ()

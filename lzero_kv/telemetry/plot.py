@@ -14,16 +14,15 @@ from lzero_kv.telemetry.metrics import (
     CHARTS,
     LAYER_PREFIX,
     METRICS,
-    VALIDATION,
+    SPEED_CHARTS,
     VALIDATION_CHARTS,
-    VALIDATION_METRICS,
-    Axis,
     Chart,
+    LinesChart,
     TagName,
     Unit,
-    ValidationChart,
 )
 from lzero_kv.telemetry.read import RunLog, Series
+from lzero_kv.telemetry.table import format_value
 
 # Colours that colour-blind readers tell apart; dashes let a line show that lies under another.
 LINES = {
@@ -45,7 +44,8 @@ MAPS = (
 def plot_run(run: RunLog, path: Path) -> Path:
     """Draw the dashboard's charts over environment steps, one panel below the other, and write them as PNG.
 
-    The charts of a validation follow where the log has them, and the maps of layer budgets.
+    The charts of a validation follow where the log has them, and the maps of layer budgets. What
+    :func:`constant_charts` names is left out.
 
     Args:
         run: a log with at least one pool.
@@ -58,7 +58,8 @@ def plot_run(run: RunLog, path: Path) -> Path:
         raise ValueError(
             f'the plot must be a .png file, got {path}; write for example {path.with_suffix(".png")}'
         )
-    charts = (*CHARTS, *(VALIDATION_CHARTS if run.validation() else ()))
+    left_out = constant_charts(run)
+    charts = [chart for chart in _charts(run) if chart.heading not in left_out]
     maps = len(MAPS) if run.layers() else 0
     rows = len(charts) + maps + (1 if maps else 0)
     figure = Figure(figsize=(9, 2.1 * rows + 0.6), layout='constrained')
@@ -73,9 +74,9 @@ def plot_run(run: RunLog, path: Path) -> Path:
         _draw_kept_tokens(figure.add_subplot(rows, 1, rows), run)
     for panel, chart in zip(panels[: len(charts)], charts, strict=True):
         if isinstance(chart, Chart):
-            _draw(panel, chart, _lines(run, chart))
+            _draw(panel, chart, _series(run, chart))
         else:
-            _draw_validation(panel, chart, run)
+            _draw_lines(panel, chart, _series(run, chart))
     panels[-1].set_xlabel('environment steps')
     try:
         figure.savefig(path, dpi=110)
@@ -86,9 +87,35 @@ def plot_run(run: RunLog, path: Path) -> Path:
     return path
 
 
-def _lines(run: RunLog, chart: Chart) -> dict[str, Series]:
-    found = {pool: run.series(Axis.ENV_STEP, pool, chart.metric) for pool in chart.pools}
-    return {pool: series for pool, series in found.items() if series is not None}
+def constant_charts(run: RunLog) -> dict[str, str]:
+    """Headings of the charts whose lines never moved in a log of several points, with their values."""
+    found: dict[str, str] = {}
+    for chart in _charts(run):
+        lines = _series(run, chart)
+        unit = METRICS[chart.metric].unit if isinstance(chart, Chart) else chart.metric(chart.metrics[0]).unit
+        still = all((series.values == series.values[0]).all() for series in lines.values())
+        if still and any(len(series.values) > 1 for series in lines.values()):
+            shown = {name: format_value(float(series.values[0]), unit) for name, series in lines.items()}
+            told = [f'{name} {text}' for name, text in shown.items()]
+            found[chart.heading] = (
+                ', '.join(told) if len(set(shown.values())) > 1 else next(iter(shown.values()))
+            )
+    return found
+
+
+def _charts(run: RunLog) -> list[Chart | LinesChart]:
+    """Charts that have points in the log."""
+    charts = (*SPEED_CHARTS, *CHARTS, *VALIDATION_CHARTS)
+    return [chart for chart in charts if _series(run, chart)]
+
+
+def _series(run: RunLog, chart: Chart | LinesChart) -> dict[str, Series]:
+    """The chart's lines by their labels."""
+    if isinstance(chart, Chart):
+        found = {pool: run.series(pool, chart.metric) for pool in chart.pools}
+    else:
+        found = {name: run.series(chart.section, name) for name in chart.metrics}
+    return {name: series for name, series in found.items() if series is not None}
 
 
 def _draw(panel: Axes, chart: Chart, lines: dict[str, Series]) -> None:
@@ -109,15 +136,10 @@ def _draw(panel: Axes, chart: Chart, lines: dict[str, Series]) -> None:
     _finish(panel)
 
 
-def _draw_validation(panel: Axes, chart: ValidationChart, run: RunLog) -> None:
-    found = {name: run.series(Axis.ENV_STEP, VALIDATION, name) for name in chart.metrics}
+def _draw_lines(panel: Axes, chart: LinesChart, found: dict[str, Series]) -> None:
     # A cause that never came would only lengthen the legend; the rows that must not be stay, at zero.
     several = len(chart.metrics) > 3
-    lines = {
-        name: series
-        for name, series in found.items()
-        if series is not None and not (several and not series.values.any())
-    }
+    lines = {name: series for name, series in found.items() if not (several and not series.values.any())}
     for number, (name, series) in enumerate(lines.items()):
         panel.plot(
             series.steps,
@@ -128,7 +150,7 @@ def _draw_validation(panel: Axes, chart: ValidationChart, run: RunLog) -> None:
             marker='.' if len(series.steps) <= MARKED_POINTS else '',
         )
     panel.set_title(chart.heading, fontsize=10, loc='left')
-    panel.set_ylabel(VALIDATION_METRICS[chart.metrics[0]].unit.value)
+    panel.set_ylabel(chart.metric(chart.metrics[0]).unit.value)
     highest = max((_highest_finite(series) for series in lines.values()), default=0.0)
     if chart.logarithmic and highest > 0:
         panel.set_yscale('log', nonpositive='mask')
@@ -168,7 +190,7 @@ def _draw_budgets(panels: list[Axes], run: RunLog) -> None:
 
 def _draw_map(panel: Axes, run: RunLog, metric: str, factor: int) -> None:
     layers = list(run.layers())
-    series = [run.series(Axis.ENV_STEP, f'{LAYER_PREFIX}{layer}', metric) for layer in layers]
+    series = [run.series(f'{LAYER_PREFIX}{layer}', metric) for layer in layers]
     steps = np.unique(np.concatenate([one.steps for one in series if one is not None] or [np.empty(0)]))
     panel.set_ylabel('layer')
     panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
@@ -195,7 +217,7 @@ def _draw_kept_tokens(panel: Axes, run: RunLog) -> None:
     panel.set_xlabel('place in the window, 0 for its oldest token')
     panel.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     for row, layer in enumerate(layers):
-        points = run.histograms.get(TagName(Axis.ENV_STEP, f'{LAYER_PREFIX}{layer}', 'kept_tokens'), ())
+        points = run.histograms.get(TagName(f'{LAYER_PREFIX}{layer}', 'kept_tokens'), ())
         if points:
             last = max(points, key=lambda point: point.step)
             held = np.array(last.limits)[np.array(last.counts) > 0] - 1  # a bucket for each place

@@ -14,16 +14,23 @@ from lzero_kv.telemetry.metrics import (
     METRICS,
     POOLS,
     RANK_METRICS,
+    SPEED,
+    SPEED_METRICS,
     VALIDATION,
     VALIDATION_METRICS,
-    Axis,
     Kind,
     TagName,
     layer_of,
     parse_tag,
+    speed_numbers,
 )
 
 EVENT_FILES = 'events.out.tfevents.*'
+_PARTS = {
+    'hit_rate': ('hits', ('queries',)),
+    'saved_tokens': ('served_tokens', ('served_tokens', 'computed_tokens')),
+}
+"""Ratios of a pool: a counter as a part of the sum of others."""
 
 
 class LogError(ValueError):
@@ -75,9 +82,9 @@ class RunLog:
         """Time of the first point, seconds of the epoch."""
         return min(float(series.wall_times[0]) for series in self.scalars.values())
 
-    def series(self, axis: Axis, pool: str, metric: str) -> Series | None:
+    def series(self, pool: str, metric: str) -> Series | None:
         """Return a chart, or None when the pool did not report it."""
-        return self.scalars.get(TagName(axis, pool, metric))
+        return self.scalars.get(TagName(pool, metric))
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Return the whole run: counters added up over all points, hit_rate of those sums, gauges at the last
@@ -87,13 +94,15 @@ class RunLog:
         for pool in self.pools:
             values = {}
             for name, metric in (METRICS | RANK_METRICS).items():
-                series = self.series(Axis.ENV_STEP, pool, name)
+                series = self.series(pool, name)
                 if series is not None and metric.kind is not Kind.RATIO:
                     values[name] = float(
                         series.values.sum() if metric.kind is Kind.COUNTER else series.values[-1]
                     )
-            if 'queries' in values and 'hits' in values:
-                values['hit_rate'] = values['hits'] / values['queries'] if values['queries'] else 0.0
+            for name, (part, others) in _PARTS.items():
+                if part in values and all(other in values for other in others):
+                    whole = sum(values[other] for other in others)
+                    values[name] = values[part] / whole if whole else 0.0
             summary[pool] = values
         return summary
 
@@ -103,7 +112,7 @@ class RunLog:
         """
         summary: dict[str, dict[str, float]] = {}
         for pool in self.pools:
-            found = {name: self.series(Axis.ENV_STEP, pool, name) for name in METRICS | RANK_METRICS}
+            found = {name: self.series(pool, name) for name in METRICS | RANK_METRICS}
             charts = {name: series for name, series in found.items() if series is not None}
             end = max((series.steps[-1] for series in charts.values()), default=0)
             summary[pool] = {
@@ -111,11 +120,23 @@ class RunLog:
             }
         return summary
 
+    def speed(self, *, last: bool = False) -> dict[str, float]:
+        """Return the times and rates of the whole run, or of its last point, by metric: counters added up,
+        ratios of those sums. Empty where the log has none.
+        """
+        found = {name: self.series(SPEED, name) for name in SPEED_METRICS}
+        counters = {
+            name: float(series.values[-1] if last else series.values.sum())
+            for name, series in found.items()
+            if series is not None and SPEED_METRICS[name].kind is Kind.COUNTER
+        }
+        return speed_numbers(counters)
+
     def validation(self) -> dict[str, float]:
         """Return the validation of the whole run by metric, empty where it was off: counters added up, means
         weighted by the rows of each point, the largest differences at the last point.
         """
-        found = {name: self.series(Axis.ENV_STEP, VALIDATION, name) for name in VALIDATION_METRICS}
+        found = {name: self.series(VALIDATION, name) for name in VALIDATION_METRICS}
         numbers = {}
         for name, series in found.items():
             if series is None:
@@ -138,7 +159,7 @@ class RunLog:
         found: dict[int, dict[str, float]] = {}
         for name, series in self.scalars.items():
             layer = layer_of(name.pool)
-            if layer is None or name.axis is not Axis.ENV_STEP:
+            if layer is None:
                 continue
             kind, values = BUDGET_METRICS[name.metric].kind, series.values
             total = {Kind.COUNTER: values.sum(), Kind.RATIO: values.mean(), Kind.GAUGE: values[-1]}[kind]
@@ -148,15 +169,19 @@ class RunLog:
     @property
     def ranks(self) -> int:
         """Processes that the numbers stand for."""
-        series = self.series(Axis.ENV_STEP, 'total', 'ranks')
+        series = self.series('total', 'ranks')
         return 1 if series is None else int(series.values[-1])
 
-    def last_steps(self) -> dict[Axis, int]:
-        """Return the step of the last point on each axis that was written."""
-        ends: dict[Axis, int] = {}
-        for name, series in self.scalars.items():
-            ends[name.axis] = max(ends.get(name.axis, 0), int(series.steps[-1]))
-        return ends
+    @property
+    def last_step(self) -> int:
+        """Environment steps at the last point."""
+        return max((int(series.steps[-1]) for series in self.scalars.values()), default=0)
+
+    @property
+    def train_iterations(self) -> int:
+        """Training iterations at the last point."""
+        series = self.series(SPEED, 'train_iterations')
+        return 0 if series is None else int(series.values[-1])
 
 
 def find_runs(logdir: Path) -> list[Path]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 
 from lzero_kv.budget import BudgetSnapshot, LayerLoss
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.stats import CacheStats
-from lzero_kv.telemetry.counters import ValidationCounters
+from lzero_kv.telemetry.counters import Timings, ValidationCounters
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,13 @@ class Moment:
         pools: as :func:`read_managers` gives it.
         validation: counters since the start of the training; None without validation.
         losses: what each layer of the acting model has dropped; empty without layer budgets.
+        timings: of the acting model.
     """
 
     pools: Mapping[str, PoolReading]
     validation: ValidationCounters | None = None
     losses: tuple[LayerLoss, ...] = ()
+    timings: Timings = field(default_factory=Timings)
 
     @classmethod
     def of(
@@ -107,9 +109,11 @@ class Moment:
         managers: Mapping[str, KVCacheManager],
         validation: ValidationCounters | None = None,
         budget: BudgetSnapshot | None = None,
+        timings: Timings | None = None,
     ) -> Moment:
         """Read the managers of :func:`read_managers`, by its argument names."""
-        return cls(read_managers(**managers), validation, () if budget is None else budget.losses)
+        losses = () if budget is None else budget.losses
+        return cls(read_managers(**managers), validation, losses, timings or Timings())
 
     def with_ranks(self, others: Sequence[Moment]) -> Moment:
         """This moment and those of the other processes as one; the same where there are none."""
@@ -124,6 +128,7 @@ class Moment:
             {name: RanksReading.of(readings) for name, readings in pools.items()},
             reduce(add, counters) if counters else None,
             tuple(LayerLoss(*map(sum, zip(*layer, strict=True))) for layer in losses),
+            reduce(add, (m.timings for m in moments)),
         )
 
 

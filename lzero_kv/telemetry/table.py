@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from lzero_kv.telemetry.metrics import METRICS, POOLS, RANK_METRICS, Unit
+from lzero_kv.telemetry.metrics import METRICS, POOLS, RANK_METRICS, SPEED_METRICS, Unit
 
 
-def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Table:
+def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache', *, meanings: bool = False) -> Table:
     """Return a table with one row per metric and one column per pool.
 
     Args:
@@ -18,6 +18,7 @@ def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Tab
             and metrics that METRICS and POOLS do not name are left out; a metric that a pool does not have
             shows as a dash. RANK_METRICS have rows where a pool has them.
         title: the line above the table.
+        meanings: whether a last column says what each metric counts.
 
     Raises:
         ValueError: the summary holds no pool, because statistics are off.
@@ -30,15 +31,32 @@ def statistics_table(summary: Mapping[str, Any], title: str = 'KV cache') -> Tab
             'write kv_cache=dict(enable_stats=True) to have statistics'
         )
     table = Table(title=title, title_justify='left')
-    table.add_column('metric')
+    table.add_column('metric', no_wrap=True)
     for pool in pools:
-        table.add_column(pool, justify='right')
+        table.add_column(pool, justify='right', no_wrap=True)
+    if meanings:
+        table.add_column('meaning')
     several = [metric for name, metric in RANK_METRICS.items() if any(name in summary[p] for p in pools)]
     for metric in (*METRICS.values(), *several):
         cells = [summary[pool].get(metric.name) for pool in pools]
-        table.add_row(
-            metric.name, *('-' if cell is None else format_value(cell, metric.unit) for cell in cells)
-        )
+        texts = ['-' if cell is None else format_value(cell, metric.unit) for cell in cells]
+        table.add_row(metric.name, *texts, *([metric.sentence] if meanings else []))
+    return table
+
+
+def speed_table(whole: Mapping[str, float], last: Mapping[str, float]) -> Table:
+    """Return a table of SPEED_METRICS: the whole run and its last point, and what each number means."""
+    table = Table(title='Speed', title_justify='left')
+    table.add_column('metric', no_wrap=True)
+    for column in ('whole run', 'last point'):
+        table.add_column(column, justify='right', no_wrap=True)
+    table.add_column('meaning')
+    for name, metric in SPEED_METRICS.items():
+        if name in whole:
+            cells = (
+                '-' if name not in part else format_value(part[name], metric.unit) for part in (whole, last)
+            )
+            table.add_row(name, *cells, metric.sentence)
     return table
 
 
@@ -54,8 +72,9 @@ def format_value(value: float, unit: Unit) -> str:
         return f'{100 * value:.1f} %'
     if unit is Unit.BYTES:
         return format_bytes(value)
-    if unit is Unit.DIFFERENCE:
-        return f'{value:.3g}'
+    if unit in (Unit.DIFFERENCE, Unit.MILLISECONDS, Unit.SECONDS, Unit.RATE):
+        shown = f'{value:.3g}' if value < 1000 else f'{value:,.0f}'
+        return shown if unit is Unit.DIFFERENCE else f'{shown} {unit.value}'
     return f'{value:,.0f}'
 
 

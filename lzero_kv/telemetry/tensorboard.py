@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,16 +14,18 @@ from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.stats import CacheStats, Log2Histogram
 from lzero_kv.telemetry.budget import layer_histograms, layer_numbers
-from lzero_kv.telemetry.counters import ValidationCounters
+from lzero_kv.telemetry.counters import Timings, ValidationCounters
 from lzero_kv.telemetry.dashboard import dashboard_layout, explanation
 from lzero_kv.telemetry.metrics import (
     HISTOGRAMS,
     LAYER_PREFIX,
     METRICS,
     RANK_METRICS,
+    SPEED,
     VALIDATION,
-    Axis,
     Kind,
+    metric_of,
+    speed_numbers,
     tag,
 )
 from lzero_kv.telemetry.reading import Moment, PoolReading
@@ -56,11 +60,11 @@ class SummaryWriter(Protocol):
 
 
 class TensorBoardSink:
-    """One chart per pool, metric and axis; a point at every `write`.
+    """One chart per pool and metric over environment steps; a point at every `write`.
 
-    Counters (queries, hits, misses, stores, overwrites, evictions, rebuilt_tokens, window_tokens) hold the
-    difference since the previous point, so that a change in behaviour shows where it happens; the first point
-    counts from the start. hit_rate is that of the same interval and has no point where nothing was queried.
+    Counters (queries, stores, computed_tokens, ...) hold the difference since the previous point, so that a
+    change in behaviour shows where it happens; the first point counts from the start. Ratios (hit_rate,
+    saved_tokens) are those of the same interval and have no point where nothing was counted.
     Gauges (entries, occupancy, bytes) hold the present value. Histograms hold the interval's values.
     TensorBoard keeps values as float32: above 16,777,216 a count is rounded.
 
@@ -74,7 +78,9 @@ class TensorBoardSink:
     Where there are layer budgets, each layer has its own: gauges and the present averages of its preference,
     counters and the mean of lost attention of the interval, and which places its roots hold at this moment.
 
-    The layout of the Custom Scalars page and a text that explains the metrics are written at the first point.
+    Times and rates (SPEED_METRICS) follow the same rules; environment steps per second begin with the second
+    point. The layout of the Custom Scalars page and a text with the configuration and the meaning of each
+    metric are written at the first point, and the first point of each chart carries its meaning.
 
     Args:
         writer: the host's `torch.utils.tensorboard.SummaryWriter` or `tensorboardX.SummaryWriter`. The sink
@@ -87,7 +93,9 @@ class TensorBoardSink:
         self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
         self._validated = ValidationCounters()
         self._budget: BudgetSnapshot | None = None
-        self._described = False
+        self._timings = Timings()
+        self._latest: tuple[int, float] | None = None
+        self._described: set[str] = set()
 
     def write(
         self,
@@ -97,6 +105,7 @@ class TensorBoardSink:
         validation: ValidationCounters | None = None,
         budget: BudgetSnapshot | None = None,
         others: Sequence[Moment] = (),
+        timings: Timings | None = None,
     ) -> None:
         """Write one point for every pool.
 
@@ -112,36 +121,41 @@ class TensorBoardSink:
             others: the same of the other processes of the training: counters and memory are added, of
                 occupancy the largest counts, and RANK_METRICS say so. Of layer budgets the losses are added;
                 slots, averages and places are those of this process.
+            timings: what the acting model counted since the start of the training.
 
         Raises:
             ValueError: `acting` is missing, a name is unknown or a step is negative. Nothing has been written
                 then.
             TypeError: a step is no integer. Nothing has been written then.
         """
-        steps = {Axis.ENV_STEP: _step('env_step', env_step), Axis.TRAIN_ITER: _step('train_iter', train_iter)}
+        step, iteration = _step('env_step', env_step), _step('train_iter', train_iter)
         if 'acting' not in managers or set(managers) - set(POOLS_OF):
             raise ValueError(
                 "managers must be named 'acting' and, for a target model, 'reanalysis', "
                 f'got {sorted(managers)}'
             )
-        moment = Moment.of(managers, validation, budget).with_ranks(others)
+        moment = Moment.of(managers, validation, budget, timings).with_ranks(others)
         readings, validation = moment.pools, moment.validation
         if not readings:
             return
         if not self._described:
-            self._describe(validation=validation is not None, budget=budget is not None, ranks=bool(others))
+            sections = dict(validation=validation is not None, budget=budget is not None)
+            self.writer.add_custom_scalars(dashboard_layout(**sections))
+            choices = managers['acting'].cache_config.model_dump()
+            text = explanation(**sections, ranks=bool(others), choices=choices)
+            self.writer.add_text('kv_cache/metrics', text, 0)
         histograms = managers['acting'].cache_config.histograms
+        self._write_speed(moment.timings, step, iteration)
         self._forget_replaced(managers)
         since = self._since_previous(readings)
         for pool, reading in readings.items():
-            for axis, step in steps.items():
-                self._write_scalars(axis, pool, reading.with_stats(since[pool]), step)
-                if histograms:
-                    self._write_histograms(axis, pool, since[pool], step)
+            self._write_pool(pool, reading.with_stats(since[pool]), step)
+            if histograms:
+                self._write_histograms(pool, since[pool], step)
         if validation is not None:
-            self._write_validation(validation, steps)
+            self._write_validation(validation, step)
         if budget is not None:
-            self._write_budget(replace(budget, losses=moment.losses), steps, histograms)
+            self._write_budget(replace(budget, losses=moment.losses), step, histograms)
         # A killed training, or a report on one that still runs, misses at most the interval in progress.
         self.writer.flush()
 
@@ -162,46 +176,65 @@ class TensorBoardSink:
         # Not the difference of two totals: one model's counters may have been reset and another's not.
         return {**since, 'total': sum(since.values(), CacheStats())}
 
-    def _write_scalars(self, axis: Axis, pool: str, reading: PoolReading, step: int) -> None:
-        values = reading.as_dict()
-        for name in (*METRICS, *RANK_METRICS):
-            if name in values and (name != 'hit_rate' or reading.stats.queries):
-                self.writer.add_scalar(tag(axis, pool, name), values[name], step)
+    def _write_numbers(self, pool: str, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            text = tag(pool, name)
+            if text in self._described:
+                self.writer.add_scalar(text, value, step)
+            else:
+                self._described.add(text)
+                _add_described(self.writer, text, value, step, metric_of(pool, name).sentence)
 
-    def _write_histograms(self, axis: Axis, pool: str, since: CacheStats, step: int) -> None:
+    def _write_speed(self, timings: Timings, step: int, iteration: int) -> None:
+        if timings.searches < self._timings.searches:  # of another model, which began anew
+            self._timings = Timings()
+        counters = timings.since(self._timings).as_dict() if timings.root_inferences else {}
+        self._timings, now = timings.snapshot(), time.perf_counter()
+        if self._latest is not None:
+            counters |= {'env_steps': step - self._latest[0], 'seconds': now - self._latest[1]}
+        self._latest = step, now
+        self._write_numbers(SPEED, {**speed_numbers(counters), 'train_iterations': iteration}, step)
+
+    def _write_pool(self, pool: str, reading: PoolReading, step: int) -> None:
+        values, stats = reading.as_dict(), reading.stats
+        counted = {'hit_rate': stats.queries, 'saved_tokens': stats.computed_tokens + stats.served_tokens}
+        names = [name for name in (*METRICS, *RANK_METRICS) if name in values and counted.get(name, 1)]
+        self._write_numbers(pool, {name: values[name] for name in names}, step)
+
+    def _write_histograms(self, pool: str, since: CacheStats, step: int) -> None:
         for name in HISTOGRAMS:
             histogram: Log2Histogram = getattr(since, name)
             if histogram.total:
-                self.writer.add_histogram_raw(
-                    tag(axis, pool, name), **raw_histogram(histogram), global_step=step
-                )
+                self.writer.add_histogram_raw(tag(pool, name), **raw_histogram(histogram), global_step=step)
 
-    def _write_validation(self, counters: ValidationCounters, steps: Mapping[Axis, int]) -> None:
+    def _write_validation(self, counters: ValidationCounters, step: int) -> None:
         if counters.searches < self._validated.searches:  # of other models, which began anew
             self._validated = ValidationCounters()
-        numbers = validation_numbers(counters.since(self._validated))
+        self._write_numbers(VALIDATION, validation_numbers(counters.since(self._validated)), step)
         self._validated = counters.snapshot()
-        for axis, step in steps.items():
-            for name, value in numbers.items():
-                self.writer.add_scalar(tag(axis, VALIDATION, name), value, step)
 
-    def _write_budget(self, snapshot: BudgetSnapshot, steps: Mapping[Axis, int], histograms: bool) -> None:
+    def _write_budget(self, snapshot: BudgetSnapshot, step: int, histograms: bool) -> None:
         numbers = layer_numbers(snapshot.since(self._budget))
         self._budget = snapshot
-        for axis, step in steps.items():
-            for layer, values in enumerate(numbers):
-                for name, value in values.items():
-                    self.writer.add_scalar(tag(axis, f'{LAYER_PREFIX}{layer}', name), value, step)
-            for layer, drawn in enumerate(layer_histograms(snapshot) if histograms else ()):
-                for name, arguments in drawn.items():
-                    self.writer.add_histogram_raw(
-                        tag(axis, f'{LAYER_PREFIX}{layer}', name), **arguments, global_step=step
-                    )
+        for layer, values in enumerate(numbers):
+            self._write_numbers(f'{LAYER_PREFIX}{layer}', values, step)
+        for layer, drawn in enumerate(layer_histograms(snapshot) if histograms else ()):
+            for name, arguments in drawn.items():
+                self.writer.add_histogram_raw(
+                    tag(f'{LAYER_PREFIX}{layer}', name), **arguments, global_step=step
+                )
 
-    def _describe(self, *, ranks: bool, **sections: bool) -> None:
-        self.writer.add_custom_scalars(dashboard_layout(**sections))
-        self.writer.add_text('kv_cache/metrics', explanation(**sections, ranks=ranks), 0)
-        self._described = True
+
+def _add_described(writer: Any, text: str, value: float, step: int, meaning: str) -> None:
+    """Write a point that carries the description of its chart, which TensorBoard shows on the card."""
+    if 'summary_description' in inspect.signature(writer.add_scalar).parameters:  # tensorboardX
+        writer.add_scalar(text, value, step, summary_description=meaning)
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+
+    metadata = SummaryMetadata(summary_description=meaning)
+    point = Summary.Value(tag=text, simple_value=float(value), metadata=metadata)
+    writer.file_writer.add_summary(Summary(value=[point]), step)
 
 
 def interval(now: CacheStats, previous: CacheStats | None) -> CacheStats:

@@ -18,8 +18,8 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lzero_kv.llm.experiment.metrics import Bootstrap
-from lzero_kv.llm.experiment.rows import read_rows
+from lzero_kv.sweep.intervals import Bootstrap
+from lzero_kv.sweep.rows import read_rows
 
 OURS = {
     'hace attention_based': ('#aa3377', '-o'),

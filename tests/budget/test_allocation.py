@@ -56,9 +56,7 @@ def problems(draw: st.DrawFn) -> Problem:
     layers = len(preferences)
     total = draw(st.integers(layers * min(context, window + sinks), layers * context + 5))
     minimum = draw(st.integers(0, 3))
-    return Problem(
-        tuple(Preference(*pair) for pair in preferences), total, context, window, sinks, minimum
-    )
+    return Problem(tuple(Preference(*pair) for pair in preferences), total, context, window, sinks, minimum)
 
 
 def weights_of(variant: dict[str, Any], problem: Problem, seen: int | None = None) -> list[Fraction]:

@@ -165,9 +165,7 @@ def test_the_file_starts_the_training_of_its_config(name: str) -> None:
 
 @pytest.mark.parametrize('name', sorted(ENVIRONMENTS))
 def test_the_command_line_explains_itself(name: str, warm_python: str) -> None:
-    run = subprocess.run(
-        [warm_python, f'{name}.py', '--help'], cwd=CONFIGS, capture_output=True, text=True
-    )
+    run = subprocess.run([warm_python, f'{name}.py', '--help'], cwd=CONFIGS, capture_output=True, text=True)
     assert run.returncode == 0
     for option in ('--env', '--seed', '--smoke', '--no-kv', '--model-path'):
         assert option in run.stdout

@@ -152,7 +152,7 @@ def test_verdict_and_reason_agree(
 
 def test_options_that_are_nearly_right_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / 'my_config.py'
-    change = "policy.kv_cache = dict(max_bytes=7); policy.model.kvcache = 1; world_model.kv_cache_cfg = 2"
+    change = 'policy.kv_cache = dict(max_bytes=7); policy.model.kvcache = 1; world_model.kv_cache_cfg = 2'
     path.write_text(CONFIG.format(change=change, top=''))
     place = 'policy.model.world_model_cfg.kv_cache'
     texts = [

@@ -79,8 +79,15 @@ def test_as_dict_has_numbers_only():
     assert set(numbers) == {
         *('queries', 'hits', 'misses', 'hit_rate', 'miss_rate'),
         *('stores', 'overwrites', 'evictions', 'rebuilt_tokens', 'window_tokens'),
+        *('new_tokens', 'served_tokens', 'computed_tokens', 'saved_tokens'),
     }
     assert all(type(value) in (int, float) for value in numbers.values())
+
+
+def test_saved_tokens_are_a_part_of_what_a_pass_without_a_cache_computes():
+    assert CacheStats().saved_tokens == 0.0
+    stats = CacheStats(new_tokens=2, window_tokens=3, rebuilt_tokens=5, served_tokens=30)
+    assert (stats.computed_tokens, stats.saved_tokens) == (10, 0.75)
 
 
 def test_lifetime_is_stores_between_and_reuse_distance_is_queries_between():

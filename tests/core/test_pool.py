@@ -41,6 +41,7 @@ def test_describe_has_numbers_only():
     assert pool.describe() == {
         **{'queries': 2, 'hits': 1, 'misses': 1, 'hit_rate': 0.5, 'miss_rate': 0.5},
         **{'stores': 3, 'overwrites': 0, 'evictions': 0, 'rebuilt_tokens': 0, 'window_tokens': 0},
+        **{'new_tokens': 0, 'served_tokens': 0, 'computed_tokens': 0, 'saved_tokens': 0.0},
         **{'entries': 3, 'capacity': 4, 'occupancy': 0.75, 'bytes': 4 * 1680},
     }
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lzero_kv.telemetry.metrics import METRICS, Axis, tag
+from lzero_kv.telemetry.metrics import METRICS, SPEED, SPEED_METRICS, tag
 from lzero_kv.validation.oracle import Oracle
 from testing.models import collect_model, world_model_of
 from testing.precision import precision
@@ -68,14 +68,27 @@ def test_statistics_go_to_the_log_of_the_host(collector: str) -> None:
             workers.evaluate(iteration)
     scalars = scalars_of(workers.log)
     names = [name for name in METRICS if name != 'hit_rate']
-    for axis, steps in ((Axis.ENV_STEP, [step for step, _ in counted]), (Axis.TRAIN_ITER, [0, 1])):
-        for pool in ('roots', 'nodes', 'total'):
-            for name in names:
-                assert [point.step for point in scalars[tag(axis, pool, name)]] == steps
-        queries = [point.value for point in scalars[tag(axis, 'roots', 'queries')]]
-        assert queries == [counted[0][1].queries, counted[1][1].queries - counted[0][1].queries]
-        assert [point.value for point in scalars[tag(axis, 'roots', 'hit_rate')]] == [1.0, 1.0]
-        assert {point.value for point in scalars[tag(axis, 'roots', 'misses')]} == {0.0}
+    steps = [step for step, _ in counted]
+    for pool in ('roots', 'nodes', 'total'):
+        for name in names:
+            assert [point.step for point in scalars[tag(pool, name)]] == steps
+    values = {name: [point.value for point in scalars[tag('roots', name)]] for name in METRICS}
+    assert values['queries'] == [counted[0][1].queries, counted[1][1].queries - counted[0][1].queries]
+    assert (values['hit_rate'], values['misses']) == ([1.0, 1.0], [0.0, 0.0])
+    speed = {name: [point.value for point in scalars[tag(SPEED, name)]] for name in SPEED_METRICS}
+    # evaluations search, too, and stand between the two collections
+    assert speed['searches'] == speed['root_inferences'] and speed['train_iterations'] == [0, 1]
+    per_search = policy._cfg.num_simulations * policy._cfg.collector_env_num
+    assert 0 < speed['simulations'][0] <= per_search * speed['searches'][0]
+    assert all(
+        0 < part < whole
+        for part, whole in zip(speed['planning_seconds'], speed['collect_seconds'], strict=True)
+    )
+    assert speed['planning_seconds'][0] == pytest.approx(
+        speed['search_seconds'][0] + speed['root_seconds'][0]
+    )
+    assert speed['planning_seconds'][1] < speed['search_seconds'][1] + speed['root_seconds'][1]
+    assert len(speed['env_steps_per_second']) == 1
     assert not any('/reanalysis/' in name for name in scalars)  # the target model searched nothing
     assert {name.split('/')[0] for name in scalars} >= {'collector_iter', 'collector_step', 'evaluator_iter'}
 
@@ -122,7 +135,7 @@ def test_a_training_step_on_reanalysed_data(task: str, ratio: float) -> None:
     assert searched.misses == searched.stores >= roots
     assert searched.rebuilt_tokens == searched.evictions == 0
     assert workers.rows.wrong == []
-    charted = scalars_of(workers.log)[tag(Axis.TRAIN_ITER, 'reanalysis', 'queries')]
+    charted = scalars_of(workers.log)[tag('reanalysis', 'queries')]
     assert [point.value for point in charted] == [searched.queries]
 
 

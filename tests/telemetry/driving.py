@@ -29,12 +29,15 @@ def env_step(manager: KVCacheManager, step: int) -> None:
     rows = range(ENVIRONMENTS)
     last = manager.lookup([RootKey(row, 1000 * row + step - 1) for row in rows])
     manager.count_rebuilt(3 * int((last == NO_SLOT).sum()), roots=True)
+    for row in rows:
+        manager.count_step(2, 5 + row, env_id=row)
     _store(manager, [RootKey(row, 1000 * row + step) for row in rows])
     manager.clear_recur_cache()
     _store(manager, [NodeKey(row, 0) for row in rows])
     for simulation in range(SIMULATIONS):
         found = manager.lookup([NodeKey(row, (simulation * (row + 1)) // 2) for row in rows])
         manager.count_rebuilt(2 * int((found == NO_SLOT).sum()), roots=False)
+        manager.count_step(2 * ENVIRONMENTS, 7 * int((found != NO_SLOT).sum()))
         _store(manager, [NodeKey(row, simulation + 1) for row in rows])
 
 

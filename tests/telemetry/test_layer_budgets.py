@@ -16,7 +16,7 @@ from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cli.report import report
 from lzero_kv.telemetry.budget import budget_table, places_histogram
-from lzero_kv.telemetry.metrics import Axis, TagName, layer_of, parse_tag
+from lzero_kv.telemetry.metrics import TagName, layer_of, parse_tag
 from lzero_kv.telemetry.read import read_run
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
 
@@ -50,25 +50,24 @@ def log(tmp_path: Path) -> Path:
 
 def test_a_log_tells_what_was_written(log: Path) -> None:
     run = read_run(log / 'log' / 'serial')
-    slots = run.series(Axis.ENV_STEP, 'layer_1', 'slots')
+    slots = run.series('layer_1', 'slots')
     assert slots is not None and slots.steps.tolist() == [40, 80, 120] and slots.values.tolist() == [5, 6, 7]
-    iterations = run.series(Axis.TRAIN_ITER, 'layer_0', 'dropped_tokens')
-    assert iterations is not None and iterations.steps.tolist() == [5, 10, 15]
-    assert iterations.values.tolist() == [10, 10, 10]  # since the previous point
-    lost = run.series(Axis.ENV_STEP, 'layer_0', 'lost_mass')
+    dropped = run.series('layer_0', 'dropped_tokens')
+    assert dropped is not None and dropped.values.tolist() == [10, 10, 10]  # since the previous point
+    lost = run.series('layer_0', 'lost_mass')
     assert lost is not None and lost.values == pytest.approx([0.2, 0.2, 0.2])
-    assert run.series(Axis.ENV_STEP, 'layer_1', 'lost_mass') is None
+    assert run.series('layer_1', 'lost_mass') is None
     layers = run.layers()
     assert list(layers) == [0, 1, 2]
     assert layers[0] == pytest.approx(
         dict(slots=6, dispersion=5, shift=0.5, dropped_tokens=30, lost_mass=0.2)
     )
     assert layers[1]['dropped_tokens'] == 7
-    held = run.histograms[TagName(Axis.ENV_STEP, 'layer_0', 'kept_tokens')][-1]
+    held = run.histograms[TagName('layer_0', 'kept_tokens')][-1]
     assert [limit - 1 for limit, count in zip(held.limits, held.counts, strict=True) if count] == [0, 3, 12]
-    both = run.histograms[TagName(Axis.ENV_STEP, 'layer_0', 'kept_positions')][-1]
+    both = run.histograms[TagName('layer_0', 'kept_positions')][-1]
     assert sum(both.counts) == 4
-    assert TagName(Axis.ENV_STEP, 'layer_2', 'kept_tokens') not in run.histograms
+    assert TagName('layer_2', 'kept_tokens') not in run.histograms
 
 
 def test_the_report_shows_budgets(log: Path, capsys: pytest.CaptureFixture[str]) -> None:

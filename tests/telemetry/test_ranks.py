@@ -14,7 +14,8 @@ from lzero_kv.budget import BudgetSnapshot, LayerLoss
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cli import main
 from lzero_kv.lightzero.reporting import report
-from lzero_kv.telemetry.metrics import RANK_METRICS, Axis, TagName
+from lzero_kv.telemetry.counters import Timings
+from lzero_kv.telemetry.metrics import RANK_METRICS, TagName
 from lzero_kv.telemetry.read import find_runs, read_run
 from lzero_kv.telemetry.reading import Moment
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
@@ -80,13 +81,13 @@ def test_counters_and_memory_are_added_and_the_fullest_pool_counts(tmp_path: Pat
 def test_histograms_are_added(tmp_path: Path) -> None:
     managers = write(tmp_path)
     lifetimes = [manager.stats_snapshot()['nodes'].lifetime.total for manager in managers]
-    (point,) = read_run(tmp_path).histograms[TagName(Axis.ENV_STEP, 'nodes', 'lifetime')]
+    (point,) = read_run(tmp_path).histograms[TagName('nodes', 'lifetime')]
     assert sum(point.counts) == sum(lifetimes) > max(lifetimes) > 0
 
 
 def test_a_point_counts_what_came_since_the_previous_one(tmp_path: Path) -> None:
     write(tmp_path, points=3)
-    queries = read_run(tmp_path).scalars[TagName(Axis.ENV_STEP, 'roots', 'queries')]
+    queries = read_run(tmp_path).scalars[TagName('roots', 'queries')]
     assert queries.values.tolist() == [4 * (2 + 3 + 5), 4 * 3, 4 * 3]
 
 
@@ -130,7 +131,11 @@ class LonelyCollector:
     def __init__(self, folder: Path, rank: int, manager: KVCacheManager) -> None:
         self._exp_name, self._rank, self.envstep = str(folder), rank, 30
         model = SimpleNamespace(
-            kv_cache_manager=manager, cache_config=manager.cache_config, validation=None, budgets=None
+            kv_cache_manager=manager,
+            cache_config=manager.cache_config,
+            validation=None,
+            budgets=None,
+            timings=Timings(),
         )
         self._policy = SimpleNamespace(get_attribute=lambda name: {'acting': model})
 
@@ -146,8 +151,8 @@ def test_processes_that_never_meet_write_a_log_each(tmp_path: Path) -> None:
         env_step(manager, point)
     (folder,) = find_runs(tmp_path)
     assert folder == tmp_path / 'log' / 'serial' / 'rank_1'
-    queries = read_run(folder).scalars[TagName(Axis.TRAIN_ITER, 'roots', 'queries')]
-    assert (queries.steps.tolist(), queries.values.tolist()) == ([1, 2], [4 * 3, 4])
+    queries = read_run(folder).scalars[TagName('roots', 'queries')]
+    assert queries.values.tolist() == [4 * 3, 4]
     assert read_run(folder).ranks == 1
 
 

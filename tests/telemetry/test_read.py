@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kv.telemetry.metrics import HISTOGRAMS, METRICS, POOLS, Axis, TagName, parse_tag, tag
+from lzero_kv.telemetry.metrics import HISTOGRAMS, METRICS, POOLS, TagName, parse_tag, tag
 from lzero_kv.telemetry.read import LogError, find_runs, read_run
 
 from .driving import ENVIRONMENTS, SIMULATIONS, write_experiment, write_stock_experiment
@@ -47,7 +47,7 @@ def test_totals_add_the_points_up(tmp_path: Path) -> None:
     assert totals['total']['queries'] == totals['roots']['queries'] + totals['nodes']['queries']
     assert totals['nodes']['entries'] == 11
     assert log.last()['nodes']['queries'] == ENVIRONMENTS * SIMULATIONS * 5
-    assert log.last_steps() == {Axis.ENV_STEP: 20 * points, Axis.TRAIN_ITER: 7 * points}
+    assert (log.last_step, log.train_iterations) == (20 * points, 7 * points)
 
 
 def test_a_long_log_is_read_whole(tmp_path: Path) -> None:
@@ -55,15 +55,15 @@ def test_a_long_log_is_read_whole(tmp_path: Path) -> None:
     points = 12_000
     with SummaryWriter(str(tmp_path), max_queue=points) as writer:
         for step in range(points):
-            writer.add_scalar(tag(Axis.ENV_STEP, 'nodes', 'queries'), 3, step)
+            writer.add_scalar(tag('nodes', 'queries'), 3, step)
     assert read_run(tmp_path).totals()['nodes']['queries'] == 3 * points
 
 
 def test_a_log_in_several_event_files_is_one_run(tmp_path: Path) -> None:
     for part in range(2):
         with SummaryWriter(str(tmp_path), filename_suffix=f'.{part}') as writer:
-            writer.add_scalar(tag(Axis.ENV_STEP, 'nodes', 'queries'), 5, 10 * (part + 1))
-    series = read_run(tmp_path).series(Axis.ENV_STEP, 'nodes', 'queries')
+            writer.add_scalar(tag('nodes', 'queries'), 5, 10 * (part + 1))
+    series = read_run(tmp_path).series('nodes', 'queries')
     assert series is not None
     assert series.steps.tolist() == [10, 20]
 
@@ -73,11 +73,10 @@ def test_other_charts_are_left_out(tmp_path: Path) -> None:
     assert (log.pools, log.scalars, log.totals(), log.last()) == ((), {}, {}, {})
 
 
-@pytest.mark.parametrize('axis', Axis)
-def test_a_tag_can_be_taken_apart(axis: Axis) -> None:
+def test_a_tag_can_be_taken_apart() -> None:
     for pool in POOLS:
         for metric in (*METRICS, *HISTOGRAMS):
-            assert parse_tag(tag(axis, pool, metric)) == TagName(axis, pool, metric)
+            assert parse_tag(tag(pool, metric)) == TagName(pool, metric)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +95,6 @@ def test_a_foreign_tag_is_none(text: str) -> None:
 
 def test_unknown_names_have_no_tag() -> None:
     with pytest.raises(ValueError, match="pool must be one of roots, nodes, reanalysis, total, got 'leaves'"):
-        tag(Axis.ENV_STEP, 'leaves', 'hits')
+        tag('leaves', 'hits')
     with pytest.raises(ValueError, match=r"metric must be one of queries, .* got 'luck'"):
-        tag(Axis.ENV_STEP, 'roots', 'luck')
+        tag('roots', 'luck')

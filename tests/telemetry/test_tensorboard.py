@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -19,9 +20,19 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 from lzero_kv.cache.stats import CacheStats, Log2Histogram
-from lzero_kv.telemetry.metrics import CHARTS, HISTOGRAMS, METRICS, Axis, Kind, tag
-from lzero_kv.telemetry.read import read_run
-from lzero_kv.telemetry.reading import read_managers
+from lzero_kv.telemetry.counters import Timings
+from lzero_kv.telemetry.metrics import (
+    CHARTS,
+    HISTOGRAMS,
+    METRICS,
+    SPEED,
+    SPEED_CHARTS,
+    SPEED_METRICS,
+    Kind,
+    tag,
+)
+from lzero_kv.telemetry.read import RunLog, read_run
+from lzero_kv.telemetry.reading import Moment, read_managers
 from lzero_kv.telemetry.tensorboard import TensorBoardSink, interval, raw_histogram
 
 from .driving import env_step, make_manager
@@ -56,7 +67,7 @@ def test_counters_are_differences_and_gauges_are_current(tmp_path: Path, library
             before = [0, *now[:-1]] if metric.kind is Kind.COUNTER else [0, 0, 0]
             if metric.kind is Kind.RATIO:
                 continue
-            series = log.series(Axis.ENV_STEP, pool, name)
+            series = log.series(pool, name)
             assert series is not None
             assert series.values.tolist() == pytest.approx([a - b for a, b in zip(now, before, strict=True)])
             assert series.steps.tolist() == list(STEPS)
@@ -70,9 +81,7 @@ def test_hit_rate_is_that_of_the_interval(tmp_path: Path) -> None:
     write_points(tmp_path)
     log = read_run(tmp_path)
     for pool in log.pools:
-        hits, queries, rate = (
-            log.series(Axis.ENV_STEP, pool, name) for name in ('hits', 'queries', 'hit_rate')
-        )
+        hits, queries, rate = (log.series(pool, name) for name in ('hits', 'queries', 'hit_rate'))
         assert hits is not None
         assert queries is not None
         assert rate is not None
@@ -87,7 +96,7 @@ def test_no_hit_rate_where_nothing_was_queried(tmp_path: Path) -> None:
         sink.write({'acting': manager}, 10, 1)
         sink.write({'acting': manager}, 20, 2)
     log = read_run(tmp_path)
-    queries, rate = (log.series(Axis.ENV_STEP, 'nodes', name) for name in ('queries', 'hit_rate'))
+    queries, rate = (log.series('nodes', name) for name in ('queries', 'hit_rate'))
     assert queries is not None
     assert rate is not None
     assert (queries.steps.tolist(), queries.values.tolist()) == ([10, 20], [20, 0])
@@ -104,28 +113,71 @@ def test_total_is_the_sum_of_the_pools(tmp_path: Path) -> None:
             assert last['total'][name] == last['roots'][name] + last['nodes'][name], name
 
 
-def test_both_axes_hold_the_same_values(tmp_path: Path) -> None:
-    write_points(tmp_path)
-    log = read_run(tmp_path)
-    for pool in log.pools:
-        for name in METRICS:
-            by_step, by_iteration = (log.series(axis, pool, name) for axis in Axis)
-            assert by_step is not None
-            assert by_iteration is not None
-            assert by_iteration.steps.tolist() == list(ITERATIONS)
-            assert by_iteration.values.tolist() == by_step.values.tolist()
-
-
 def test_tags_of_the_log(tmp_path: Path) -> None:
     write_points(tmp_path)
     tags = events.EventAccumulator(str(tmp_path)).Reload().Tags()
     pools = ('roots', 'nodes', 'total')
-    assert set(tags['scalars']) == {
-        tag(axis, pool, name) for axis in Axis for pool in pools for name in METRICS
+    speed = {
+        tag(SPEED, name) for name in ('env_steps_per_second', 'env_steps', 'seconds', 'train_iterations')
     }
-    assert set(tags['histograms']) == {
-        tag(axis, pool, name) for axis in Axis for pool in pools for name in HISTOGRAMS
-    }
+    assert set(tags['scalars']) == {tag(pool, name) for pool in pools for name in METRICS} | speed
+    assert set(tags['histograms']) == {tag(pool, name) for pool in pools for name in HISTOGRAMS}
+
+
+def timed(searches: int) -> Timings:
+    """After that many searches, of 7 simulations and 0.5 s each, a root inference of 0.1 s before each."""
+    made = Timings()
+    for _ in range(searches):
+        before = made.snapshot()
+        made.count_roots(0.1)
+        made.count_search(7, 0.5)
+        made.count_collection(0.8, before)
+    return made
+
+
+def write_timed(folder: Path, *points: int, others: Sequence[Moment] = ()) -> RunLog:
+    """Points after so many searches, 11 environment steps each."""
+    manager = make_manager()
+    with torch.utils.tensorboard.SummaryWriter(str(folder)) as writer:
+        sink = TensorBoardSink(writer)
+        for number, searches in enumerate(points, 1):
+            env_step(manager, number)
+            sink.write({'acting': manager}, 11 * number, number, others=others, timings=timed(searches))
+    return read_run(folder)
+
+
+def test_times_are_those_of_the_interval_and_of_the_run(tmp_path: Path) -> None:
+    log = write_timed(tmp_path, 2, 5)
+    expected = {'searches': [2, 3], 'search_seconds': [1.0, 1.5], 'simulations': [14, 21]}
+    expected |= {'root_inferences': [2, 3], 'collect_seconds': [1.6, 2.4], 'planning_seconds': [1.2, 1.8]}
+    expected |= {'search_ms': [500] * 2, 'root_inference_ms': [100] * 2, 'simulations_per_second': [14] * 2}
+    expected |= {'planning_share': [0.75] * 2, 'train_iterations': [1, 2], 'env_steps': [11]}
+    for name, values in expected.items():
+        assert log.series(SPEED, name).values.tolist() == pytest.approx(values), name
+    assert log.series(SPEED, 'env_steps_per_second').steps.tolist() == [22]  # none before the first point
+    whole, last = log.speed(), log.speed(last=True)
+    assert (whole['searches'], last['searches']) == (5, 3)
+    assert whole['search_ms'] == pytest.approx(500)
+    assert whole['env_steps_per_second'] == pytest.approx(11 / whole['seconds'])
+
+
+def test_times_of_another_model_begin_anew(tmp_path: Path) -> None:
+    assert write_timed(tmp_path, 4, 3).series(SPEED, 'searches').values.tolist() == [4, 3]
+
+
+def test_times_of_several_processes_are_added_up(tmp_path: Path) -> None:
+    other = Moment.of({'acting': make_manager()}, timings=timed(3))
+    numbers = write_timed(tmp_path, 2, others=[other, other]).speed()
+    assert numbers['searches'] == 2 + 3 + 3
+    assert numbers['simulations_per_second'] == pytest.approx(7 / 0.5)  # of one process
+
+
+@WRITERS
+def test_the_first_point_of_a_chart_carries_its_description(tmp_path: Path, library: ModuleType) -> None:
+    write_points(tmp_path, library)
+    described = {value.tag: value.metadata.summary_description for value in raw_values(tmp_path)[::-1]}
+    assert described[tag('nodes', 'saved_tokens')] == METRICS['saved_tokens'].sentence
+    assert described[tag(SPEED, 'train_iterations')] == SPEED_METRICS['train_iterations'].sentence
 
 
 def test_reset_between_points_counts_from_the_reset(tmp_path: Path) -> None:
@@ -139,7 +191,7 @@ def test_reset_between_points_counts_from_the_reset(tmp_path: Path) -> None:
         env_step(manager, 4)
         after = manager.get_stats_summary()
         sink.write({'acting': manager}, 20, 2)
-    queries = read_run(tmp_path).series(Axis.ENV_STEP, 'nodes', 'queries')
+    queries = read_run(tmp_path).series('nodes', 'queries')
     assert queries is not None
     assert queries.values.tolist()[1] == after['nodes']['queries'] > 0
 
@@ -156,7 +208,7 @@ def test_a_reset_of_one_model_leaves_the_total_right(tmp_path: Path) -> None:
             sink.write({'acting': acting, 'reanalysis': target}, 10 * point, point)
             acting.reset_stats()
     log = read_run(tmp_path)
-    parts = [log.series(Axis.ENV_STEP, pool, 'queries') for pool in ('total', 'roots', 'nodes', 'reanalysis')]
+    parts = [log.series(pool, 'queries') for pool in ('total', 'roots', 'nodes', 'reanalysis')]
     total, *pools = [series.values.tolist() for series in parts if series is not None]
     assert pools == [[12, 4], [60, 20], [96, 96]]
     assert total == [168, 120]
@@ -172,7 +224,7 @@ def test_a_manager_in_the_place_of_another_counts_from_its_start(tmp_path: Path)
             given_up = weakref.ref(manager)
             del manager
             assert given_up() is None
-    queries = read_run(tmp_path).series(Axis.ENV_STEP, 'nodes', 'queries')
+    queries = read_run(tmp_path).series('nodes', 'queries')
     assert queries is not None
     assert queries.values.tolist() == [20, 20, 20]
 
@@ -246,37 +298,39 @@ def test_a_rejected_point_changes_nothing(
             ):
                 sink.write(dict.fromkeys(names, manager), 5, 2)
         sink.write({'acting': manager}, 5, 2)
-    queries = read_run(tmp_path).series(Axis.ENV_STEP, 'nodes', 'queries')
+    queries = read_run(tmp_path).series('nodes', 'queries')
     assert queries is not None
     assert queries.steps.tolist() == [5]
     assert queries.values.tolist() == [manager.get_stats_summary()['nodes']['queries']]
 
 
+def layout_of(folder: Path) -> layout_pb2.Layout:
+    """The layout of a log, which is written once."""
+    (config,) = (value for value in raw_values(folder) if value.tag == 'custom_scalars__config__')
+    return layout_pb2.Layout.FromString(tensor_util.make_ndarray(config.tensor).item())
+
+
 @WRITERS
-def test_layout_is_written_once_and_names_the_charts(tmp_path: Path, library: ModuleType) -> None:
+def test_the_page_opens_with_what_moves(tmp_path: Path, library: ModuleType) -> None:
     write_points(tmp_path, library)
-    layouts = [value for value in raw_values(tmp_path) if value.tag == 'custom_scalars__config__']
-    assert len(layouts) == 1
-    layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(layouts[0].tensor).item())
-    assert [category.title for category in layout.category] == [
-        'KV cache by environment step',
-        'KV cache by training iteration',
-    ]
-    for category in layout.category:
-        assert not category.closed
-        assert [chart.title for chart in category.chart] == [chart.heading for chart in CHARTS]
+    moving, steady = layout_of(tmp_path).category
+    assert (moving.title, steady.title) == ('KV cache', 'KV cache: constant in a healthy training')
+    charts = [*SPEED_CHARTS, *CHARTS]
+    assert [chart.title for chart in moving.chart] == [chart.heading for chart in charts if not chart.steady]
+    assert [chart.title for chart in steady.chart] == [chart.heading for chart in charts if chart.steady]
+    assert {chart.metric for chart in CHARTS if chart.steady} == {'evictions', 'rebuilt_tokens'}
 
 
 def test_each_chart_of_the_layout_draws_its_tags_only(tmp_path: Path) -> None:
-    write_points(tmp_path)
-    config = next(value for value in raw_values(tmp_path) if value.tag == 'custom_scalars__config__')
-    layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(config.tensor).item())
+    write_timed(tmp_path, 2, 5)
+    drawings = {chart.title: chart for category in layout_of(tmp_path).category for chart in category.chart}
     scalars = events.EventAccumulator(str(tmp_path)).Reload().Tags()['scalars']
-    for axis, category in zip(Axis, layout.category, strict=True):
-        for chart, drawing in zip(CHARTS, category.chart, strict=True):
-            # TensorBoard draws a tag when an entry of the chart matches its beginning.
-            drawn = {text for text in scalars for entry in drawing.multiline.tag if re.match(entry, text)}
-            assert drawn == {tag(axis, pool, chart.metric) for pool in chart.pools if pool != 'reanalysis'}
+    expected = {c.heading: {tag(p, c.metric) for p in c.pools if p != 'reanalysis'} for c in CHARTS}
+    expected |= {chart.heading: {tag(SPEED, name) for name in chart.metrics} for chart in SPEED_CHARTS}
+    for heading, tags in expected.items():
+        # TensorBoard draws a tag when an entry of the chart matches its beginning.
+        entries = drawings[heading].multiline.tag
+        assert {text for text in scalars for entry in entries if re.match(entry, text)} == tags
 
 
 def test_metrics_are_explained_in_the_log(tmp_path: Path) -> None:
@@ -284,9 +338,10 @@ def test_metrics_are_explained_in_the_log(tmp_path: Path) -> None:
     texts = [value for value in raw_values(tmp_path) if value.tag.startswith('kv_cache/metrics')]
     assert len(texts) == 1
     text = tensor_util.make_ndarray(texts[0].tensor).item().decode()
-    for name, metric in METRICS.items():
+    for name, metric in (METRICS | SPEED_METRICS).items():
         assert f'| {name} | {metric.unit.value} |' in text
         assert metric.sentence in text
+    assert '| window_slots | 11 |' in text and '| max_bytes | 2147483648 |' in text
 
 
 @WRITERS
@@ -300,7 +355,7 @@ def test_histograms_hold_the_interval(tmp_path: Path, library: ModuleType) -> No
             sink.write({'acting': manager}, 10 * point, point)
             snapshots.append(manager.stats_snapshot()['nodes'])
     for name in HISTOGRAMS:
-        points = read_run(tmp_path).histograms[(Axis.ENV_STEP, 'nodes', name)]
+        points = read_run(tmp_path).histograms[('nodes', name)]
         assert [point.step for point in points] == [0, 10, 20]
         for point, before, now in zip(points, snapshots, snapshots[1:], strict=False):
             expected: Log2Histogram = getattr(now, name) - getattr(before, name)

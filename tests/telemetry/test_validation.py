@@ -14,18 +14,15 @@ import torch.utils.tensorboard
 from hypothesis import HealthCheck, given, settings
 from rich.console import Console
 from tensorboard.backend.event_processing import event_accumulator as events
-from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 from lzero_kv.cli import main
 from lzero_kv.telemetry.counters import Cause, Fault, ValidationCounters
 from lzero_kv.telemetry.metrics import (
-    CHARTS,
     METRICS,
     VALIDATION,
     VALIDATION_CHARTS,
     VALIDATION_METRICS,
-    Axis,
     Kind,
     parse_tag,
     tag,
@@ -37,7 +34,7 @@ from lzero_kv.telemetry.validation import columns_of, validation_numbers, valida
 
 from ..validation.drawn import some_counters, validation_counters
 from .driving import env_step, make_manager
-from .test_tensorboard import raw_values
+from .test_tensorboard import layout_of, raw_values
 
 WRITERS = pytest.mark.parametrize(
     'library', [torch.utils.tensorboard, tensorboardX], ids=['torch', 'tensorboardX']
@@ -62,8 +59,8 @@ def growing() -> list[ValidationCounters | None]:
     return [some_counters(1), some_counters(3), some_counters(3)]
 
 
-def series(folder: Path, metric: str, axis: Axis = Axis.ENV_STEP) -> list[tuple[int, float]]:
-    found = read_run(folder).series(axis, VALIDATION, metric)
+def series(folder: Path, metric: str) -> list[tuple[int, float]]:
+    found = read_run(folder).series(VALIDATION, metric)
     return [] if found is None else list(zip(found.steps.tolist(), found.values.tolist(), strict=True))
 
 
@@ -92,28 +89,20 @@ def test_means_are_of_the_interval_and_have_no_point_where_nothing_moved(tmp_pat
     assert series(tmp_path, 'policy_moved_most') == [(30, 0.75), (70, 0.75), (110, 0.75)]
 
 
-def test_both_axes_hold_the_same_values(tmp_path: Path) -> None:
-    write_points(tmp_path, growing())
-    for metric in VALIDATION_METRICS:
-        by_step, by_iteration = (series(tmp_path, metric, axis) for axis in Axis)
-        assert [value for _, value in by_step] == [value for _, value in by_iteration]
-        assert {step for step, _ in by_iteration} <= set(ITERATIONS)
-
-
 def test_off_leaves_the_log_as_it_is_without_validation(tmp_path: Path) -> None:
     write_points(tmp_path, [None, None])
     tags = {value.tag for value in raw_values(tmp_path)}
     assert not [text for text in tags if VALIDATION in text]
     pools = ('roots', 'nodes', 'total')
     assert {text for text in tags if parse_tag(text) is not None and parse_tag(text).metric in METRICS} == {
-        tag(axis, pool, name) for axis in Axis for pool in pools for name in METRICS
+        tag(pool, name) for pool in pools for name in METRICS
     }
     texts = [
         tensor_util.make_ndarray(value.tensor).item()
         for value in raw_values(tmp_path)
         if value.HasField('tensor')
     ]
-    assert not [text for text in texts if isinstance(text, bytes) and VALIDATION.encode() in text]
+    assert not [text for text in texts if isinstance(text, bytes) and b'| validation | unit' in text]
     assert read_run(tmp_path).validation() == {}
 
 
@@ -144,15 +133,14 @@ def test_the_run_added_up_is_the_counters(tmp_path: Path) -> None:
 
 def test_the_page_has_the_charts_of_validation_below_those_of_the_pools(tmp_path: Path) -> None:
     write_points(tmp_path, growing())
-    config = next(value for value in raw_values(tmp_path) if value.tag == 'custom_scalars__config__')
-    layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(config.tensor).item())
+    moving, steady = layout_of(tmp_path).category
     scalars = events.EventAccumulator(str(tmp_path)).Reload().Tags()['scalars']
-    for axis, category in zip(Axis, layout.category, strict=True):
-        headings = [chart.heading for chart in (*CHARTS, *VALIDATION_CHARTS)]
-        assert [chart.title for chart in category.chart] == headings
-        for chart, drawing in zip(VALIDATION_CHARTS, category.chart[len(CHARTS) :], strict=True):
-            drawn = {text for text in scalars for entry in drawing.multiline.tag if re.match(entry, text)}
-            assert drawn == {tag(axis, VALIDATION, metric) for metric in chart.metrics}
+    charts = {chart.title: chart for chart in (*moving.chart, *steady.chart)}
+    assert [chart.heading for chart in VALIDATION_CHARTS if chart.steady] == [steady.chart[-1].title]
+    for chart in VALIDATION_CHARTS:
+        entries = charts[chart.heading].multiline.tag
+        drawn = {text for text in scalars for entry in entries if re.match(entry, text)}
+        assert drawn == {tag(VALIDATION, metric) for metric in chart.metrics}
 
 
 def test_metrics_are_explained_in_the_log(tmp_path: Path) -> None:
@@ -170,7 +158,7 @@ def test_metrics_are_explained_in_the_log(tmp_path: Path) -> None:
 def test_a_metric_belongs_to_pools_or_to_validation(pool: str, metric: str) -> None:
     assert parse_tag(f'kv_cache_step/{pool}/{metric}') is None
     with pytest.raises(ValueError, match=rf'metric must be one of .*, got {metric!r}'):
-        tag(Axis.ENV_STEP, pool, metric)
+        tag(pool, metric)
 
 
 @given(validation_counters())

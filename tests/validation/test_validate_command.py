@@ -168,7 +168,7 @@ def test_a_config_that_cannot_be_validated_is_said_in_one_line(
 def test_arguments_of_a_config_are_for_validate_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['report', 'data_lz', '--', '--smoke']) == 2
     said = capsys.readouterr().err
-    assert 'only doctor and validate take arguments of a config after --, got --smoke' in said
+    assert 'only doctor, compare, validate take arguments of a config after --, got --smoke' in said
 
 
 def test_the_config_is_given_its_arguments() -> None:

@@ -126,7 +126,7 @@ def show_result(display: Display, logdir: Path) -> int:
         console.print('The training ran, but the cache served nothing. Look at it with: lzero-kv doctor')
         return 1
     console.print()
-    console.print(statistics_table(summary))
+    console.print(statistics_table(summary, meanings=True))
     console.print()
     console.print(training_table(progress, display.seconds))
     scripts = os.path.relpath(Path(sys.executable).parent)

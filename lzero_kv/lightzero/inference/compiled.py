@@ -478,6 +478,7 @@ class CompiledSearch(Search):
         if answers is None:
             return super().expand(parents, actions)
         nodes, rows = of.windows[pending], self._rows[pending]
+        self._manager.count_step(TOKENS_PER_STEP * len(parents), int(of.lengths[~pending].sum()))
         before = self._derived_before[nodes, rows]
         self._manager.count_window(int(of.lengths[pending][~before].sum()))
         self._manager.count_rebuilt(int(of.lengths[pending][before].sum()), roots=False)

@@ -174,6 +174,7 @@ class Search:
         at = np.flatnonzero(moved & ~missing)
         self._placed = nodes
         lengths = self.tree.lengths(rows, nodes)
+        manager.count_step(TOKENS_PER_STEP * len(rows), int(of.lengths.sum() - lengths[missing].sum()))
         if len(at):
             self._resident.load(at, slots[at], int(lengths[at].max()))
             if self._shift is not None:

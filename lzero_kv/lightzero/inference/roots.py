@@ -236,6 +236,7 @@ class RootInference:
         served = Histories(step.histories(TOKENS_PER_STEP), found) if copied else NO_HISTORIES
         windows = self._grown_windows(env_ids, last_digests, first, actions, latents)
         moved = step.lengths + np.where(first, 1, TOKENS_PER_STEP) > self._session.window.kept
+        before = np.where(found, step.lengths, 0)
         hidden = step.append(actions, latents[:, 0], first, 2 * np.maximum(timesteps, 0), windows)
         self._check_finite(hidden, env_ids)
         outputs = predict_policy_value(self._session.weights, hidden)
@@ -248,6 +249,9 @@ class RootInference:
                 self._manager.init_pools[env_id].clear()  # what came before is not asked for again
             if moved[row] and self._session.exact:
                 self._manager.count_window(int(step.lengths[row]), env_id=env_id)
+            else:
+                new = 1 if first[row] else TOKENS_PER_STEP
+                self._manager.count_step(new, int(before[row]), env_id=env_id)
         step.store(keys)
         if observers:
             stored = NO_HISTORIES

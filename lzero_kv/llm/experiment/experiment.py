@@ -16,10 +16,10 @@ from lzero_kv.llm.experiment.methods import Method
 from lzero_kv.llm.experiment.models import load
 from lzero_kv.llm.experiment.plan import RECORDS, Plan
 from lzero_kv.llm.experiment.records import read_records
-from lzero_kv.llm.experiment.rows import Row
 from lzero_kv.llm.experiment.scoring import SPEED, TIMED_REPEATS, TIMED_TOKENS, Rates, score, timing
-from lzero_kv.llm.experiment.sweep import Sweep, Watch
 from lzero_kv.llm.experiment.tasks import TEXTS, documents
+from lzero_kv.sweep.rows import Row
+from lzero_kv.sweep.sweep import Sweep, Watch
 
 
 @dataclass(frozen=True)

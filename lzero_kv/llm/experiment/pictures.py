@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lzero_kv.budget import ALLOCATIONS
 from lzero_kv.llm.experiment.methods import FULL
-from lzero_kv.llm.experiment.metrics import Estimate
 from lzero_kv.llm.experiment.summary import Summary, by_ratio, pareto_front
+from lzero_kv.sweep.intervals import Estimate
 
 # Colours that colour-blind readers tell apart; further algorithms take matplotlib's own.
 COLOURS = {

@@ -10,10 +10,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lzero_kv.llm.experiment.metrics import Estimate
-from lzero_kv.llm.experiment.rows import RowsError, read_rows
 from lzero_kv.llm.experiment.scoring import SPEED
 from lzero_kv.llm.experiment.summary import ESTIMATES, Summary, by_ratio, by_task, summaries
+from lzero_kv.sweep.intervals import Estimate
+from lzero_kv.sweep.rows import RowsError, read_rows
 from lzero_kv.telemetry.table import format_bytes, markdown_table
 
 PAGE = 'report.md'

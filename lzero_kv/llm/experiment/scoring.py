@@ -16,8 +16,8 @@ import torch
 from lzero_kv.llm.experiment.answers import SCORES
 from lzero_kv.llm.experiment.documents import Document
 from lzero_kv.llm.experiment.methods import FULL, Method
-from lzero_kv.llm.experiment.rows import Row
 from lzero_kv.llm.families import cache_argument
+from lzero_kv.sweep.rows import Row
 
 BINS = 32
 """Parts of a prompt for which the kept tokens are counted."""

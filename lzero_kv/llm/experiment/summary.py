@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lzero_kv.llm.experiment.methods import FULL
-from lzero_kv.llm.experiment.metrics import Bootstrap, Estimate
-from lzero_kv.llm.experiment.rows import Row, RowsError
+from lzero_kv.sweep.intervals import Bootstrap, Estimate
+from lzero_kv.sweep.rows import Row, RowsError
 
 ESTIMATES = Bootstrap()
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lzero_kv.llm.experiment.methods import Method
-from lzero_kv.llm.experiment.rows import ROWS, Row
+from lzero_kv.sweep.rows import ROWS, Row
 
 LAYERS, BINS, TOKENS = 6, 16, 512
 KL = {'cake': 0.02, 'h2o': 0.03, 'hace': 0.0185, 'snapkv': 0.019, 'streaming': 0.05}

@@ -44,7 +44,7 @@ def slow_score(document: Document, begun: Path, seconds: float) -> Iterator[dict
 
 def main(folder: Path, begun: Path, seconds: float) -> None:
     """A process of its own that takes part in a sweep."""
-    from lzero_kv.llm.experiment.sweep import Sweep
+    from lzero_kv.sweep.sweep import Sweep
 
     Sweep(folder, HEADER).run(documents(), lambda document: slow_score(document, begun, seconds))
 

@@ -16,7 +16,7 @@ import pytest
 
 from lzero_kv.cli import main
 from lzero_kv.cli.llm import duration
-from lzero_kv.llm.experiment.rows import ROWS, read_rows
+from lzero_kv.sweep.rows import ROWS, read_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 METHODS = ['full', 'cake attention_based 0.9', 'h2o attention_based 0.9']

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lzero_kv.cli import main
 from lzero_kv.llm.experiment.report import SCALARS, best_sentences, in_order, page, tables, write_scalars
-from lzero_kv.llm.experiment.rows import ROWS, RowsError
 from lzero_kv.llm.experiment.summary import Summary, pareto_front, summaries
+from lzero_kv.sweep.rows import ROWS, RowsError
 from tests.llm.experiment import drawn
 
 PICTURES = ['kept.png', 'layers.png', 'quality.png', 'speed.png']

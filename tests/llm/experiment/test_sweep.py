@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lzero_kv.llm.experiment.claims import Claims
 from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.llm.experiment.rows import ROWS, RowFile, RowsError, read_rows, unit_of
-from lzero_kv.llm.experiment.sweep import Progress, Sweep
+from lzero_kv.sweep.claims import Claims
+from lzero_kv.sweep.rows import ROWS, RowFile, RowsError, read_rows, unit_of
+from lzero_kv.sweep.sweep import Progress, Sweep
 from tests.llm.experiment import made
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -196,7 +196,7 @@ def test_files_of_different_sweeps_are_not_read_as_one(tmp_path: Path) -> None:
         RowsError, match=r'is of another sweep than .*rows-a.jsonl:\n  seed: 3 in the file, 4 now'
     ):
         read_rows(tmp_path)
-    with pytest.raises(RowsError, match=r'holds no rows.jsonl; give the folder that lzero-kv llm run --out'):
+    with pytest.raises(RowsError, match=r'holds no rows.jsonl; give the folder \(--out\) that'):
         read_rows(tmp_path / 'none')
 
 
@@ -261,7 +261,7 @@ def test_the_start_after_a_kill_measures_only_what_is_left(tmp_path: Path) -> No
 
 def test_a_claim_is_of_one_process_and_ends_with_it(tmp_path: Path) -> None:
     code = (
-        'import sys, pathlib; from lzero_kv.llm.experiment.claims import Claims\n'
+        'import sys, pathlib; from lzero_kv.sweep.claims import Claims\n'
         'claims = Claims(pathlib.Path(sys.argv[1]))\n'
         'with claims.claimed(4, wait=False) as mine: print(mine, flush=True); sys.stdin.read()'
     )

@@ -172,9 +172,7 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     """
     paths = sorted(folder.glob('rows*.jsonl'))
     if not paths:
-        raise RowsError(
-            f'{folder} holds no {ROWS}; give the folder that lzero-kv llm run --out FOLDER wrote into'
-        )
+        raise RowsError(f'{folder} holds no {ROWS}; give the folder (--out) that the sweep wrote into')
     texts = {path: path.read_bytes() for path in paths}
     headers = {path: _header_of(text.partition(b'\n')[0], path) for path, text in texts.items()}
     header = headers[paths[0]]

@@ -1,4 +1,4 @@
-"""Estimates over documents: means, relative scores and paired differences with bootstrap intervals."""
+"""Means, relative scores and paired differences over documents or seeds, with bootstrap intervals."""
 
 from __future__ import annotations
 

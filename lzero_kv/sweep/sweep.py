@@ -5,13 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from lzero_kv.llm.experiment.claims import CLAIMS, Claims
-from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.llm.experiment.rows import ROWS, Row, RowFile, Unit
+from lzero_kv.sweep.claims import CLAIMS, Claims
+from lzero_kv.sweep.rows import ROWS, Row, RowFile, Unit
 
-Score = Callable[[Document], Iterable[Row]]
+
+class Document(Protocol):
+    """What is measured in one piece: a text, a training."""
+
+    @property
+    def task(self) -> str:
+        """Kind of document."""
+
+    @property
+    def id(self) -> str:
+        """Unlike that of every other document of the task."""
+
+    @property
+    def size(self) -> float:
+        """Work of the document, in any unit."""
+
+
+Score = Callable[[Any], Iterable[Row]]
 """The rows of one document, one for each method."""
 
 
@@ -34,7 +50,7 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
-Cost = Callable[[Document], float]
+Cost = Callable[[Any], float]
 
 
 class Sweep:

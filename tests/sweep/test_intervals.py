@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lzero_kv.llm.experiment.metrics import Bootstrap, Estimate
+from lzero_kv.sweep.intervals import Bootstrap, Estimate
 
 
 def test_the_interval_of_a_mean_is_that_of_normal_theory():

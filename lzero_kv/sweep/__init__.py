@@ -1,0 +1,1 @@
+"""Resumable measurements: rows on disk, their division among processes, and bootstrap intervals."""

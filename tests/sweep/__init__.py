@@ -1,0 +1,1 @@
+"""Interval estimates over seeds and documents."""

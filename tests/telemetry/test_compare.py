@@ -1,0 +1,157 @@
+"""`lzero-kv compare`: real CartPole with the flag off and on, what stays after a kill, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from lzero_kv.cli import main
+from lzero_kv.cli.compare import PICTURE
+from lzero_kv.cli.compare_run import LEARNING, PARTS, PLUGIN, ROOTS, SAMPLING, SEARCH, STOCK, WHOLE
+from lzero_kv.cli.comparison import REST, Comparison, by_collection, mean_return, seconds
+from lzero_kv.sweep.rows import ROWS, Row, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+CARTPOLE = ROOT / 'configs' / 'cartpole_unizero_kv_config.py'
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_python: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'executable', warm_python)
+
+    def compare(env_steps: int) -> int:
+        given = [str(CARTPOLE), '--env-steps', str(env_steps), '--seeds', '1', '--out', 'both']
+        return main(['compare', *given, '--', '--smoke'])
+
+    assert compare(11) == 0, capsys.readouterr().err
+    header, rows = read_rows(Path('both'))
+    assert (header['arguments'], header['env_steps']) == (['--smoke'], 11)
+    assert [row['task'] for row in rows] == [STOCK, PLUGIN]
+    for row in rows:
+        assert row['env_steps'] >= 11 and row['iterations'] > 0 and row['peak_bytes'] > 2**27
+        assert len(row['returns']) == 2  # one collection of two environments
+        assert sum(value for _, value in row['returns']) == row['env_steps']  # CartPole pays 1 for each step
+        for clock in ('processor', 'wall'):
+            assert all(row[clock][part] > 0 for part in PARTS)
+            assert sum(row[clock][part] for part in PARTS) < row[clock][WHOLE]
+    assert Path('both', PICTURE).read_bytes().startswith(b'\x89PNG')
+    said = capsys.readouterr().out
+    assert 'With the flag, search took ' in said and '(1 seed, ' in said
+
+    # a process that died while it wrote the second training
+    file = Path('both', ROWS)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b''.join(lines[:2]) + lines[2][:20])
+    assert compare(11) == 0
+    assert capsys.readouterr().out.startswith(
+        'lzero_kv, seed 0: training for 11 environment steps\nProcessor'
+    )
+    assert read_rows(Path('both'))[1][0] == rows[0]
+    assert compare(12) == 1
+    assert 'env_steps: 11 in the file, 12 now' in capsys.readouterr().err
+
+
+NO_UNIZERO = 'from lzero.entry import train_muzero as t\nt([{}, dict(policy=dict(type="muzero"))], seed=1)\n'
+CHANGED = """
+import sys; sys.path.insert(0, {folder!r})
+from cartpole_unizero_kv_config import make_config
+from lzero.entry import train_unizero
+main, create = make_config('CartPole-v0', 0, smoke=True)
+{change}
+train_unizero([main, create], seed=0)
+"""
+
+
+@pytest.mark.parametrize(
+    ('text', 'options', 'message'),
+    [
+        (None, [], 'a.py is no file; give a config file that LightZero can run'),
+        ('x = 1\n', ['--env-steps', '0'], '--env-steps: expected 1 or more, got 0'),
+        ('x = 1\n', ['--seeds', '-1'], '--seeds: expected 1 or more, got -1'),
+        ('x = 1\n', [], 'a.py ended without calling a training entry'),
+        (NO_UNIZERO, [], "a.py calls train_muzero with the policy 'muzero', for which there is no plugin"),
+        (
+            'main.env.collector_env_num = 5',
+            [],
+            'a.py: the policy has room for 2: write policy.collector_env_num=5',
+        ),
+        ('main.policy.model.world_model_cfg.kv_cache = dict(polcy="lru")', [], 'did you mean'),
+        ('main.policy.multi_gpu = True', [], 'multi_gpu=True; a comparison is of one process'),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        whole = CHANGED.format(folder=str(CARTPOLE.parent), change=text) if text.startswith('main.') else text
+        Path('a.py').write_text(whole)
+    assert main(['compare', 'a.py', '--out', 'both', *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('lzero-kv: ') and error.count('\n') == 1
+    assert message in error
+    assert not Path('both').exists()
+
+
+def row(arm: str, seed: int, search: float, returns: list[tuple[int, float]], device: str = 'cpu') -> Row:
+    spent = {SEARCH: search, ROOTS: 2.0, SAMPLING: 3.0, LEARNING: 4.0, WHOLE: search + 14.0}
+    wall = {name: 2 * value for name, value in spent.items()}
+    named = {'task': arm, 'document': f'seed {seed}', 'method': 'training', 'seed': seed, 'device': device}
+    return {
+        **named,
+        'env_steps': 500,
+        'processor': spent,
+        'wall': wall,
+        'peak_bytes': 2**29,
+        'returns': returns,
+    }
+
+
+def pairs(gain: float, device: str = 'cpu') -> Comparison:
+    rows = [row(STOCK, seed, 20.0 + seed, [(240, 9.0), (500, 15.0 + seed)], device) for seed in range(7)]
+    rows += [
+        row(
+            PLUGIN, seed, 10.0 + seed / 2, [(240, 9.0 + gain), (500, 15.0 + seed + gain * (seed % 2))], device
+        )
+        for seed in (6, 5, 4, 3, 2, 1, 0)
+    ]
+    return Comparison.of([*rows, row(STOCK, 8, 99.0, [])])
+
+
+def test_pairs_are_by_seed_and_the_sentence_says_what_they_say() -> None:
+    found = pairs(0.0)
+    assert [one['seed'] for one in found.plugin] == list(range(7))
+    assert found.sentence() == (
+        "With the flag, search took 0.50 [0.50, 0.50] of stock's processor time and the whole training "
+        '0.69 [0.68, 0.70] (7 seeds, 500 environment steps or more); returns do not tell the two apart '
+        '(difference 0.00 [0.00, 0.00]).'
+    )
+    assert 'returns are higher with the flag by 2.' in pairs(3.0).sentence()
+    assert 'returns are lower with the flag by -' in pairs(-3.0).sentence()
+    assert 'wall time' in pairs(0.0, 'cuda:0').sentence()
+    few = dataclasses.replace(found, stock=found.stock[:3], plugin=found.plugin[:3])
+    assert few.sentence().endswith('; with fewer than five seeds intervals are too narrow.')
+    (none, other) = ([row(arm, 0, 5.0, [])] for arm in (STOCK, PLUGIN))
+    assert 'no episode ended, so nothing is known of returns' in Comparison(none, other).sentence()
+
+
+def test_seconds_are_for_a_thousand_steps_and_the_parts_add_up() -> None:
+    one = row(STOCK, 3, 6.0, [(240, 9.0), (240, 12.0), (500, 30.0)])
+    assert seconds('processor', SEARCH, one) == 12.0
+    assert sum(seconds('wall', part, one) for part in (*PARTS, REST)) == seconds('wall', WHOLE, one) == 80.0
+    assert (mean_return(one), by_collection(one)) == (17.0, ([240, 500], [10.5, 30.0]))
+
+
+def test_a_part_that_stock_has_not_has_no_ratio() -> None:
+    stock, plugin = (row(arm, 0, 0.0, []) for arm in (STOCK, PLUGIN))
+    assert Comparison([stock], [plugin]).ratio(lambda one: one['processor'][SEARCH]) is None
