@@ -73,8 +73,7 @@ class WindowBudget:
         self._selection = budget.selector()
         self.tracker = BudgetTracker(budget, layers, session.window.kept)
         self.counters = BudgetCounters(layers)
-        sizes = self.tracker.sizes
-        self._sizes, self._heads = sizes, layout.heads
+        sizes = self._sizes = self.tracker.sizes
         self._groups = groups = layout.heads if budget.per_head else 1
         self._reads = self._selection.reads | ({'recent'} if self.tracker.needs_preference else set())
         self._widths = self.tracker.slots  # of what is stored

@@ -55,7 +55,7 @@ class Search:
         self._session = session
         self._manager = session.manager
         self._positions, self._observers = session.positions, session.observers
-        self._geometry, self._exact = geometry, session.exact
+        self._exact = session.exact
         self._window = geometry.window
         self._send = sender(memory.device)
         self._weights = session.weights
