@@ -372,7 +372,7 @@ class ReducedOracle(Oracle):
 
 def oracle_of(world_model: Any, window: str) -> Oracle:
     """The recomputation for a world model with the precision that its configuration asks for."""
-    precision = read_field(world_model.config.get('kv_cache') or {}, 'precision', 'float32')
+    precision: Precision = read_field(world_model.config.get('kv_cache') or {}, 'precision', 'float32')
     if precision == 'float32':
         return Oracle(world_model, window)
     return ReducedOracle(world_model, window, precision)
