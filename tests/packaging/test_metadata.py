@@ -98,6 +98,22 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(distribution) -> Non
     assert distribution.package_data == {'lzero_kv': ['py.typed']}
 
 
+def test_no_older_python_is_promised_than_the_source_runs_on(project) -> None:
+    """`typing.Self` is of 3.11: with 3.10 the first import failed."""
+    assert project['requires-python'] == '>=3.11'
+    named = [line.rpartition(' ')[2] for line in project['classifiers'] if ':: Python :: 3.' in line]
+    assert named == ['3.11']
+
+
+def test_the_workflow_runs_what_is_here() -> None:
+    workflow = (ROOT / '.github' / 'workflows' / 'ci.yml').read_text()
+    targets = set(re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.MULTILINE))
+    assert {'test', 'site'} == set(re.findall(r'run: make (\S+)', workflow)) & targets
+    paths = re.findall(r'\b(?:tests|build)/[\w/.]+', workflow)
+    assert len(paths) > 3
+    assert [path for path in paths if path.startswith('tests') and not (ROOT / path).exists()] == []
+
+
 def test_licence_and_authors(project) -> None:
     assert project['license'] == 'Apache-2.0'
     assert project['authors'] == [{'name': 'lzero_kv contributors'}]

@@ -21,7 +21,7 @@ import importlib, sys
 from lzero_kv.cli import main
 for name in ('experiment', 'pictures', 'report'):
     importlib.import_module(f'lzero_kv.llm.experiment.{name}')
-assert main(['llm', 'report', 'nowhere']) == 1
+assert main(['llm', 'report', 'nowhere']) == 1 and main(['config', 'cartpole']) == 0
 assert not {'lzero', 'ding', 'gym', 'gymnasium', 'easydict'} & set(sys.modules)
 """
 
