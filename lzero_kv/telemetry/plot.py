@@ -140,18 +140,19 @@ def _draw_lines(panel: Axes, chart: LinesChart, found: dict[str, Series]) -> Non
     # A cause that never came would only lengthen the legend; the rows that must not be stay, at zero.
     several = len(chart.metrics) > 3
     lines = {name: series for name, series in found.items() if not (several and not series.values.any())}
+    label, divisor = _scale(chart.metric(chart.metrics[0]).unit, 1.0)
     for number, (name, series) in enumerate(lines.items()):
         panel.plot(
             series.steps,
-            series.values,
+            series.values / divisor,
             label=name.removeprefix(CAUSE_PREFIX),
             color=f'C{number}',
             linestyle=VALIDATION_DASHES[number % len(VALIDATION_DASHES)],
             marker='.' if len(series.steps) <= MARKED_POINTS else '',
         )
     panel.set_title(chart.heading, fontsize=10, loc='left')
-    panel.set_ylabel(chart.metric(chart.metrics[0]).unit.value)
-    highest = max((_highest_finite(series) for series in lines.values()), default=0.0)
+    panel.set_ylabel(label)
+    highest = max((_highest_finite(series) for series in lines.values()), default=0.0) / divisor
     if chart.logarithmic and highest > 0:
         panel.set_yscale('log', nonpositive='mask')
     else:

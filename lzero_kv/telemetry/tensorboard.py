@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -226,13 +225,18 @@ class TensorBoardSink:
 
 
 def _add_described(writer: Any, text: str, value: float, step: int, meaning: str) -> None:
-    """Write a point that carries the description of its chart, which TensorBoard shows on the card."""
-    if 'summary_description' in inspect.signature(writer.add_scalar).parameters:  # tensorboardX
-        writer.add_scalar(text, value, step, summary_description=meaning)
-        return
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    """Write a point that carries the description of its chart, which TensorBoard shows on the card.
 
-    metadata = SummaryMetadata(summary_description=meaning)
+    tensorboardX writes descriptions that TensorBoard's reader warns of; it gets none.
+    """
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from torch.utils.tensorboard import SummaryWriter as TorchWriter
+
+    if not isinstance(writer, TorchWriter):
+        writer.add_scalar(text, value, step)
+        return
+    plugin = SummaryMetadata.PluginData(plugin_name='scalars')
+    metadata = SummaryMetadata(summary_description=meaning, plugin_data=plugin)
     point = Summary.Value(tag=text, simple_value=float(value), metadata=metadata)
     writer.file_writer.add_summary(Summary(value=[point]), step)
 

@@ -172,9 +172,12 @@ def test_times_of_several_processes_are_added_up(tmp_path: Path) -> None:
     assert numbers['simulations_per_second'] == pytest.approx(7 / 0.5)  # of one process
 
 
-@WRITERS
-def test_the_first_point_of_a_chart_carries_its_description(tmp_path: Path, library: ModuleType) -> None:
-    write_points(tmp_path, library)
+def test_the_first_point_of_a_chart_carries_its_description(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_points(tmp_path)
+    assert read_run(tmp_path).series('nodes', 'hits') is not None
+    assert caplog.records == []  # TensorBoard's reader has nothing to say of them
     described = {value.tag: value.metadata.summary_description for value in raw_values(tmp_path)[::-1]}
     assert described[tag('nodes', 'saved_tokens')] == METRICS['saved_tokens'].sentence
     assert described[tag(SPEED, 'train_iterations')] == SPEED_METRICS['train_iterations'].sentence
