@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lzero.policy import InverseScalarTransform
 
 from lzero_kv.cache.transfer import to_device
 
@@ -140,6 +139,9 @@ def expected_scalars(
         transforms: the search's inverse scalar transforms, one for each. Two of them, and one of another
             kind, are called as they are.
     """
+    # not above: the command line reads findings without a host
+    from lzero.policy import InverseScalarTransform
+
     transform, other = transforms
     plain = type(transform) is InverseScalarTransform and transform.categorical_distribution
     if other is not transform or not plain:
