@@ -78,8 +78,14 @@ class Judge:
         return max(self.differences)
 
 
-def methods() -> list[tuple[str, str]]:
-    return [(allocation, selection) for allocation in ALLOCATIONS for selection in SELECTIONS]
+def methods() -> list[Any]:
+    """Each allocation with half of the selections and each selection with half of the allocations; the other
+    pairs are slow tests. ``tests/budget`` has every pair: the world model hands it sizes and scores."""
+    return [
+        pytest.param(allocation, selection, marks=[pytest.mark.slow] * ((row + column) % 2))
+        for row, allocation in enumerate(ALLOCATIONS)
+        for column, selection in enumerate(SELECTIONS)
+    ]
 
 
 @pytest.mark.parametrize(('allocation', 'selection'), methods())

@@ -39,9 +39,17 @@ def eventful_run(policy: Any, family: str, environments: int = 4) -> tuple[int, 
     return roots, roots * policy._cfg.num_simulations
 
 
-@BOTH_MODES
-@pytest.mark.parametrize('window', WINDOWS)
-@pytest.mark.parametrize('family', FAMILIES_PLAYED)
+def cases() -> list[Any]:
+    """Each family in both windows and in both modes; the other half of the combinations are slow tests."""
+    return [
+        pytest.param(family, window, mode, marks=[pytest.mark.slow] * ((row + column + number) % 2))
+        for row, family in enumerate(FAMILIES_PLAYED)
+        for column, window in enumerate(WINDOWS)
+        for number, mode in enumerate(MODES)
+    ]
+
+
+@pytest.mark.parametrize(('family', 'window', 'mode'), cases())
 def test_nothing_is_found_where_nothing_is_wrong(family: str, window: str, mode: str, tmp_path: Path) -> None:
     policy = validated_policy(
         mode,
