@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lzero_kv.telemetry.metrics import Axis
 from lzero_kv.telemetry.read import find_runs, runs_in
 
 
@@ -21,7 +20,7 @@ def main(folder: Path) -> list[dict[str, dict[str, float]]]:
         for pool, numbers in whole.items():
             rate, rebuilt = numbers['hit_rate'], numbers['rebuilt_tokens']
             print(f'{run.folder}  {pool}: {rate:.1%} hits, {rebuilt:.0f} tokens rebuilt')
-        series = run.series(Axis.ENV_STEP, 'nodes', 'hit_rate')
+        series = run.series('nodes', 'hit_rate')
         if series is not None:
             points = zip(series.steps.tolist(), series.values.tolist(), strict=True)
             print('  of nodes, by environment step:', *(f'{step}: {rate:.1%}' for step, rate in points))

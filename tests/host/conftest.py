@@ -34,7 +34,8 @@ def host_left_as_found() -> Iterator[None]:
 @pytest.fixture(scope='session', autouse=True)
 def quiet_host() -> None:
     # Importing the host sets the root logger to DEBUG, and every model reports its construction.
-    import lzero.model.unizero_model  # noqa: F401
+    import lzero.model.unizero_model
+    import lzero.policy  # noqa: F401
 
     gc.freeze()  # a collection has no need to look at the host's modules again
     logging.getLogger().setLevel(logging.WARNING)

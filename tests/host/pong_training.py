@@ -81,12 +81,12 @@ def train(mode: str) -> dict[str, Any]:
 
 
 def patches() -> dict[str, bool]:
-    """Which parts of this package the training loaded, and whether the plugin is in the host."""
+    """Whether the training loaded the plugin, whether it is in the host, and whether a world model was served."""
     from lzero.model import unizero_model
     from lzero.model.unizero_world_models.world_model import WorldModel
 
     return dict(
-        package='lzero_kv' in sys.modules,
+        plugin='lzero_kv.plugin' in sys.modules,
         installed=unizero_model.WorldModel is not WorldModel,
         engine='lzero_kv.lightzero.world_model' in sys.modules,
     )

@@ -45,8 +45,8 @@ def results(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[
 
 
 def test_each_training_ran_as_named(results: dict[str, dict[str, Any]]) -> None:
-    assert results['stock']['patches'] == dict(package=False, installed=False, engine=False)
-    assert results['off']['patches'] == dict(package=True, installed=True, engine=False)
+    assert results['stock']['patches'] == dict(plugin=False, installed=False, engine=False)
+    assert results['off']['patches'] == dict(plugin=True, installed=True, engine=False)
 
 
 def test_all_scalars_are_equal_to_the_last_bit(results: dict[str, dict[str, Any]]) -> None:

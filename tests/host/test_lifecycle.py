@@ -28,7 +28,9 @@ HOT = {
     'lzero.mcts.buffer.game_buffer_sampled_unizero.SampledUniZeroGameBuffer.sample',
     'lzero.mcts.buffer.game_buffer_sampled_unizero.SampledUniZeroGameBuffer._compute_target_policy_reanalyzed',
     'lzero.worker.muzero_collector.MuZeroCollector._output_log',
+    'lzero.worker.muzero_collector.MuZeroCollector.collect',
     'lzero.worker.muzero_segment_collector.MuZeroSegmentCollector._output_log',
+    'lzero.worker.muzero_segment_collector.MuZeroSegmentCollector.collect',
 }
 SMALL = dict(num_simulations=2, collector_env_num=2, evaluator_env_num=1)
 
@@ -145,7 +147,7 @@ def test_a_missing_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     before = host_attributes()
     monkeypatch.setattr(importlib.metadata, 'version', version)
-    match = r'expected LightZero 0\.2\.0 or main 2026-08, found none; install it with'
+    match = r'expected LightZero 0\.2\.0 or main 2026-08, found none; install it as its README says'
     with pytest.raises(RuntimeError, match=match):
         lzero_kv.install()
     assert changed(before, host_attributes()) == set()
