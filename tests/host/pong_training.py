@@ -81,7 +81,7 @@ def train(mode: str) -> dict[str, Any]:
 
 
 def patches() -> dict[str, bool]:
-    """Whether the training loaded the plugin, whether it is in the host, and whether a world model was served."""
+    """Whether the training loaded the plugin, whether the host has it, and whether a model was served."""
     from lzero.model import unizero_model
     from lzero.model.unizero_world_models.world_model import WorldModel
 
