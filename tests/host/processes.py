@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
+import subprocess
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,36 +19,42 @@ import torch.distributed as dist
 WORLD = 2
 
 
-def train_together(folder: Path, kv: bool) -> list[dict[str, Any]]:
-    """Train CartPole with two processes in ``folder``; what each one reports, by rank.
+def train_together(folder: Path, kv: bool, python: str) -> list[dict[str, Any]]:
+    """Train CartPole with two processes of ``python`` in ``folder``; what each one reports, by rank.
 
-    The processes are forks of this one, which spares each the import of LightZero.
+    A fork of the process of the tests would not do: once it has run autograd, its forks cannot.
 
     Raises:
         RuntimeError: one failed; its output is in the message.
     """
-    import torch._inductor.compile_fx  # noqa: F401  # every policy loads it; here once for all forks
-
     folder.mkdir()
-    context = multiprocessing.get_context('fork')
-    processes = [context.Process(target=_run, args=(folder, rank, kv)) for rank in range(WORLD)]
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / 'configs')])
+    environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1', WORLD_SIZE=str(WORLD))
+    processes = [
+        subprocess.Popen(
+            [python, '-m', 'tests.host.processes', str(folder), str(int(kv))],
+            cwd=root,
+            env=environment | dict(RANK=str(rank)),
+        )
+        for rank in range(WORLD)
+    ]
+    hanging = 0
     for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-    if alive or any(process.exitcode for process in processes):
+        try:
+            process.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            hanging += 1
+            process.kill()
+    if hanging or any(process.returncode for process in processes):
         outputs = [(folder / f'{rank}.txt').read_text()[-3000:] for rank in range(WORLD)]
-        raise RuntimeError(f'a process failed; {len(alive)} hang\n' + '\n'.join(outputs))
+        raise RuntimeError(f'a process failed; {hanging} hang\n' + '\n'.join(outputs))
     return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(WORLD)]
 
 
 def _run(folder: Path, rank: int, kv: bool) -> None:
     os.chdir(folder)
     logging.getLogger().handlers.clear()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD))
     with Path(f'{rank}.txt').open('w') as output, redirect_stdout(output), redirect_stderr(output):
         try:
             _train_without_gpus(f'file://{folder}/store')
@@ -143,3 +149,7 @@ def _configs(kv: bool) -> tuple[Any, Any]:
     main.exp_name = 'cartpole'
     main.policy.multi_gpu, main.policy.update_per_collect, main.policy.n_episode = True, 2, 4
     return main, create
+
+
+if __name__ == '__main__':
+    _run(Path(sys.argv[1]), int(os.environ['RANK']), bool(int(sys.argv[2])))

@@ -20,8 +20,8 @@ def test_processes_meet_in_each_collector(name: str) -> None:
 
 
 @pytest.mark.parametrize('kv', [True, False], ids=['cache on', 'cache off'])
-def test_two_processes_train_equal_weights(tmp_path: Path, kv: bool) -> None:
-    reports = train_together(tmp_path / 'run', kv)
+def test_two_processes_train_equal_weights(tmp_path: Path, kv: bool, warm_python: str) -> None:
+    reports = train_together(tmp_path / 'run', kv, warm_python)
     assert len({report['weights'] for report in reports}) == 1, 'the gradients of both reach both'
     # each process comes to every meeting, or the one that came would wait for the other
     assert len({(report['collections'], report['updates']) for report in reports}) == 1
