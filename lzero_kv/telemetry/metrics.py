@@ -51,141 +51,137 @@ class Metric:
     sentence: str
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            'queries',
-            Kind.COUNTER,
-            Unit.COUNT,
-            "Lookups of a history's KV; a root and its fallback count once.",
-        ),
-        Metric('hits', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was in the pool.'),
-        Metric('misses', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was not in the pool.'),
-        Metric(
-            'hit_rate',
-            Kind.RATIO,
-            Unit.FRACTION,
-            'Hits divided by queries; no point where nothing was queried.',
-        ),
-        Metric('stores', Kind.COUNTER, Unit.COUNT, 'Histories whose KV was written into the pool.'),
-        Metric(
-            'overwrites',
-            Kind.COUNTER,
-            Unit.COUNT,
-            'Stores that renewed the slot of a key already in the pool.',
-        ),
-        Metric(
-            'evictions',
-            Kind.COUNTER,
-            Unit.ENTRIES,
-            'Entries removed by the policy because the pool was full.',
-        ),
-        Metric(
-            'saved_tokens',
-            Kind.RATIO,
-            Unit.FRACTION,
-            'Served tokens as a part of all that a pass without a cache would compute.',
-        ),
-        Metric(
-            'computed_tokens',
-            Kind.COUNTER,
-            Unit.TOKENS,
-            'Tokens whose KV was computed: new ones, windows that moved, rebuilt ones.',
-        ),
-        Metric(
-            'served_tokens',
-            Kind.COUNTER,
-            Unit.TOKENS,
-            'Tokens of the histories behind them whose KV was there.',
-        ),
-        Metric(
-            'rebuilt_tokens',
-            Kind.COUNTER,
-            Unit.TOKENS,
-            'Tokens whose KV was computed again after a miss.',
-        ),
-        Metric(
-            'window_tokens',
-            Kind.COUNTER,
-            Unit.TOKENS,
-            'Tokens of derived windows, computed when a node was first expanded, and of roots that moved.',
-        ),
-        Metric('entries', Kind.GAUGE, Unit.ENTRIES, 'Histories held at this moment.'),
-        Metric('occupancy', Kind.GAUGE, Unit.FRACTION, 'Entries divided by the capacity of the pool.'),
-        Metric('bytes', Kind.GAUGE, Unit.BYTES, 'Memory allocated for the tensors of the pool.'),
-    )
-}
+def named(*metrics: Metric) -> dict[str, Metric]:
+    """The metrics by their names."""
+    return {metric.name: metric for metric in metrics}
 
-RANK_METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            'ranks',
-            Kind.GAUGE,
-            Unit.COUNT,
-            'Processes: counters, entries and bytes are their sums, occupancy is the largest.',
-        ),
-        Metric('most_bytes', Kind.GAUGE, Unit.BYTES, 'The bytes of the process that has most.'),
-    )
-}
+
+METRICS = named(
+    Metric(
+        'queries',
+        Kind.COUNTER,
+        Unit.COUNT,
+        "Lookups of a history's KV; a root and its fallback count once.",
+    ),
+    Metric('hits', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was in the pool.'),
+    Metric('misses', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was not in the pool.'),
+    Metric(
+        'hit_rate',
+        Kind.RATIO,
+        Unit.FRACTION,
+        'Hits divided by queries; no point where nothing was queried.',
+    ),
+    Metric('stores', Kind.COUNTER, Unit.COUNT, 'Histories whose KV was written into the pool.'),
+    Metric(
+        'overwrites',
+        Kind.COUNTER,
+        Unit.COUNT,
+        'Stores that renewed the slot of a key already in the pool.',
+    ),
+    Metric(
+        'evictions',
+        Kind.COUNTER,
+        Unit.ENTRIES,
+        'Entries removed by the policy because the pool was full.',
+    ),
+    Metric(
+        'saved_tokens',
+        Kind.RATIO,
+        Unit.FRACTION,
+        'Served tokens as a part of all that a pass without a cache would compute.',
+    ),
+    Metric(
+        'computed_tokens',
+        Kind.COUNTER,
+        Unit.TOKENS,
+        'Tokens whose KV was computed: new ones, windows that moved, rebuilt ones.',
+    ),
+    Metric(
+        'served_tokens',
+        Kind.COUNTER,
+        Unit.TOKENS,
+        'Tokens of the histories behind them whose KV was there.',
+    ),
+    Metric(
+        'rebuilt_tokens',
+        Kind.COUNTER,
+        Unit.TOKENS,
+        'Tokens whose KV was computed again after a miss.',
+    ),
+    Metric(
+        'window_tokens',
+        Kind.COUNTER,
+        Unit.TOKENS,
+        'Tokens of derived windows, computed when a node was first expanded, and of roots that moved.',
+    ),
+    Metric('entries', Kind.GAUGE, Unit.ENTRIES, 'Histories held at this moment.'),
+    Metric('occupancy', Kind.GAUGE, Unit.FRACTION, 'Entries divided by the capacity of the pool.'),
+    Metric('bytes', Kind.GAUGE, Unit.BYTES, 'Memory allocated for the tensors of the pool.'),
+)
+
+RANK_METRICS = named(
+    Metric(
+        'ranks',
+        Kind.GAUGE,
+        Unit.COUNT,
+        'Processes: counters, entries and bytes are their sums, occupancy is the largest.',
+    ),
+    Metric('most_bytes', Kind.GAUGE, Unit.BYTES, 'The bytes of the process that has most.'),
+)
 """Beside METRICS where the numbers stand for several processes."""
 
 SPEED = 'speed'
 """Stands in a tag in the place of the pool: times and rates of the acting model, on the wall."""
 
-SPEED_METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric(
-            'env_steps_per_second',
-            Kind.RATIO,
-            Unit.RATE,
-            'Environment steps by all seconds since the previous point: collection, learning, evaluation.',
-        ),
-        Metric(
-            'simulations_per_second',
-            Kind.RATIO,
-            Unit.RATE,
-            'Simulations of all rows by the seconds of the searches, in one process.',
-        ),
-        Metric(
-            'search_ms',
-            Kind.RATIO,
-            Unit.MILLISECONDS,
-            'Mean time of a search of one batch of environments. A search waits for its answers: true on a '
-            'GPU too.',
-        ),
-        Metric(
-            'root_inference_ms',
-            Kind.RATIO,
-            Unit.MILLISECONDS,
-            'Mean time of a root inference of one batch. On a GPU without the heads and stores that are '
-            'still queued when it returns.',
-        ),
-        Metric(
-            'planning_share',
-            Kind.RATIO,
-            Unit.FRACTION,
-            'Part of the seconds of collection that searches and root inferences took.',
-        ),
-        Metric('train_iterations', Kind.GAUGE, Unit.COUNT, 'Training iterations so far.'),
-        Metric('env_steps', Kind.COUNTER, Unit.COUNT, 'Environment steps in `seconds`.'),
-        Metric('seconds', Kind.COUNTER, Unit.SECONDS, 'All seconds since the previous point.'),
-        Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches of a batch of environments.'),
-        Metric('simulations', Kind.COUNTER, Unit.COUNT, 'Simulations of all rows of the searches.'),
-        Metric('search_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the searches.'),
-        Metric('root_inferences', Kind.COUNTER, Unit.COUNT, 'Root inferences of a batch of environments.'),
-        Metric('root_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the root inferences.'),
-        Metric('collect_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of collection.'),
-        Metric(
-            'planning_seconds',
-            Kind.COUNTER,
-            Unit.SECONDS,
-            'Seconds of searches and root inferences in collection.',
-        ),
-    )
-}
+SPEED_METRICS = named(
+    Metric(
+        'env_steps_per_second',
+        Kind.RATIO,
+        Unit.RATE,
+        'Environment steps by all seconds since the previous point: collection, learning, evaluation.',
+    ),
+    Metric(
+        'simulations_per_second',
+        Kind.RATIO,
+        Unit.RATE,
+        'Simulations of all rows by the seconds of the searches, in one process.',
+    ),
+    Metric(
+        'search_ms',
+        Kind.RATIO,
+        Unit.MILLISECONDS,
+        'Mean time of a search of one batch of environments. A search waits for its answers: true on a '
+        'GPU too.',
+    ),
+    Metric(
+        'root_inference_ms',
+        Kind.RATIO,
+        Unit.MILLISECONDS,
+        'Mean time of a root inference of one batch. On a GPU without the heads and stores that are '
+        'still queued when it returns.',
+    ),
+    Metric(
+        'planning_share',
+        Kind.RATIO,
+        Unit.FRACTION,
+        'Part of the seconds of collection that searches and root inferences took.',
+    ),
+    Metric('train_iterations', Kind.GAUGE, Unit.COUNT, 'Training iterations so far.'),
+    Metric('env_steps', Kind.COUNTER, Unit.COUNT, 'Environment steps in `seconds`.'),
+    Metric('seconds', Kind.COUNTER, Unit.SECONDS, 'All seconds since the previous point.'),
+    Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches of a batch of environments.'),
+    Metric('simulations', Kind.COUNTER, Unit.COUNT, 'Simulations of all rows of the searches.'),
+    Metric('search_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the searches.'),
+    Metric('root_inferences', Kind.COUNTER, Unit.COUNT, 'Root inferences of a batch of environments.'),
+    Metric('root_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the root inferences.'),
+    Metric('collect_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of collection.'),
+    Metric(
+        'planning_seconds',
+        Kind.COUNTER,
+        Unit.SECONDS,
+        'Seconds of searches and root inferences in collection.',
+    ),
+)
 
 SPEED_QUOTIENTS: dict[str, tuple[str, str, float]] = {
     'env_steps_per_second': ('env_steps', 'seconds', 1),
@@ -219,65 +215,58 @@ VALIDATION = 'validation'
 
 CAUSE_PREFIX, FAULT_PREFIX = 'cause_', 'fault_'
 
-VALIDATION_METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches begun.'),
-        Metric('validated', Kind.COUNTER, Unit.COUNT, 'Searches whose nodes were compared.'),
-        Metric('compared', Kind.COUNTER, Unit.COUNT, 'Rows of inferences that were compared.'),
-        Metric('equal', Kind.COUNTER, Unit.COUNT, 'Rows in which both caches gave the same.'),
-        Metric(
-            'different',
-            Kind.COUNTER,
-            Unit.COUNT,
-            'Rows in which the stock cache was wrong, for a proven cause, and the cache right.',
-        ),
-        Metric('unexplained', Kind.COUNTER, Unit.COUNT, 'Differences without a proven cause: must be 0.'),
-        Metric('cache_wrong', Kind.COUNTER, Unit.COUNT, 'Rows in which the cache was wrong: must be 0.'),
-        *(
-            Metric(f'{CAUSE_PREFIX}{cause.value}', Kind.COUNTER, Unit.COUNT, f'Different: {cause.sentence}.')
-            for cause in Cause
-        ),
-        *(
-            Metric(
-                f'{FAULT_PREFIX}{fault.value}', Kind.COUNTER, Unit.COUNT, f'Cache wrong: {fault.sentence}.'
-            )
-            for fault in Fault
-        ),
-        Metric(
-            'largest_stock',
-            Kind.GAUGE,
-            Unit.DIFFERENCE,
-            'Largest difference of the stock cache from the recomputation so far.',
-        ),
-        Metric(
-            'largest_cache',
-            Kind.GAUGE,
-            Unit.DIFFERENCE,
-            'Largest difference of the cache from the recomputation so far: rounding, where it is right.',
-        ),
-        Metric(
-            'policy_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the policy moved.'
-        ),
-        Metric(
-            'policy_moved',
-            Kind.RATIO,
-            Unit.DIFFERENCE,
-            'Mean total variation distance of the stock policy from the right one, over those rows.',
-        ),
-        Metric('policy_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those distances so far.'),
-        Metric(
-            'value_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the value moved.'
-        ),
-        Metric(
-            'value_moved',
-            Kind.RATIO,
-            Unit.DIFFERENCE,
-            'Mean absolute difference of the stock value from the right one, over those rows.',
-        ),
-        Metric('value_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those differences so far.'),
-    )
-}
+VALIDATION_METRICS = named(
+    Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches begun.'),
+    Metric('validated', Kind.COUNTER, Unit.COUNT, 'Searches whose nodes were compared.'),
+    Metric('compared', Kind.COUNTER, Unit.COUNT, 'Rows of inferences that were compared.'),
+    Metric('equal', Kind.COUNTER, Unit.COUNT, 'Rows in which both caches gave the same.'),
+    Metric(
+        'different',
+        Kind.COUNTER,
+        Unit.COUNT,
+        'Rows in which the stock cache was wrong, for a proven cause, and the cache right.',
+    ),
+    Metric('unexplained', Kind.COUNTER, Unit.COUNT, 'Differences without a proven cause: must be 0.'),
+    Metric('cache_wrong', Kind.COUNTER, Unit.COUNT, 'Rows in which the cache was wrong: must be 0.'),
+    *(
+        Metric(f'{CAUSE_PREFIX}{cause.value}', Kind.COUNTER, Unit.COUNT, f'Different: {cause.sentence}.')
+        for cause in Cause
+    ),
+    *(
+        Metric(f'{FAULT_PREFIX}{fault.value}', Kind.COUNTER, Unit.COUNT, f'Cache wrong: {fault.sentence}.')
+        for fault in Fault
+    ),
+    Metric(
+        'largest_stock',
+        Kind.GAUGE,
+        Unit.DIFFERENCE,
+        'Largest difference of the stock cache from the recomputation so far.',
+    ),
+    Metric(
+        'largest_cache',
+        Kind.GAUGE,
+        Unit.DIFFERENCE,
+        'Largest difference of the cache from the recomputation so far: rounding, where it is right.',
+    ),
+    Metric(
+        'policy_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the policy moved.'
+    ),
+    Metric(
+        'policy_moved',
+        Kind.RATIO,
+        Unit.DIFFERENCE,
+        'Mean total variation distance of the stock policy from the right one, over those rows.',
+    ),
+    Metric('policy_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those distances so far.'),
+    Metric('value_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the value moved.'),
+    Metric(
+        'value_moved',
+        Kind.RATIO,
+        Unit.DIFFERENCE,
+        'Mean absolute difference of the stock value from the right one, over those rows.',
+    ),
+    Metric('value_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those differences so far.'),
+)
 """A fault has a chart only where it happened: such a chart is an alarm."""
 
 HISTOGRAMS: dict[str, str] = {
@@ -349,7 +338,7 @@ class LinesChart:
 
     def metric(self, name: str) -> Metric:
         """The metric of this name."""
-        return (VALIDATION_METRICS if self.section == VALIDATION else SPEED_METRICS)[name]
+        return metric_of(self.section, name)
 
 
 SPEED_CHARTS = (
@@ -382,32 +371,29 @@ VALIDATION_CHARTS = (
 LAYER_PREFIX = 'layer_'
 """Stands in a tag, with the layer's number, in the place of the pool: the budget of a layer."""
 
-BUDGET_METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric('slots', Kind.GAUGE, Unit.TOKENS, 'Tokens of a root that the layer may hold.'),
-        Metric(
-            'dispersion',
-            Kind.GAUGE,
-            Unit.DIFFERENCE,
-            "Entropy of the newest tokens' attention over those that may be dropped, in nats; averaged.",
-        ),
-        Metric(
-            'shift',
-            Kind.GAUGE,
-            Unit.DIFFERENCE,
-            'Variance of that attention over the newest tokens, summed over heads and tokens; averaged.',
-        ),
-        Metric('dropped_tokens', Kind.COUNTER, Unit.TOKENS, 'Tokens of roots that were dropped.'),
-        Metric(
-            'lost_mass',
-            Kind.RATIO,
-            Unit.FRACTION,
-            "Part of the newest token's attention that went to tokens which were then dropped; no point "
-            'where nothing was dropped or attention was not recorded.',
-        ),
-    )
-}
+BUDGET_METRICS = named(
+    Metric('slots', Kind.GAUGE, Unit.TOKENS, 'Tokens of a root that the layer may hold.'),
+    Metric(
+        'dispersion',
+        Kind.GAUGE,
+        Unit.DIFFERENCE,
+        "Entropy of the newest tokens' attention over those that may be dropped, in nats; averaged.",
+    ),
+    Metric(
+        'shift',
+        Kind.GAUGE,
+        Unit.DIFFERENCE,
+        'Variance of that attention over the newest tokens, summed over heads and tokens; averaged.',
+    ),
+    Metric('dropped_tokens', Kind.COUNTER, Unit.TOKENS, 'Tokens of roots that were dropped.'),
+    Metric(
+        'lost_mass',
+        Kind.RATIO,
+        Unit.FRACTION,
+        "Part of the newest token's attention that went to tokens which were then dropped; no point "
+        'where nothing was dropped or attention was not recorded.',
+    ),
+)
 
 BUDGET_HISTOGRAMS: dict[str, str] = {
     'kept_positions': 'Places in the window (0: its oldest token) of the tokens that all latest roots hold.',
@@ -476,17 +462,18 @@ def parse_tag(text: str) -> TagName | None:
 
 def metric_of(pool: str, name: str) -> Metric:
     """The metric with this name in a pool, a layer, VALIDATION or SPEED."""
-    if layer_of(pool) is not None:
-        return BUDGET_METRICS[name]
-    named = {VALIDATION: VALIDATION_METRICS, SPEED: SPEED_METRICS}
-    return named.get(pool, METRICS | RANK_METRICS)[name]
+    return _section(pool)[0][name]
 
 
 def _metrics_of(pool: str) -> tuple[str, ...]:
-    if pool == VALIDATION:
-        return tuple(VALIDATION_METRICS)
-    if pool == SPEED:
-        return tuple(SPEED_METRICS)
+    scalars, histograms = _section(pool)
+    return (*scalars, *histograms)
+
+
+def _section(pool: str) -> tuple[Mapping[str, Metric], Mapping[str, str]]:
+    """Scalars and histograms that a tag can have there; none where nothing has this name."""
     if layer_of(pool) is not None:
-        return (*BUDGET_METRICS, *BUDGET_HISTOGRAMS)
-    return (*METRICS, *RANK_METRICS, *HISTOGRAMS) if pool in POOLS else ()
+        return BUDGET_METRICS, BUDGET_HISTOGRAMS
+    if pool in POOLS:
+        return METRICS | RANK_METRICS, HISTOGRAMS
+    return {VALIDATION: VALIDATION_METRICS, SPEED: SPEED_METRICS}.get(pool, {}), {}
