@@ -66,31 +66,33 @@ def judge_roots(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Ve
 
 def judge_nodes(policy: Any, roots: Iterable[Root], window: str = 'shift') -> Verdict:
     """All answers of every node below the roots, each against its whole episode and path."""
-    oracle, dtype, device = _oracle(policy, window)
-    with precision(dtype), torch.no_grad():
-        if window == 'shift':
-            tops = [(root.nodes, oracle.root(_on(device, root.observations), root.actions)) for root in roots]
-            return Verdict(tree_differences(oracle, tops), TOLERANCE[dtype])
-        trees = [
-            (root.nodes, history_of(oracle, _on(device, root.observations), root.actions)) for root in roots
-        ]
-        return Verdict(_fresh_differences(oracle, trees), TOLERANCE[dtype])
+    return _judged(policy, [(root.nodes, root.observations, root.actions) for root in roots], window)
 
 
 def judge_reanalysis(policy: Any, reanalysis: Reanalysis, window: str = 'shift') -> Verdict:
     """All answers of every node of a reanalysis, whose searches start from the root's own latent state
     alone.
     """
+    pairs = zip(reanalysis.nodes, reanalysis.observations, strict=True)
+    return _judged(policy, [(nodes, [observation], []) for nodes, observation in pairs], window)
+
+
+def _judged(
+    policy: Any,
+    trees: Iterable[tuple[Sequence[Node], Iterable[torch.Tensor], Sequence[Any]]],
+    window: str,
+) -> Verdict:
+    """The nodes of trees, each with the observations and actions of its root's episode."""
     oracle, dtype, device = _oracle(policy, window)
     with precision(dtype), torch.no_grad():
-        alone = [observation.to(device) for observation in reanalysis.observations]
+        episodes = [(nodes, _on(device, seen), actions) for nodes, seen, actions in trees]
         if window == 'shift':
-            tops = [oracle.root([observation], []) for observation in alone]
-            differences = tree_differences(oracle, zip(reanalysis.nodes, tops, strict=True))
+            tops = [(nodes, oracle.root(*episode)) for nodes, *episode in episodes]
+            differences = tree_differences(oracle, tops)
         else:
-            histories = [history_of(oracle, [observation], []) for observation in alone]
-            differences = _fresh_differences(oracle, zip(reanalysis.nodes, histories, strict=True))
-        return Verdict(differences, TOLERANCE[dtype])
+            tokens = [(nodes, history_of(oracle, *episode)) for nodes, *episode in episodes]
+            differences = _fresh_differences(oracle, tokens)
+    return Verdict(differences, TOLERANCE[dtype])
 
 
 def tree_differences(oracle: Any, trees: Iterable[tuple[Sequence[Node], Any]]) -> np.ndarray:

@@ -164,11 +164,7 @@ class SlowBudgets:
             x = x + model.pos_emb.weight[len(history.window)]
         history.window.append((embedding, position))
         for block, groups in zip(model.transformer.blocks, history.groups, strict=True):
-            normed = block.ln1(x)
-            query, key, value = (
-                project(normed).view(oracle.heads, oracle.head_dim)
-                for project in (block.attn.query, block.attn.key, block.attn.value)
-            )
+            query, key, value = oracle._projected(block, x)
             if oracle.rotary:
                 query, key = oracle._rotate(query, position), oracle._rotate(key, position)
             mixed = []

@@ -38,23 +38,13 @@ def single(family: str, steps: int, **options: Any) -> tuple[Any, list[Root]]:
     return policy, Episodes(policy, [0]).run(steps)
 
 
-def tokens_of(oracle: Oracle, root: Root) -> list[Token]:
-    tokens = [Token(oracle.encode(root.observations[0]), 0)]
-    for step, (action, observation) in enumerate(zip(root.actions, root.observations[1:], strict=True)):
-        tokens += [
-            Token(oracle.embed_action(action), 2 * step + 1),
-            Token(oracle.encode(observation), 2 * step + 2),
-        ]
-    return tokens
-
-
 @BOTH_POSITIONS
 def test_token_by_token_equals_one_causal_pass(family: str) -> None:
     policy, roots = single(family, 3)
     oracle, root = Oracle(world_model_of(policy)), roots[-1]
     with precision(torch.float64), torch.no_grad():
         replayed = oracle.root(root.observations, root.actions)
-        features, window = oracle.causal(tokens_of(oracle, root))
+        features, window = oracle.causal(history_of(oracle, root.observations, root.actions))
         torch.testing.assert_close(
             replayed.policy, oracle.model.head_policy.head_module(features[-1:])[0], **EXACT
         )
@@ -119,7 +109,7 @@ def test_a_rebuilt_window_is_the_hosts_pass_over_its_raw_tokens(family: str) -> 
     with precision(torch.float64), torch.no_grad():
         window = oracle.root(root.observations, root.actions).window
         assert [token.position for token in window.tokens] == [6, 7, 8, 9, 10]
-        tokens = tokens_of(oracle, root)[-5:]
+        tokens = history_of(oracle, root.observations, root.actions)[-5:]
         sequence = torch.stack([token.embedding for token in tokens])[None]
         if not oracle.rotary:
             sequence = sequence + model.pos_emb.weight[:5]
