@@ -13,6 +13,7 @@ from lzero_kv.budget.config import BudgetConfig, Positive
 from lzero_kv.mistakes import Mistakes, describe
 
 Count = Annotated[int, Field(strict=True, ge=1)]
+Precision = Literal['float32', 'float16', 'int8']
 
 
 class NodeBudget(BudgetConfig):
@@ -65,7 +66,7 @@ class KVCacheConfig(BaseModel):
     shapes, compiled by torch.compile (about a minute, once), 'cudagraph' as one captured CUDA graph. 'auto'
     is 'eager' on every device: a captured step was never timed on a GPU. What fails falls back to 'eager'
     with a warning."""
-    precision: Literal['float32', 'float16', 'int8'] = 'float32'
+    precision: Precision = 'float32'
     """Precision of the large weights in planning on a CPU. 'float32' is exact. 'float16' rounds the weights,
     'int8' the weights and what they are multiplied with: faster, and approximate. Training, its targets and
     checkpoints are not touched."""
@@ -151,6 +152,12 @@ def read_field(cfg: Any, name: str, default: Any) -> Any:
     if isinstance(cfg, dict):
         return cfg.get(name, default)
     return getattr(cfg, name, default)
+
+
+def option_of(cfg: Any, name: str) -> Any:
+    """An option of ``cfg.kv_cache`` as it was given, unchecked; its default where it was not."""
+    given = read_field(cfg, 'kv_cache', None) or {}
+    return read_field(given, name, KVCacheConfig.model_fields[name].default)
 
 
 def _with_new_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -20,7 +20,7 @@ from lzero_kv.lightzero.inference.heads import (
     predict_reward_latent,
 )
 from lzero_kv.lightzero.inference.positions import positions_of
-from lzero_kv.lightzero.inference.precision import ELEMENTS, available
+from lzero_kv.lightzero.inference.precision import ELEMENTS, available, largest_matrix
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.episodes import Episodes
 from testing.families import Family
@@ -123,7 +123,8 @@ def precisions_of(family: Family, device: str) -> list[str]:
     """Those of :data:`PRECISIONS` that a model of this width is not refused."""
     if device != 'cpu' or not available():
         return []
-    return [name for name in PRECISIONS if 4 * family.embed**2 >= ELEMENTS[name.split()[1]]]
+    largest = largest_matrix(family.embed)
+    return [name for name in PRECISIONS if largest >= ELEMENTS[name.split()[1]]]
 
 
 def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) -> Contestant:

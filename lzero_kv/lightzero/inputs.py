@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.window import Window
-from lzero_kv.config import read_field, validation_mode_of
+from lzero_kv.config import Precision, option_of, validation_mode_of
 from lzero_kv.lightzero.host import RELEASE, is_release
-from lzero_kv.lightzero.inference.precision import ELEMENTS, Precision, available
+from lzero_kv.lightzero.inference.precision import ELEMENTS, available, largest_matrix
 
 
 def check_world_model_config(config: Any) -> None:
@@ -35,7 +35,7 @@ def check_world_model_config(config: Any) -> None:
             f'tokens_per_block={config.tokens_per_block}: expected 2 (one observation and one action token)'
         )
     problems += _unserved(config)
-    precision = read_field(config.get('kv_cache') or {}, 'precision', 'float32')
+    precision = option_of(config, 'precision')
     try:
         mode = validation_mode_of(config)
         if precision in ELEMENTS:
@@ -66,8 +66,7 @@ def _unserved(config: Any) -> list[str]:
             'exact_kv_window_reset=True: it keeps only the newest observation of a full window, lzero_kv '
             'all but its oldest step; leave it out'
         )
-    given = config.get('kv_cache') or {}
-    if config.get('rebuild_kv_window_from_tokens') and read_field(given, 'window', 'rebuild') == 'shift':
+    if config.get('rebuild_kv_window_from_tokens') and option_of(config, 'window') == 'shift':
         problems.append(
             "kv_cache.window='shift' is not what rebuild_kv_window_from_tokens=True asks for; leave one out"
         )
@@ -84,7 +83,7 @@ def _unreduced(config: Any, precision: Precision, mode: str | None) -> list[str]
         problems.append(f"{name}: it is for planning on a CPU, got device={config.device!r}; leave it out")
     elif not available():
         problems.append(f'{name}: torch has no FBGEMM for this processor; leave it out')
-    largest = 4 * config.embed_dim**2
+    largest = largest_matrix(config.embed_dim)
     if largest < ELEMENTS[precision]:
         problems.append(
             f'{name}: it pays from {ELEMENTS[precision]:,} weights in a matrix on, the largest here has '

@@ -29,10 +29,9 @@ from typing import Any
 
 import torch
 
-from lzero_kv.config import read_field
+from lzero_kv.config import Precision, option_of
 from lzero_kv.lightzero.host import feed_forward, policy_control
 from lzero_kv.lightzero.inference.heads import predict_policy_value, predict_reward_latent
-from lzero_kv.lightzero.inference.precision import Precision
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 
 
@@ -372,7 +371,7 @@ class ReducedOracle(Oracle):
 
 def oracle_of(world_model: Any, window: str) -> Oracle:
     """The recomputation for a world model with the precision that its configuration asks for."""
-    precision: Precision = read_field(world_model.config.get('kv_cache') or {}, 'precision', 'float32')
+    precision = option_of(world_model.config, 'precision')
     if precision == 'float32':
         return Oracle(world_model, window)
     return ReducedOracle(world_model, window, precision)

@@ -386,7 +386,7 @@ class StaticStep:
             self._weights.refresh()
             return
         session = self._session
-        self._weights = InferenceWeights(session.world_model, packed=False)
+        self._weights = InferenceWeights(session.world_model, precision=None)
         self._step = StepFunction(session.world_model, self._weights, session.window.kept, session.exact)
         self._runs = {}
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-Precision = Literal['float32', 'float16', 'int8']
+from lzero_kv.config import Precision
 
 ELEMENTS = {'float16': 1 << 17, 'int8': 1 << 19}
 """Weights from this size on are reduced. Below it a call costs more than its bytes save, measured with AVX2;
@@ -30,14 +30,19 @@ def available() -> bool:
     return there and 'fbgemm' in torch.backends.quantized.supported_engines
 
 
+def largest_matrix(embed_dim: int) -> int:
+    """Weights of the largest matrix of a transformer of this width, in its feed-forward part."""
+    return 4 * embed_dim**2
+
+
+def is_large(weight: torch.Tensor, elements: int) -> bool:
+    """Whether a weight is in float32 on a CPU and has at least so many elements."""
+    return weight.device.type == 'cpu' and weight.dtype == torch.float32 and weight.numel() >= elements
+
+
 def reduces(weight: torch.Tensor, precision: Precision) -> bool:
     """Whether a product with ``weight`` (``[out, in]``) is quicker in that precision."""
-    return (
-        precision != 'float32'
-        and weight.device.type == 'cpu'
-        and weight.dtype == torch.float32
-        and weight.numel() >= ELEMENTS[precision]
-    )
+    return precision != 'float32' and is_large(weight, ELEMENTS[precision])
 
 
 def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> Any:

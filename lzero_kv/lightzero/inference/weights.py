@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..host import feed_forward, policy_control
-from .precision import Precision, reduced, reduces
+from .precision import Precision, is_large, reduced, reduces
 
 Layer = Callable[[torch.Tensor], Any]
 """``[N, in]`` to ``[N, out]``. A partial of an operator where it can be: one call, no frame of Python."""
@@ -42,7 +42,7 @@ class BlockWeights:
         gates: the two gates of a gated block (GTrXL, Parisotto et al. 2020), None for plain residuals.
     """
 
-    def __init__(self, block: Any, packed: bool, precision: Precision = 'float32') -> None:
+    def __init__(self, block: Any, precision: Precision | None) -> None:
         attention = block.attn
         self._projections = [attention.query, attention.key, attention.value]
         self._joined = joined(self._projections)
@@ -52,10 +52,10 @@ class BlockWeights:
         self.qkv = (
             one_by_one(self._projections)
             if self._joined is None
-            else affine(*self._joined, packed=packed, precision=precision)
+            else affine(*self._joined, precision=precision)
         )
-        (self.project,) = layers_of([attention.proj], packed, precision)
-        self.mlp = layers_of(feed_forward(block), packed, precision)
+        (self.project,) = layers_of([attention.proj], precision)
+        self.mlp = layers_of(feed_forward(block), precision)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """The block's output for inputs ``x`` and what attention made of them, both ``[N, embed]``."""
@@ -77,9 +77,8 @@ class InferenceWeights:
 
     Args:
         world_model: the host's ``WorldModel``.
-        packed: whether large matrices may be laid out anew. Where not, everything but query, key and value
-            reads the host's own tensors.
-        precision: of the large matrices, where ``packed``.
+        precision: of the large matrices, which are laid out anew. None: none is, and everything but query,
+            key and value reads the host's own tensors.
 
     Raises:
         ValueError: another precision than float32 for weights that are not in float32 on a CPU.
@@ -93,26 +92,25 @@ class InferenceWeights:
         heads: number of attention heads.
     """
 
-    def __init__(
-        self, world_model: Any, packed: bool = True, precision: Precision = 'float32'
-    ) -> None:
+    def __init__(self, world_model: Any, precision: Precision | None = 'float32') -> None:
         transformer = world_model.transformer
         weight = transformer.ln_f.weight
-        if precision != 'float32' and (weight.device.type, weight.dtype) != ('cpu', torch.float32):
+        reduces_some = precision not in (None, 'float32')
+        if reduces_some and (weight.device.type, weight.dtype) != ('cpu', torch.float32):
             raise ValueError(
                 f'kv_cache.precision={precision!r}: expected weights in float32 on a CPU, got '
                 f'{weight.dtype} on {weight.device}; leave it out'
             )
-        self.packed = packed
+        self.precision = precision
         self.heads = int(transformer.blocks[0].attn.num_heads)
         self.control = policy_control(world_model)
         self._parameters = list(world_model.parameters())
         self._seen = self._fingerprint()
         with torch.no_grad():
-            self.blocks = [BlockWeights(block, packed, precision) for block in transformer.blocks]
+            self.blocks = [BlockWeights(block, precision) for block in transformer.blocks]
             self.norm: Layer = layer_norm(transformer.ln_f)
             self.reward, self.latent, self.policy, self.value = (
-                layers_of(head.head_module, packed, precision)
+                layers_of(head.head_module, precision)
                 for head in (
                     world_model.head_rewards,
                     world_model.head_observations,
@@ -129,7 +127,7 @@ class InferenceWeights:
         Raises:
             RuntimeError: weights are packed, or in other memory than before: make another.
         """
-        if self.packed or not self.in_place():
+        if self.precision is not None or not self.in_place():
             raise RuntimeError('expected weights that are where they were, got packed or moved ones')
         for block in self.blocks:
             block.refresh()
@@ -152,7 +150,7 @@ class InferenceWeights:
 
 
 def layers_of(
-    modules: Iterable[nn.Module] | nn.Module, packed: bool = True, precision: Precision = 'float32'
+    modules: Iterable[nn.Module] | nn.Module, precision: Precision | None = 'float32'
 ) -> tuple[Layer, ...]:
     """The layers of a sequence of modules: linear layers with the GELU behind them in one call, dropout left
     out (inference is never in training mode), everything else as it is."""
@@ -165,9 +163,9 @@ def layers_of(
             layers.append(module)
             continue
         gelu = None
-        if packed and packs(module.weight) and rest and isinstance(rest[0], nn.GELU):
+        if precision and packs(module.weight) and rest and isinstance(rest[0], nn.GELU):
             gelu = rest.pop(0).approximate
-        layers.append(affine(module.weight, module.bias, gelu, packed=packed, precision=precision))
+        layers.append(affine(module.weight, module.bias, gelu, precision=precision))
     return tuple(layers)
 
 
@@ -176,16 +174,15 @@ def affine(
     bias: torch.Tensor,
     gelu: str | None = None,
     *,
-    packed: bool = True,
-    precision: Precision = 'float32',
+    precision: Precision | None = 'float32',
 ) -> Layer:
-    """``x @ weight.T + bias``; where that pays and ``packed`` allows it, by a packed copy of the weights in
-    ``precision``, and then with the GELU behind it (``gelu`` 'none' or 'tanh')."""
+    """``x @ weight.T + bias``; where that pays, by a packed copy of the weights in ``precision`` (None: by
+    the weights themselves), and then with the GELU behind it (``gelu`` 'none' or 'tanh')."""
     weight, bias = weight.detach(), bias.detach()
-    if packed and reduces(weight, precision):
+    if precision and reduces(weight, precision):
         product = reduced(weight, bias, precision)
         return product if gelu is None else lambda x: F.gelu(product(x), approximate=gelu)
-    if not (packed and packs(weight)):
+    if not (precision and packs(weight)):
         return partial(F.linear, weight=weight, bias=bias)
     # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.
     after, kind = ('none', '') if gelu is None else ('gelu', gelu)
@@ -245,9 +242,7 @@ def one_by_one(modules: Sequence[nn.Module]) -> Layer:
 def packs(weight: torch.Tensor) -> bool:
     """Whether a packed copy of a weight is quicker than the weight."""
     return (
-        weight.device.type == 'cpu'
-        and weight.dtype == torch.float32
-        and weight.numel() >= PACKED_ELEMENTS
+        is_large(weight, PACKED_ELEMENTS)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and hasattr(torch.ops.mkldnn, '_linear_pointwise')
