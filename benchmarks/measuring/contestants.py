@@ -19,7 +19,7 @@ from lzero_kv.lightzero.inference.heads import (
     predict_policy_value,
     predict_reward_latent,
 )
-from lzero_kv.lightzero.inference.positions import positions_of
+from lzero_kv.lightzero.inference.positions import Placed, positions_of
 from lzero_kv.lightzero.inference.precision import ELEMENTS, available, largest_matrix
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.episodes import Episodes
@@ -169,9 +169,25 @@ class Floor:
         self._observations = torch.randn(family.collectors, *size, device=device)
         self._actions = torch.zeros(family.collectors, dtype=torch.int64, device=device)
         self._tokens = tokens
-        self._positions = positions_of(self._world_model)
+        positions = positions_of(self._world_model)
+        self._placed: dict[tuple[int, int], Placed] = {}
+        for ahead, new in ((0, 2), (0, 1), (1, 1)):
+            end = tokens + ahead + new
+            at = np.broadcast_to(np.arange(end - new, end), (family.collectors, new))
+            self._placed[ahead, new] = positions.at(at, at)
         shape = family.collectors, family.layers, 2, family.heads, tokens + 2, family.embed // family.heads
         self._buffer = torch.randn(*shape, device=device)
+
+    def capture(self) -> Callable[[], object]:
+        """A step as one CUDA graph: what the model computes when nothing waits for Python."""
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
 
     @torch.no_grad()
     def step(self) -> None:
@@ -185,10 +201,8 @@ class Floor:
             predict_policy_value(self._weights, self._append(latent[:, None], 1))
 
     def _append(self, x: torch.Tensor, ahead: int) -> torch.Tensor:
-        rows, new, _ = x.shape
-        end = self._tokens + ahead + new
-        at = np.broadcast_to(np.arange(end - new, end), (rows, new))
-        placed = self._positions.at(at, at)
+        new = x.shape[1]
+        end, placed = self._tokens + ahead + new, self._placed[ahead, new]
         seen = self._buffer[..., :end, :]
         keys, values = (part.unbind(1) for part in seen.unbind(2))
         own = seen[..., end - new :, :].unbind(1)

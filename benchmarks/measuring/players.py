@@ -120,13 +120,12 @@ class Player:
 
 
 class FloorPlayer:
-    """The model alone, timed as the others are."""
+    """The model alone, timed as the others are; ``captured`` as one CUDA graph."""
 
-    name = 'floor'
-
-    def __init__(self, floor: Floor) -> None:
-        self._floor = floor
-        floor.step()
+    def __init__(self, floor: Floor, captured: bool = False) -> None:
+        self.name = 'floor graph' if captured else 'floor'
+        self._step = floor.capture() if captured else floor.step
+        self._step()
 
     def threads(self, number: int) -> None:
         """Threads of the next steps."""
@@ -134,4 +133,4 @@ class FloorPlayer:
 
     def step(self) -> tuple[float, float]:
         """Milliseconds of one environment step; it has no root inference of its own to tell apart."""
-        return timed(self._floor.step), float('nan')
+        return timed(self._step), float('nan')

@@ -53,8 +53,9 @@ def measure_shape(
         warm_up = history if family.context > 16 else family.context // 2 + 1
         for player in players:
             player.warm_up(warm_up)
-        floor = FloorPlayer(Floor(family, min(2 * warm_up + 1, family.context - 3), device))
-        timed = {number: take_turns([*players, floor], steps, number) for number in threads}
+        floor = Floor(family, min(2 * warm_up + 1, family.context - 3), device)
+        floors = [FloorPlayer(floor)] + ([FloorPlayer(floor, captured=True)] if device == 'cuda' else [])
+        timed = {number: take_turns([*players, *floors], steps, number) for number in threads}
         for player in players:
             player.threads(threads[0])
         found: dict[str, Numbers] = {player.name: player.look_closer() for player in players}
@@ -63,7 +64,7 @@ def measure_shape(
     finally:
         for other in others:
             other.close()
-    found[FLOOR] = {}
+    found |= {floor.name: {} for floor in floors}
     for name, numbers in found.items():
         numbers['threads'] = {
             number: compared(rounds, name, family.simulations) for number, rounds in timed.items()
@@ -139,7 +140,7 @@ def compared(rounds: dict[str, list[tuple[float, float]]], name: str, simulation
         'times_as_fast': round(float(medians['stock'][0] / step), 2),
         'over_floor': round(float(step / medians[FLOOR][0]), 2),
     }
-    if name != FLOOR:
+    if not np.isnan(root):
         numbers['root_inference_ms'] = summary([of for _, of in rounds[name]])
         numbers['root_times_as_fast'] = round(float(medians['stock'][1] / root), 2)
         numbers['simulation_ms'] = round(float(step - root) / simulations, 3)
