@@ -64,8 +64,8 @@ class KVCacheConfig(BaseModel):
     backend: Literal['auto', 'eager', 'compile', 'cudagraph'] = 'auto'
     """How the steps of a search run: 'eager' one operator after another, 'compile' as one function on static
     shapes, compiled by torch.compile (about a minute, once), 'cudagraph' as one captured CUDA graph. 'auto'
-    is 'eager' on every device: a captured step was never timed on a GPU. What fails falls back to 'eager'
-    with a warning."""
+    is 'cudagraph' on a GPU without a budget, else 'eager'. What fails falls back to 'eager' with a
+    warning."""
     precision: Precision = 'float32'
     """Precision of the large weights in planning on a CPU. 'float32' is exact. 'float16' rounds the weights,
     'int8' the weights and what they are multiplied with: faster, and approximate. Training, its targets and
@@ -105,10 +105,11 @@ class KVCacheConfig(BaseModel):
             raise ValueError('; '.join(problems))
         return self
 
-    @property
-    def resolved_backend(self) -> Literal['eager', 'compile', 'cudagraph']:
-        """The backend that steps begin with."""
-        return 'eager' if self.backend == 'auto' else self.backend
+    def backend_on(self, device: Any) -> Literal['eager', 'compile', 'cudagraph']:
+        """The backend that steps begin with on a device, a torch.device or its name."""
+        if self.backend != 'auto':
+            return self.backend
+        return 'cudagraph' if str(device).startswith('cuda') and self.budget is None else 'eager'
 
     @classmethod
     def from_world_model_cfg(cls, cfg: Any) -> KVCacheConfig:

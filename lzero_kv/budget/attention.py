@@ -139,6 +139,45 @@ class QueryAttention:
     def accumulated(self, groups: int, decay: float, before: torch.Tensor | None) -> torch.Tensor:
         """``[B, groups, n]``: ``s <- decay s + a_q`` for every query, mean over a group's heads; from
         ``before`` (of the first columns) on."""
+        total = self.queries.shape[2]
+        if self._has_fused_kernel:
+            sums = mean_of_groups(self.summed(decay), groups)
+        else:
+            sums = self._summed_in_pieces(groups, decay)
+        if before is not None:
+            sums[..., : before.shape[2]] += decay ** self.count(total)[..., None].to(before.dtype) * before
+        return sums
+
+    @property
+    def _has_fused_kernel(self) -> bool:
+        """Whether a GPU's attention kernel takes these queries: a prompt in half precision, all seen."""
+        half = self.queries.dtype in (torch.bfloat16, torch.float16)
+        whole = self.queries.shape[2] == self.keys.shape[2] > _PIECE and self.counts is None
+        return self.queries.is_cuda and half and whole and self.hidden is None and self.positions is None
+
+    def summed(self, decay: float) -> torch.Tensor:
+        """``[B, H, n]``: as :meth:`accumulated`, for as many queries as columns, none of them hidden, mean
+        over the heads of a key-value head.
+
+        The gradient of attention with respect to its values is ``P^T dO``. With the weights of the queries as
+        ``dO`` it is their sum, which fused kernels compute in the precision of the queries, without the
+        probabilities in memory.
+        """
+        queries, keys = self.queries, self.keys.to(self.queries.dtype)
+        ages = torch.arange(queries.shape[2] - 1, -1, -1, device=keys.device)
+        with torch.inference_mode(False), torch.enable_grad():
+            # tensors of an inference mode take part in no gradient
+            queries, keys = (part.clone() if part.is_inference() else part for part in (queries, keys))
+            values = torch.zeros_like(keys).requires_grad_()
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=True
+            )
+            given = torch.zeros_like(attended)
+            given[..., 0] = (decay ** ages.to(self.keys.dtype)).to(given.dtype)
+            (sums,) = torch.autograd.grad(attended, values, given)
+        return sums[..., 0].to(self.keys.dtype) / (queries.shape[1] // keys.shape[1])
+
+    def _summed_in_pieces(self, groups: int, decay: float) -> torch.Tensor:
         total, columns = self.queries.shape[2], self.keys.shape[2]
         sums = self.keys.new_zeros(self.keys.shape[0], groups, columns)
         for first in range(0, total, _PIECE):
@@ -149,8 +188,6 @@ class QueryAttention:
             weights = weights if real is None else weights * real
             seen = weights[:, None, None] @ self._probabilities(first, end)
             sums[..., : seen.shape[3]] += mean_of_groups(seen[:, :, 0], groups)
-        if before is not None:
-            sums[..., : before.shape[2]] += decay ** self.count(total)[..., None].to(before.dtype) * before
         return sums
 
     def _real(self, first: int, end: int) -> torch.Tensor | None:

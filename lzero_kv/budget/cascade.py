@@ -289,7 +289,7 @@ class BudgetedCache:
         self._share_out_first(layer, sizes)
         cascades = self._allocation.needs_preference and any(self._begin)
         for number in range(0 if cascades else layer, layer + 1):
-            self._cut(number, sizes)
+            self._cut(number, sizes, again=cascades and layer + 1 < self.layers)
 
     def _sizes(self, seen: int) -> Sizes:
         return self.config.sizes_at(seen, [least(seen, limit) for limit in self.limits], self.interval)
@@ -414,14 +414,23 @@ class BudgetedCache:
         held = self._counts[number][row] + (self._added[row] if number > layer else 0)
         return least(held + self._slack, self.limits[number])
 
-    def _cut(self, layer: int, sizes: Sequence[Sizes]) -> None:
+    def _cut(self, layer: int, sizes: Sequence[Sizes], again: bool) -> None:
+        """Cut a layer to its slots. Where further layers cut it ``again``, its tokens lie best first until
+        the last one has: a cut drops the last columns then."""
         held, counts = self._held[layer], self._counts[layer]
         targets = [self._target(row, layer, size) for row, size in enumerate(sizes)]
         kept = [min(pair) for pair in zip(counts, targets, strict=True)]
-        if kept == counts:
-            return
-        held.shrink(kept[0] if len(set(kept)) == 1 else kept, self._selection)
-        self._counts[layer], self._whole[layer] = kept, False
+        slots = kept[0] if len(set(kept)) == 1 else kept
+        if again and kept != counts:
+            if held.needed is None:
+                held.rank(self._selection)
+            held.truncate(max(kept))
+        elif not again and held.needed is not None:
+            held.settle(slots)
+        elif kept != counts:
+            held.shrink(slots, self._selection)
+        if kept != counts:
+            self._counts[layer], self._whole[layer] = kept, False
 
     def _target(self, row: int, layer: int, sizes: Sizes) -> int:
         slots = self.slots[row][layer : layer + 1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lzero_kv.budget.attention import AttentionRecord, QueryAttention, at_least_float32
-from lzero_kv.budget.selection import Kept, Selection, select
+from lzero_kv.budget.selection import Kept, Selection, most_of, rank, room_of, select
 from lzero_kv.budget.tokens import Tokens, gather_tokens, real_columns
 
 
@@ -41,6 +41,8 @@ class LayerCache:
     yet, fewer than ``n`` while tokens were appended that were not scored."""
     queries: torch.Tensor | None = None
     """``[B, heads, p, head_dim]``: newest queries whose attention was not read yet."""
+    needed: torch.Tensor | None = None
+    """int64 ``[B, G, n]``, between :meth:`rank` and :meth:`settle`: slots, less one, that keep each token."""
 
     @classmethod
     def of_prompt(
@@ -166,13 +168,14 @@ class LayerCache:
             record.recent = recent
             record.queries = reading.count(recent.shape[2]).expand(-1, record.groups)
         if reads:
-            new = selection.scores(record, self.tokens)
+            tokens = self.tokens
+            new = selection.scores(record, tokens)
             record.recent = record.queries = None
             if self.scores is not None and 'recent' in reads:
                 share = min(1.0, reading.queries.shape[2] / horizon)
                 older = F.pad(self.scores, (0, new.shape[2] - self.scores.shape[2]), value=-1.0)
                 new = torch.where(older < 0, new, older + share * (new - older))
-            self.scores = torch.where(self.tokens.evictable, new, -1.0)
+            self.scores = torch.where(tokens.evictable, new, -1.0)
 
     def choose(self, slots: int | Sequence[int], selection: Selection) -> Kept:
         """The tokens that stay in ``slots`` columns: of every row, or one number for each.
@@ -180,8 +183,10 @@ class LayerCache:
         Raises:
             ValueError: window and sinks do not fit into ``slots``.
         """
-        scores = selection.scores(self.record, self.tokens) if self.scores is None else self.scores
-        return select(scores, self.tokens, slots)
+        return select(self._scores(selection), self.tokens, slots)
+
+    def _scores(self, selection: Selection) -> torch.Tensor:
+        return selection.scores(self.record, self.tokens) if self.scores is None else self.scores
 
     def newest(self, columns: int) -> Kept:
         """The last columns, where it is known that no row has more tokens: nothing is scored."""
@@ -217,6 +222,31 @@ class LayerCache:
         """
         if self.columns > (slots if isinstance(slots, int) else min(slots)):
             self.keep(self.choose(slots, selection))
+
+    def rank(self, selection: Selection) -> None:
+        """Lay the tokens best first, to :meth:`truncate` them time and again; :meth:`settle` ends it. Nothing
+        is appended or read in between."""
+        best_first, needed = rank(self._scores(selection), self.tokens)
+        self.keep(Kept(best_first, self.lengths))
+        self.needed = needed.gather(-1, best_first)
+
+    def truncate(self, columns: int) -> None:
+        """Drop all but the best ``columns``."""
+        for owner, name, tensor in self._tensors():
+            if name not in ('lengths', 'queries'):
+                first = tensor[:, :, :columns]
+                # a view would keep the memory
+                setattr(owner, name, first.contiguous() if name in ('keys', 'values') else first)
+
+    def settle(self, slots: int | Sequence[int]) -> None:
+        """Lay the best tokens by position again: ``slots`` of them, of every row or one number for each."""
+        assert self.needed is not None
+        place = torch.arange(self.columns, device=self.keys.device)
+        stays = (place < self.lengths[..., None]) & (self.needed < room_of(slots, place.device))
+        # stable, so that padding is the same on every device
+        order = torch.where(stays, self.positions, -1).sort(dim=-1, stable=True).indices
+        self.needed = None
+        self.keep(Kept(order[..., self.columns - most_of(slots, self.columns) :], stays.sum(-1)))
 
     def expire(self, oldest: torch.Tensor) -> None:
         """Drop the tokens in front of position ``oldest``, int64 ``[B]``; their columns become padding."""
@@ -273,7 +303,8 @@ class LayerCache:
 
     def _tensors(self) -> Iterator[tuple[LayerCache | AttentionRecord, str, torch.Tensor]]:
         """Every tensor with one entry a row: whose it is, its name, itself."""
-        own = ((self, name) for name in ('keys', 'values', 'positions', 'lengths', 'scores', 'queries'))
+        names = 'keys', 'values', 'positions', 'lengths', 'scores', 'queries', 'needed'
+        own = ((self, name) for name in names)
         recorded = ((self.record, name) for name in ('accumulated', 'recent', 'queries'))
         for owner, name in (*own, *recorded):
             if (tensor := getattr(owner, name)) is not None:

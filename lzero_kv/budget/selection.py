@@ -198,23 +198,45 @@ def select(scores: torch.Tensor, tokens: Tokens, slots: int | Sequence[int]) -> 
     columns = scores.shape[-1]
     if isinstance(slots, int):
         _check_always_kept(min(slots, columns), tokens, columns)
-        most, room = min(slots, columns), slots
-    else:
-        most = min(max(slots), columns)
-        room = torch.tensor(slots, device=scores.device)[:, None, None]
-    bounds = torch.finfo(scores.dtype)
+    stays = tokens.real & (rank(scores, tokens).needed < room_of(slots, scores.device))
+    place = torch.arange(columns, device=scores.device)
+    indices = torch.where(stays, place, -1).sort(-1).values[..., columns - most_of(slots, columns) :]
+    return Kept(indices.clamp(min=0), stays.sum(-1))
+
+
+class Ranking(NamedTuple):
+    """The order in which the tokens of a layer are kept: each number of slots keeps the first ones."""
+
+    best_first: torch.Tensor
+    """int64 ``[B, G, n]``: columns; window and sinks in front, padding behind."""
+    needed: torch.Tensor
+    """int64 ``[B, G, n]``: slots, less one, with which the token of each column is kept."""
+
+
+def rank(scores: torch.Tensor, tokens: Tokens) -> Ranking:
+    """Rank the tokens as :func:`select` keeps them; arguments as there."""
+    bounds, columns = torch.finfo(scores.dtype), scores.shape[-1]
     scores = torch.nan_to_num(scores, nan=bounds.min, posinf=bounds.max, neginf=bounds.min)
     worth = tokens.sum_of_steps(torch.where(tokens.evictable, scores, scores.new_zeros(())))
     worth = worth.clamp(bounds.min, bounds.max)
-    worth = torch.where(tokens.evictable, worth, worth.new_tensor(torch.inf))
-    worth = torch.where(tokens.real, worth, worth.new_tensor(-torch.inf))
+    worth = torch.where(tokens.evictable, worth, torch.inf)
+    worth = torch.where(tokens.real, worth, -torch.inf)
     # sorted from the newest token to the oldest, so that a stable sort leaves the later one in front
     best_first = columns - 1 - worth.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(columns, device=scores.device).expand_as(best_first)
-    rank = torch.empty_like(best_first).scatter_(-1, best_first, place)
-    stays = tokens.real & (tokens.max_of_steps(rank) < room)
-    indices = torch.where(stays, place, -1).sort(-1).values[..., columns - most :]
-    return Kept(indices.clamp(min=0), stays.sum(-1))
+    return Ranking(
+        best_first, tokens.max_of_steps(torch.empty_like(best_first).scatter_(-1, best_first, place))
+    )
+
+
+def room_of(slots: int | Sequence[int], device: torch.device) -> int | torch.Tensor:
+    """``slots`` beside numbers ``[B, G, n]``."""
+    return slots if isinstance(slots, int) else torch.tensor(slots, device=device)[:, None, None]
+
+
+def most_of(slots: int | Sequence[int], columns: int) -> int:
+    """The most slots of a row, at most ``columns``."""
+    return min(slots if isinstance(slots, int) else max(slots), columns)
 
 
 def _check_always_kept(slots: int, tokens: Tokens, columns: int) -> None:

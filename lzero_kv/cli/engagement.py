@@ -166,15 +166,14 @@ def _values_check(world_model: Any) -> Check:
 
 def _backend_checks(call: TrainingCall, world_model: Any) -> list[Check]:
     """Return how the steps of a search would run on the device that the host would take here."""
-    import torch
+    from lzero_kv.lightzero.start import device_of
 
     try:
         config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
     except (ValueError, TypeError):
         return []  # the check of the values says why
-    wanted = _at(call.config, 'policy', 'cuda') is not False  # the host's own default is True
-    device = 'cuda' if wanted and torch.cuda.is_available() else 'cpu'
-    found = f'{config.resolved_backend} on {device}' + (' (auto)' if config.backend == 'auto' else '')
+    device = device_of(_at(call.config, 'policy') or {})
+    found = f'{config.backend_on(device)} on {device}' + (' (auto)' if config.backend == 'auto' else '')
     if config.backend == 'cudagraph' and device != 'cuda':
         remedy = "there is no CUDA device, searches would go on with 'eager'; leave backend out"
         return [Check(Mark.WARN, 'backend', found, remedy)]

@@ -80,7 +80,7 @@ def _unreduced(config: Any, precision: Precision, mode: str | None) -> list[str]
     """What stands against planning in a reduced precision."""
     problems, name = [], f'kv_cache.precision={precision!r}'
     if str(config.get('device', 'cpu')) != 'cpu':
-        problems.append(f"{name}: it is for planning on a CPU, got device={config.device!r}; leave it out")
+        problems.append(f'{name}: it is for planning on a CPU, got device={config.device!r}; leave it out')
     elif not available():
         problems.append(f'{name}: torch has no FBGEMM for this processor; leave it out')
     largest = largest_matrix(config.embed_dim)

@@ -44,8 +44,8 @@ class Plan:
         manager, config = self.manager, self.config
         bound = 'no bound' if config.max_bytes is None else f'at most {config.max_bytes:,}'
         return (
-            f'window={config.window}, backend={config.resolved_backend}, precision={config.precision}, '
-            f'{manager.env_num} environments, '
+            f'window={config.window}, backend={config.backend_on(manager.layout.device)}, '
+            f'precision={config.precision}, {manager.env_num} environments, '
             f'pools of {manager.storage.slots} histories ({self.bytes:,} bytes, {bound}), '
             f'budget={"none" if config.budget is None else _given(config.budget)}, '
             f'validation={self.validation or "off"}'
@@ -70,8 +70,14 @@ def planned(policy_cfg: Any) -> Plan:
     check_world_model_config(model)
     refuse_validated_budget(config, model, mode)
     environments = int(policy_cfg['collector_env_num']) + int(policy_cfg['evaluator_env_num'])
-    manager = make_manager(model, config, torch.empty(0), environments, simulations_of(policy_cfg))
+    weight = torch.empty(0, device=device_of(policy_cfg))
+    manager = make_manager(model, config, weight, environments, simulations_of(policy_cfg))
     return Plan(config, manager, mode)
+
+
+def device_of(policy_cfg: Mapping[str, Any]) -> str:
+    """The device that the host takes for a policy: its own default is a GPU where there is one."""
+    return 'cuda' if policy_cfg.get('cuda', True) and torch.cuda.is_available() else 'cpu'
 
 
 def refuse_validated_budget(config: KVCacheConfig, model: Any, mode: str | None) -> None:

@@ -105,8 +105,8 @@ class KVWorldModel(WorldModel):
 
     @property
     def backend(self) -> Literal['eager', 'compile', 'cudagraph']:
-        """How the steps of a search run: ``kv_cache.backend``."""
-        return self.cache_config.resolved_backend
+        """How the steps of a search run: ``kv_cache.backend``, on the device that the weights have now."""
+        return self.cache_config.backend_on(self.transformer.ln_f.weight.device)
 
     def _drop_session(self) -> None:
         """New pools will be made; what watched the old ones forgets them."""

@@ -63,12 +63,12 @@ class FlatCache(BudgetedCache):
         super().__init__(*arguments, **named)
         self.cascade = False
 
-    def _cut(self, layer: int, sizes: Sequence[Any]) -> None:
+    def _cut(self, layer: int, sizes: Sequence[Any], again: bool) -> None:
         if not any(self._begin):
-            super()._cut(layer, sizes)
+            super()._cut(layer, sizes, again)
         elif layer + 1 == self.layers:
             for number in range(self.layers):
-                super()._cut(number, sizes)
+                super()._cut(number, sizes, again=False)
 
 
 class Driver:

@@ -89,7 +89,7 @@ def test_impossible_pairs_are_refused_also_beside_other_mistakes():
 def test_a_backend_on_static_shapes_is_not_for_budgets(backend):
     (line,) = mistakes(backend=backend, budget=dict(ratio=0.5))
     assert line.startswith(f"backend: '{backend}' cannot be combined with budget")
-    assert read(backend=backend).resolved_backend == backend
+    assert read(backend=backend).backend_on('cpu') == backend
 
 
 def test_an_unknown_backend_is_refused():
@@ -100,7 +100,9 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_auto_is_what_was_measured():
-    assert read().resolved_backend == read(backend='eager').resolved_backend == 'eager'
+    assert read().backend_on('cpu') == read(backend='eager').backend_on('cuda') == 'eager'
+    assert read().backend_on('cuda:1') == 'cudagraph'
+    assert read(budget=dict(ratio=0.5)).backend_on('cuda') == 'eager'
     assert read(window='auto') == read(window='rebuild') == read()
     assert mistakes(window='rebuilt') == [
         "window: expected one of ['rebuild', 'shift'], got 'rebuilt'; did you mean 'rebuild'?"

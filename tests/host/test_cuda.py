@@ -68,7 +68,7 @@ def test_answers_are_those_of_a_cpu(family: str, dtype: torch.dtype, window: str
     ('family', 'kv_cache', 'options'),
     [
         ('tiny', dict(window='shift'), {}),
-        ('tiny', dict(backend='cudagraph'), {}),
+        ('tiny', {}, {}),
         ('memory', dict(budget=BUDGET), dict(infer_context_length=9)),
     ],
 )
@@ -78,14 +78,15 @@ def test_a_policy_searches_as_on_a_cpu(
     """The host's own policy and tree."""
     plays = []
     for where in ({}, ON_CUDA):
-        given = kv_cache | ({} if where else dict(backend='eager'))
         policy = make_policy(
-            family, kv=True, kv_cache=given, dtype=torch.float64, num_simulations=4, collector_env_num=3,
-            evaluator_env_num=1, **options | where,
+            family, kv=True, kv_cache=dict(kv_cache), dtype=torch.float64, num_simulations=4,
+            collector_env_num=3, evaluator_env_num=1, **options | where,
         )  # fmt: skip
         episodes = Episodes(policy, range(3), record=False)
         plays.append(episodes.run([range(3), (0, 2), range(3), (1,), range(3)]))
-    assert world_model_of(policy).transformer.ln_f.weight.is_cuda
+    world_model = world_model_of(policy)
+    assert world_model.transformer.ln_f.weight.is_cuda
+    assert world_model.backend == ('eager' if 'budget' in kv_cache else 'cudagraph')
     assert_same_play(plays[1], plays[0])
 
 

@@ -85,17 +85,18 @@ def test_captured_answers_are_those_of_the_eager_backend_on_a_cpu(
     ('family', 'kv_cache', 'options'),
     [('tiny', dict(window='shift'), {}), ('memory', dict(budget=BUDGET), dict(infer_context_length=9))],
 )
-def test_auto_is_eager_and_a_policy_searches_as_on_a_cpu(
+def test_auto_captures_without_a_budget_and_a_policy_searches_as_on_a_cpu(
     device: Device, family: str, kv_cache: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """The host's own policy and tree on the device."""
-    plays = []
+    plays, budget = [], 'budget' in kv_cache
     for where in ({}, ON_CUDA):
         policy = policy_of(family, 4, kv_cache=dict(kv_cache), dtype=torch.float64, **options | where)
         episodes = Episodes(policy, range(3), record=False)
         plays.append(episodes.run([range(3), (0, 2), range(3), (1,), range(3)]))
     world_model = world_model_of(policy)
-    assert world_model.backend == 'eager' and world_model.session._static is None
+    assert world_model.backend == ('eager' if budget else 'cudagraph')
+    assert (world_model.session._static is None) == (device.counts.replays == 0) == budget
     assert world_model.transformer.ln_f.weight.device == torch.device('cuda', 0)
     assert_same_play(plays[1], plays[0])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from lzero_kv.budget.attention import QueryAttention, at_least_float32
 from lzero_kv.llm import BudgetCache, disable, enable
 
 from .models import MAKERS, batch, generate, make
@@ -51,3 +53,19 @@ def test_half_precision_and_beams(dtype: torch.dtype) -> None:
     assert model.generate(ids, do_sample=True, **sampled).shape == (3, ids.shape[1] + 9)
     disable(model)
     assert torch.equal(*one)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('decay', [1.0, 0.99])
+def test_attention_summed_by_the_fused_kernel_is_that_of_the_probabilities(
+    dtype: torch.dtype, decay: float
+) -> None:
+    """Sums of 700 queries, read again in float64. Rounding: the probabilities and sums are of ``dtype``."""
+    torch.manual_seed(3)
+    queries, keys = (torch.randn(2, heads, 700, 64, device='cuda').to(dtype) for heads in (6, 3))
+    reading = QueryAttention(queries, at_least_float32(keys), None, None, None, 0, 64**-0.5)
+    exact = dataclasses.replace(reading, queries=queries.double(), keys=keys.double())
+    expected = exact.accumulated(3, decay, None)
+    difference = (reading.accumulated(3, decay, None) - expected).abs() / expected
+    assert reading._has_fused_kernel and not exact._has_fused_kernel
+    assert float(difference.max()) < (0.02 if dtype == torch.bfloat16 else 0.003)

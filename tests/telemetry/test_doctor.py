@@ -81,7 +81,7 @@ def test_a_config_for_which_the_plugin_engages(tmp_path: Path, warm_python: str)
     assert done.returncode == 0, done.stdout + done.stderr
     assert 'policy=lfu, max_bytes=1000000' in done.stdout
     assert re.search(r'│ ok +│ validation +│ model ', done.stdout)
-    assert re.search(r'│ ok +│ backend +│ eager on (cpu|cuda) \(auto\) ', done.stdout)
+    assert re.search(r'│ ok +│ backend +│ (eager on cpu|cudagraph on cuda) \(auto\) ', done.stdout)
     assert done.stdout.splitlines()[-1] == f'The plugin would engage for {path}.'
     assert not (tmp_path / 'trained').exists()
 

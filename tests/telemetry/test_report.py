@@ -73,9 +73,7 @@ def test_a_resumed_run_in_the_same_folder_is_a_run_of_its_own(
     assert 'log: ' in capsys.readouterr().out
 
 
-def test_a_log_of_a_training_without_the_plugin_says_what_to_write(
-    tmp_path: Path, warm_python: str
-) -> None:
+def test_a_log_of_a_training_without_the_plugin_says_what_to_write(tmp_path: Path, warm_python: str) -> None:
     write_stock_experiment(tmp_path)
     done = run(warm_python, 'report', tmp_path)
     assert done.returncode == 1

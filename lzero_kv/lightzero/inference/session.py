@@ -65,7 +65,7 @@ def make_manager(
         layout=layout,
         cache_config=config,
         num_simulations=num_simulations,
-        scratch=config.resolved_backend != 'eager',
+        scratch=config.backend_on(weight.device) != 'eager',
     )
 
 
