@@ -1,6 +1,6 @@
 """Statistics of a training, read from its log: as numbers, not as a page.
 
-    python examples/read_statistics.py data_lz
+python examples/read_statistics.py data_lz
 """
 
 from __future__ import annotations
