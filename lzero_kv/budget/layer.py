@@ -71,8 +71,8 @@ class LayerCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys, values, positions, lengths, record and scores."""
-        return sum(tensor.nbytes for _, _, tensor in self._tensors())
+        """Bytes of keys, values, positions, lengths, record and scores, columns to come included."""
+        return sum(getattr(tensor, 'room', tensor).nbytes for _, _, tensor in self._tensors())
 
     def append(
         self,
@@ -93,7 +93,7 @@ class LayerCache:
 
     def joined(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the layer with those of a block behind, which is not added yet."""
-        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        return _joined(self.keys, keys), _joined(self.values, values)
 
     def extend(
         self,
@@ -309,6 +309,27 @@ class LayerCache:
         for owner, name in (*own, *recorded):
             if (tensor := getattr(owner, name)) is not None:
                 yield owner, name, tensor
+
+
+_SPARE = 16
+"""Columns to come for which room is made: so many single tokens copy none that is held."""
+
+
+def _joined(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """``[B, H, n + Q, d]``: ``new`` behind ``held``, in the memory behind it where there is room.
+
+    The view that is returned brings the memory with it, so that both end together; columns behind a view are
+    nobody's.
+    """
+    columns, end = held.shape[2], held.shape[2] + new.shape[2]
+    room = getattr(held, 'room', None)
+    if room is None or room.shape[2] < end:
+        room = held.new_empty(*held.shape[:2], end + _SPARE, held.shape[3])
+        room[:, :, :columns] = held
+    room[:, :, columns:end] = new
+    joined = room[:, :, :end]
+    joined.room = room
+    return joined
 
 
 def attend(queries: torch.Tensor, layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:

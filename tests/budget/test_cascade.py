@@ -406,11 +406,18 @@ def test_bytes_are_what_the_tensors_are(selection):
     for waiting in (0, 0, 1, 2, 0):
         columns = driver.cache.held_tokens
         # 3 rows with 2 heads: keys and values of 3 numbers, a position, a score and a sum for each token that
-        # was read; queries of 6 heads with 3 numbers for those that were not; 8 bytes each
-        read = columns - 5 * waiting
-        expected = 3 * 2 * ((2 * 3 + 1) * columns + remembered * read + 5) + 3 * 6 * 3 * 5 * waiting
+        # was read; queries of 6 heads with 3 numbers for those that were not; 8 bytes each. Keys and values
+        # have room for at most 16 tokens to come, once one was appended
+        read, spare = columns - 5 * waiting, [_spare(driver.cache[layer].keys) for layer in range(5)]
+        assert all(0 <= more <= 16 for more in spare) and (any(spare) or not waiting)
+        expected = 3 * 2 * ((2 * 3 + 1) * columns + 2 * 3 * sum(spare) + remembered * read + 5)
+        expected += 3 * 6 * 3 * 5 * waiting
         assert driver.cache.bytes == 8 * expected
         driver.block()
+
+
+def _spare(keys: torch.Tensor) -> int:
+    return keys.untyped_storage().nbytes() // 8 // keys[:, :, 0].numel() - keys.shape[2]
 
 
 def names_of(selection: dict[str, Any]) -> list[str]:

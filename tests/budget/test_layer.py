@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -88,3 +89,23 @@ def test_a_budget_loads_nothing_that_a_language_model_has_not():
     code = f'import sys, lzero_kv.budget\nprint(*[name for name in {UNWANTED!r} if name in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_single_tokens_are_appended_in_place_and_change_no_earlier_view() -> None:
+    """Room behind the tokens is used up, then made anew; a copy of the layer goes its own way."""
+    layer = LayerCache.of_prompt(
+        *torch.randn(2, 3, 2, 7, 5), torch.full((3,), 7), AttentionRecord(1, 4, 1.0, ())
+    )
+    expected, places, views = [layer.keys, layer.values], set(), []
+    for _ in range(40):
+        new = torch.randn(2, 3, 2, 1, 5)
+        expected = [torch.cat(pair, dim=2) for pair in zip(expected, new, strict=True)]
+        layer.append(*new)
+        other = copy.deepcopy(layer)
+        other.append(*torch.randn(2, 3, 2, 1, 5))
+        assert torch.equal(layer.keys, expected[0]) and torch.equal(layer.values, expected[1])
+        assert torch.equal(other.keys[:, :, :-1], expected[0])
+        places.add(layer.keys.data_ptr())
+        views.append((layer.keys, expected[0]))
+    assert len(places) == 3, 'memory is taken for 17 tokens at a time'
+    assert all(torch.equal(*pair) for pair in views)
