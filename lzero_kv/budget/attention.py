@@ -96,8 +96,9 @@ def layer_preference(
     return Preference(*(float(values.sum() / rows) for values in dispersion_and_shift(recent, evictable)))
 
 
-_PIECE = 256
-"""Queries whose attention is held at once where all of them are summed up."""
+_PIECE = {'cpu': 32, 'cuda': 256}
+"""Queries whose attention is held at once where all of them are summed up: on a CPU so few that its caches
+hold them, on a GPU so many that launches do not count."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class QueryAttention:
     def _has_fused_kernel(self) -> bool:
         """Whether a GPU's attention kernel takes these queries: a prompt in half precision, all seen."""
         half = self.queries.dtype in (torch.bfloat16, torch.float16)
-        whole = self.queries.shape[2] == self.keys.shape[2] > _PIECE and self.counts is None
+        whole = self.queries.shape[2] == self.keys.shape[2] > _PIECE['cuda'] and self.counts is None
         return self.queries.is_cuda and half and whole and self.hidden is None and self.positions is None
 
     def summed(self, decay: float) -> torch.Tensor:
@@ -180,8 +181,9 @@ class QueryAttention:
     def _summed_in_pieces(self, groups: int, decay: float) -> torch.Tensor:
         total, columns = self.queries.shape[2], self.keys.shape[2]
         sums = self.keys.new_zeros(self.keys.shape[0], groups, columns)
-        for first in range(0, total, _PIECE):
-            end = min(total, first + _PIECE)
+        piece = _PIECE.get(self.keys.device.type, _PIECE['cuda'])
+        for first in range(0, total, piece):
+            end = min(total, first + piece)
             ages = torch.arange(total - 1 - first, total - 1 - end, -1, device=self.keys.device)
             weights = (decay ** ages.to(self.keys.dtype))[None]
             real = self._real(first, end)
@@ -202,10 +204,9 @@ class QueryAttention:
         rows, heads, total, head_dim = self.queries.shape
         block, columns = end - first, self.keys.shape[2] - total + end
         keys = self.keys[:, :, :columns]
-        queries = self.queries[:, :, first:end].to(keys.dtype)
+        queries = self.queries[:, :, first:end].to(keys.dtype) * self.scale
         grouped = queries.reshape(rows, keys.shape[1], -1, head_dim)
-        logits = (grouped @ keys.transpose(2, 3)).mul_(self.scale)
-        logits = logits.view(rows, keys.shape[1], -1, block, columns)
+        logits = (grouped @ keys.transpose(2, 3)).view(rows, keys.shape[1], -1, block, columns)
         # the smallest number instead of -inf: a query that is padding sees nothing and must not become NaN
         least = torch.finfo(logits.dtype).min
         later = torch.ones(block, block, dtype=torch.bool, device=keys.device).triu_(1)
@@ -216,7 +217,7 @@ class QueryAttention:
             own = self.positions[..., columns - block : columns, None]
             far = self.positions[..., None, :columns] <= own - self.reach
             logits.masked_fill_(far[:, :, None], least)
-        probabilities = torch.nan_to_num(logits.softmax(-1), nan=0.0)
+        probabilities = torch.nan_to_num_(logits.softmax(-1), nan=0.0)
         return probabilities.view(rows, heads, block, columns)
 
 

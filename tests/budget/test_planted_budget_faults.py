@@ -402,7 +402,7 @@ def scale_ignored(patch: Patch) -> None:
 
 
 def sums_of_long_blocks_lose_a_piece(patch: Patch) -> None:
-    patch.setattr(attention, '_PIECE', 5)
+    patch.setitem(attention._PIECE, 'cpu', 5)
     original = QueryAttention._probabilities
     patch.setattr(
         QueryAttention, '_probabilities', lambda self, first, end: original(self, first, end) * (first != 5)
