@@ -100,6 +100,9 @@ _PIECE = {'cpu': 32, 'cuda': 256}
 """Queries whose attention is held at once where all of them are summed up: on a CPU so few that its caches
 hold them, on a GPU so many that launches do not count."""
 
+_GROUPS_HEADS = 'enable_gqa' in (F.scaled_dot_product_attention.__doc__ or '')
+"""Whether this torch's attention takes grouped query heads (from 2.5 on)."""
+
 
 @dataclass(frozen=True)
 class QueryAttention:
@@ -154,7 +157,8 @@ class QueryAttention:
         """Whether a GPU's attention kernel takes these queries: a prompt in half precision, all seen."""
         half = self.queries.dtype in (torch.bfloat16, torch.float16)
         whole = self.queries.shape[2] == self.keys.shape[2] > _PIECE['cuda'] and self.counts is None
-        return self.queries.is_cuda and half and whole and self.hidden is None and self.positions is None
+        seen = self.hidden is None and self.positions is None
+        return _GROUPS_HEADS and self.queries.is_cuda and half and whole and seen
 
     def summed(self, decay: float) -> torch.Tensor:
         """``[B, H, n]``: as :meth:`accumulated`, for as many queries as columns, none of them hidden, mean

@@ -16,6 +16,7 @@ from lzero_kv.budget import (
     dispersion_and_shift,
     layer_preference,
 )
+from lzero_kv.budget.attention import QueryAttention
 
 from . import reference
 from .methods import config_of
@@ -172,3 +173,20 @@ def test_a_mix_with_uniform_is_allowed_where_all_layers_are_known():
     assert tracker.advance()
     # 42 by .4375, .2917, .2708: 18.4, 12.3 and 11.4; the missing slot goes where 1/2 is nearest in proportion
     assert tracker.slots == (6 + 19, 6 + 12, 6 + 11)
+
+
+@pytest.mark.parametrize('inference', [False, True])
+def test_the_gradient_of_the_values_is_the_accumulated_attention(inference):
+    """What a GPU's kernel sums up, on a CPU: 70 queries of 6 heads, 3 key-value heads, 3 pieces."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.inference_mode(inference):
+        queries, keys = (
+            torch.randn(2, heads, 70, 5, generator=generator, dtype=torch.float64) for heads in (6, 3)
+        )
+        reading = QueryAttention(queries, keys, None, None, None, 0, scale=0.7)
+        for decay in (1.0, 0.97):
+            expected = reading.accumulated(3, decay, None)
+            assert torch.allclose(reading.summed(decay), expected, rtol=0, atol=1e-12)
+    probabilities = reading.newest(70).view(2, 3, 2, 70, 70)
+    weights = 0.97 ** torch.arange(69, -1, -1, dtype=torch.float64)
+    assert torch.allclose((weights[:, None] * probabilities).sum(3).mean(2), expected, rtol=0, atol=1e-12)
