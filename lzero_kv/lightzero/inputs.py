@@ -79,7 +79,8 @@ def _unserved(config: Any) -> list[str]:
 def _unreduced(config: Any, precision: Precision, mode: str | None) -> list[str]:
     """What stands against planning in a reduced precision."""
     problems, name = [], f'kv_cache.precision={precision!r}'
-    if str(config.get('device', 'cpu')) != 'cpu':
+    # configs name a GPU and run without one: the host takes the CPU then
+    if str(config.get('device', 'cpu')) != 'cpu' and torch.cuda.is_available():
         problems.append(f'{name}: it is for planning on a CPU, got device={config.device!r}; leave it out')
     elif not available():
         problems.append(f'{name}: torch has no FBGEMM for this processor; leave it out')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 
 from lzero_kv.lightzero.inference import precision
 from lzero_kv.lightzero.inference.precision import reduced
+from lzero_kv.lightzero.inputs import check_world_model_config
 from lzero_kv.validation.findings import ValidationError
 from lzero_kv.validation.oracle import Oracle
 from testing import judging
 from testing.episodes import Episodes
-from testing.families import FAMILIES
+from testing.families import FAMILIES, policy_config
 from testing.judging import judge_nodes, judge_roots
 from testing.models import collect_model, make_policy, world_model_of
 
@@ -184,17 +186,28 @@ def test_a_fault_is_seen_in_int8(everything_reduced: None, monkeypatch: pytest.M
     ('options', 'reason'),
     [
         (dict(), r'pays from 524,288 weights in a matrix on, the largest here has 2,304'),
-        (dict(world_model=dict(embed_dim=768, group_size=8, device='cuda')), r"got device='cuda'"),
         (
             dict(world_model=dict(embed_dim=768, group_size=8, cache_validation_mode='recompute')),
             r"could not tell them apart; write 'float16' or 'float32'",
         ),
     ],
-    ids=['small', 'gpu', 'validation'],
+    ids=['small', 'validation'],
 )
 def test_what_cannot_pay_or_be_checked_is_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         reduced_policy('tiny', 'int8', **options)
+
+
+@pytest.mark.parametrize('gpu', [False, True])
+def test_a_gpu_is_refused_and_a_config_that_names_one_is_not(
+    gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LightZero's configs say 'cuda' and run on the CPU where there is no GPU."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    named = dict(embed_dim=768, group_size=8, device='cuda')
+    config = policy_config(FAMILIES['tiny'], True, dict(precision='float16'), {}, named).model.world_model_cfg
+    with pytest.raises(ValueError, match=r"got device='cuda'") if gpu else nullcontext():
+        check_world_model_config(config)
 
 
 def test_modes_that_compare_with_float32_are_refused(everything_reduced: None, tmp_path: Path) -> None:
