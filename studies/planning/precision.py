@@ -1,0 +1,198 @@
+"""What planning in fewer bits decides with a trained model: CartPole at 384 features, wide enough for int8.
+
+    python studies/planning/precision.py train data_lz/wide
+    python studies/planning/precision.py compare data_lz/wide/ckpt/ckpt_best.pth.tar
+
+``train`` takes LightZero's settings for CartPole with a wider model and a smaller batch, on one core, until
+it plays to 200 (10 minutes). ``compare`` plays eight episodes in float32, and searches each of their roots
+again, with the same history, in each precision. It prints a line of JSON for each, with the returns of eight
+episodes that the precision plays itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+import tyro
+
+import lzero_kv.plugin  # noqa: F401
+from lzero_kv.configs.cartpole_unizero_kv_config import FULL, make_config
+from testing.episodes import Episodes, Root
+from testing.recorder import replaced
+
+EPISODES = 8
+Recorded = list[tuple[list[np.ndarray], list[int]]]
+"""For each episode its observations and actions."""
+
+
+def config_of(precision: str) -> tuple[Any, Any]:
+    """The two configs of the host, for a CPU."""
+    sizes = dict(embed_dim=384, batch_size=64, env_manager='base', eval_freq=100, evaluator_env_num=EPISODES)
+    main_config, create_config = make_config('CartPole-v0', seed=0, size=type(FULL)(FULL | sizes))
+    model = main_config.policy.model.world_model_cfg
+    model.kv_cache = dict(precision=precision)
+    main_config.policy.device = model.device = 'cpu'
+    main_config.policy.cuda = False
+    return main_config, create_config
+
+
+def train(
+    folder: tyro.conf.Positional[Path], precision: Literal['float32', 'float16', 'int8'] = 'float32'
+) -> None:
+    """Train until the evaluation returns 200, or for 6,000 environment steps.
+
+    Args:
+        folder: of checkpoints and logs, relative.
+        precision: of planning, from the first step on.
+    """
+    from lzero.entry import train_unizero
+
+    configs = config_of(precision)
+    configs[0].exp_name = str(folder)
+    train_unizero([*configs], seed=0, max_env_step=6000)
+
+
+def compare(checkpoint: tyro.conf.Positional[Path], steps: int = 100) -> None:
+    """Print what each precision decides.
+
+    Args:
+        checkpoint: of a training by ``train``.
+        steps: roots of each episode, from its first on.
+    """
+    policy = policy_of(checkpoint, 'float32')
+    recorded, returns = play(policy)
+    expected = searched(policy, recorded, steps, [range(EPISODES)])
+    report('float32', expected, expected, returns)
+    halves = [range(3), range(3, EPISODES)]
+    report('float32, other batches', expected, searched(policy, recorded, steps, halves), None)
+    for precision in ('float16', 'int8'):
+        policy = policy_of(checkpoint, precision)
+        found = searched(policy, recorded, steps, [range(EPISODES)])
+        report(precision, expected, found, play(policy)[1])
+
+
+def policy_of(checkpoint: Path, precision: str) -> Any:
+    """The trained policy, planning in this precision."""
+    from ding.config import compile_config
+    from ding.policy import create_policy
+
+    main_config, create_config = config_of(precision)
+    config = compile_config(main_config, seed=0, auto=True, create_cfg=create_config, save_cfg=False)
+    policy = create_policy(config.policy, enable_field=['learn', 'collect', 'eval'])
+    policy.learn_mode.load_state_dict(torch.load(checkpoint, map_location='cpu', weights_only=True))
+    policy.env_config = config.env
+    return policy
+
+
+def play(policy: Any) -> tuple[Recorded, list[int]]:
+    """Episodes of the real environment, evaluated; what was seen and done in each, and the returns."""
+    from zoo.classic_control.cartpole.envs.cartpole_lightzero_env import CartPoleEnv
+
+    environments = [CartPoleEnv(policy.env_config) for _ in range(EPISODES)]
+    seen = {number: environment.reset() for number, environment in enumerate(environments)}
+    recorded: Recorded = [([], []) for _ in environments]
+    policy.eval_mode.reset()
+    while seen:
+        ready = list(seen)
+        rows = [seen[number] for number in ready]
+        output = policy.eval_mode.forward(
+            torch.from_numpy(np.stack([row['observation'] for row in rows])).float(),
+            *[[row[name] for row in rows] for name in ('action_mask', 'to_play')],
+            ready_env_id=set(ready),
+            timestep=[row['timestep'] for row in rows],
+        )
+        for number in ready:
+            action = int(output[number]['action'])
+            recorded[number][0].append(np.array(seen[number]['observation']))
+            recorded[number][1].append(action)
+            step = environments[number].step(action)
+            seen[number] = step.obs
+            if step.done:
+                policy.eval_mode.reset([number])
+                del seen[number]
+    return recorded, [len(actions) for _, actions in recorded]
+
+
+class Replayed(Episodes):
+    """Recorded episodes, searched anew: histories are those of the record, whatever the search would do."""
+
+    def __init__(self, policy: Any, recorded: Recorded, numbers: Sequence[int]) -> None:
+        self.recorded = recorded
+        super().__init__(policy, numbers, mode='eval', record=False)
+
+    def _observe(self, env: int) -> None:
+        observations = self.recorded[self.identities[env]][0]
+        number = min(len(self.actions[env]), len(observations) - 1)
+        self.observations[env].append(torch.tensor(observations[number], dtype=torch.float32))
+
+    @contextmanager
+    def _scripted(self, rows: Sequence[int]) -> Iterator[None]:
+        actions = iter([self.recorded[self.identities[env]][1][len(self.actions[env])] for env in rows])
+        module = importlib.import_module('lzero.policy.unizero')
+        with replaced(module, 'select_action', lambda *_, **__: (next(actions), 0.0)):
+            yield
+
+
+def searched(
+    policy: Any, recorded: Recorded, steps: int, groups: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], Root]:
+    """Roots by episode and step; the episodes of a group are searched together."""
+    found = {}
+    for numbers in groups:
+        episodes = Replayed(policy, recorded, numbers)
+        for step in range(steps):
+            ready = [env for env, number in enumerate(numbers) if step < len(recorded[number][1])]
+            for root in episodes.step(ready) if ready else []:
+                found[numbers[root.env], step] = root
+    return found
+
+
+def report(
+    name: str,
+    expected: dict[tuple[int, int], Root],
+    found: dict[tuple[int, int], Root],
+    returns: list[int] | None,
+) -> None:
+    """Print one line of JSON."""
+    pairs = [(expected[key], found[key]) for key in expected]
+    same = np.array([np.argmax(one.visits) == np.argmax(other.visits) for one, other in pairs])
+    clear = np.array([abs(one.visits[0] - one.visits[1]) > 2 for one, _ in pairs])
+    values = np.array([(one.searched_value, other.searched_value) for one, other in pairs])
+    numbers = dict(
+        precision=name,
+        roots=len(pairs),
+        same_action=float(same.mean()),
+        clear_roots=int(clear.sum()),
+        same_action_where_clear=float(same[clear].mean()) if clear.any() else None,
+        visits_nats=float(np.mean([divergence(one.visits, other.visits) for one, other in pairs])),
+        value_error=float(np.abs(values[:, 0] - values[:, 1]).mean()),
+        value_size=float(np.abs(values[:, 0]).mean()),
+        returns=returns,
+    )
+    print(json.dumps(numbers), flush=True)
+
+
+def divergence(counts: Sequence[int], other: Sequence[int]) -> float:
+    """Divergence (Kullback-Leibler, nats) of visits from others, half a visit added to each."""
+    p, q = ((np.array(of) + 0.5) / (np.array(of) + 0.5).sum() for of in (counts, other))
+    return float((p * np.log(p / q)).sum())
+
+
+if __name__ == '__main__':
+    warnings.simplefilter('ignore')
+    logging.getLogger().setLevel(logging.WARNING)
+    tyro.extras.subcommand_cli_from_dict({'train': train, 'compare': compare})
