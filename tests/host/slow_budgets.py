@@ -1,13 +1,14 @@
 """Layer budgets token by token: the oracle of what a world model holds and answers under a budget.
 
 One environment at a time, a list of tokens for each layer and group of heads, no columns, padding, batches or
-pools. The transformer is that of the recomputation, scores and choice are those of ``tests/budget``.
+pools. The transformer is that of the recomputation, scores and choice are those of ``tests/budget``. A window
+that is computed anew is one causal pass.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lzero_kv.validation.oracle import Oracle
 from ..budget import reference
 
 
-@dataclass
+@dataclass(frozen=True)
 class Held:
     """One token in one layer and group of heads."""
 
@@ -26,18 +27,19 @@ class Held:
     key: torch.Tensor
     """[heads of the group, head_dim], like the value."""
     value: torch.Tensor
-    accumulated: float = 0.0
 
 
 @dataclass
 class Group:
     tokens: list[Held] = field(default_factory=list)
+    accumulated: dict[int, float] = field(default_factory=dict)
+    """By position."""
     recent: list[dict[int, list[float]]] = field(default_factory=list)
     """For each of the last queries: key position to the attention of each head."""
 
     def copy(self) -> Group:
-        """Keys, values and the attention of past queries are shared: nothing changes them in place."""
-        return Group([replace(token) for token in self.tokens], list(self.recent))
+        """Tokens and the attention of past queries are shared: nothing changes them in place."""
+        return Group(list(self.tokens), dict(self.accumulated), list(self.recent))
 
     @property
     def positions(self) -> list[int]:
@@ -132,7 +134,7 @@ class SlowBudgets:
                     budget.selection,
                     places,
                     group.positions,
-                    [token.accumulated for token in group.tokens],
+                    [group.accumulated.get(position, 0.0) for position in group.positions],
                     group.matrices(self.share),
                     **parameters,
                 )
@@ -151,10 +153,34 @@ class SlowBudgets:
         """A window that is over its length, computed anew and chosen from; None where it is not."""
         if len(history.window) <= self.oracle.kept:
             return None
-        fresh = self.begin()
-        for embedding, position in history.window[-self.oracle.kept :]:
-            self._append(fresh, embedding, position, watched=True)
-        return self.shrunk(fresh)
+        return self.shrunk(self.computed(history.window[-self.oracle.kept :]))
+
+    @torch.no_grad()
+    def computed(self, window: list[tuple[torch.Tensor, int]]) -> History:
+        """All tokens of a window in one causal pass, nothing dropped."""
+        oracle, history = self.oracle, History(self.begin().groups, window)
+        x = torch.stack([embedding for embedding, _ in window])
+        positions = torch.tensor([position for _, position in window])
+        if not oracle.rotary:
+            x = x + oracle.model.pos_emb.weight[: len(window)]
+        future = torch.ones(len(window), len(window), dtype=torch.bool).triu(1)
+        for block, groups in zip(oracle.blocks, history.groups, strict=True):
+            query, key, value = oracle._projected(block, x)
+            if oracle.rotary:
+                query, key = (oracle._rotate(part, positions[:, None, None]) for part in (query, key))
+            scores = torch.einsum('qhd,khd->qkh', query, key) / math.sqrt(oracle.head_dim)
+            weights = scores.masked_fill(future[..., None], -math.inf).softmax(1)
+            x = oracle._residual(block, x, torch.einsum('qkh,khd->qhd', weights, value).flatten(1))
+            for own, group in zip(self._heads, groups, strict=True):
+                for place, (_, position) in enumerate(window):
+                    group.tokens.append(Held(position, key[place, own], value[place, own]))
+                    self._watch(group, weights[place, : place + 1, own].tolist())
+        return history
+
+    @property
+    def _heads(self) -> list[slice]:
+        """Of each group."""
+        return [slice(first, first + self.share) for first in range(0, self.groups * self.share, self.share)]
 
     def _append(
         self, history: History, embedding: torch.Tensor, position: int, watched: bool = False
@@ -168,8 +194,7 @@ class SlowBudgets:
             if oracle.rotary:
                 query, key = oracle._rotate(query, position), oracle._rotate(key, position)
             mixed = []
-            for number, group in enumerate(groups):
-                own = slice(number * self.share, (number + 1) * self.share)
+            for own, group in zip(self._heads, groups, strict=True):
                 group.tokens.append(Held(position, key[own], value[own]))
                 keys = torch.stack([token.key for token in group.tokens])  # [tokens, heads, head_dim]
                 weights = ((keys * query[own]).sum(-1) / math.sqrt(oracle.head_dim)).softmax(0)
@@ -181,7 +206,8 @@ class SlowBudgets:
 
     def _watch(self, group: Group, weights: list[list[float]]) -> None:
         decay = self.budget.selector().decay
-        for token, of_heads in zip(group.tokens, weights, strict=True):
-            token.accumulated = decay * token.accumulated + sum(of_heads) / self.share
         columns = dict(zip(group.positions, weights, strict=True))
+        for position, of_heads in columns.items():
+            past = group.accumulated.get(position, 0.0)
+            group.accumulated[position] = decay * past + sum(of_heads) / self.share
         group.recent = [*group.recent, columns][-self.window :]

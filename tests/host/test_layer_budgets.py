@@ -159,10 +159,7 @@ def test_cleared_roots_are_computed_again() -> None:
     judge.model.clear_caches()
     with precision(torch.float64), torch.no_grad():
         for env, (episode, answer) in judge.roots.items():
-            fresh = judge.oracle.begin()
-            for embedding, position in answer.history.window:
-                judge.oracle._append(fresh, embedding, position, watched=True)
-            answer.history = judge.oracle.shrunk(fresh)
+            answer.history = judge.oracle.shrunk(judge.oracle.computed(answer.history.window))
             judge.roots[env] = episode, answer
     judge.play(3)
     assert judge.worst < TOLERANCE[torch.float64]
