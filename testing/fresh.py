@@ -48,13 +48,23 @@ def fresh_answers(oracle: Oracle, histories: Sequence[Sequence[Token]]) -> list[
         by_length[len(tokens)].append(number)
     for length, numbers in by_length.items():
         features = _pass(oracle, [seen[number] for number in numbers])
-        for number, of_tokens in zip(numbers, features, strict=True):
-            answers[number] = dict(policy=oracle.policy(of_tokens[-1]), value=oracle.value(of_tokens[-1]))
-            if length > 1:
-                answers[number] |= dict(
-                    reward=oracle.reward(of_tokens[-STEP]), latent=oracle.latent(of_tokens[-STEP])
-                )
+        found = logits_of(oracle, ('policy', 'value'), features[:, -1])
+        if length > 1:
+            before = logits_of(oracle, ('reward', 'latent'), features[:, -STEP])
+            found = [one | other for one, other in zip(found, before, strict=True)]
+        for number, logits in zip(numbers, found, strict=True):
+            answers[number] = logits
     return answers
+
+
+def logits_of(oracle: Oracle, names: Sequence[str], features: torch.Tensor) -> list[Logits]:
+    """Answers of the heads ``names`` at each of the features ``[N, embed]``."""
+    heads = {name: getattr(oracle, name) for name in names}
+    if type(oracle) is Oracle:  # whose heads take any number of rows
+        rows = {name: head(features) for name, head in heads.items()}
+    else:
+        rows = {name: [head(row) for row in features] for name, head in heads.items()}
+    return [{name: rows[name][number] for name in names} for number in range(len(features))]
 
 
 def _pass(oracle: Oracle, histories: Sequence[Sequence[Token]]) -> torch.Tensor:

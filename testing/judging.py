@@ -13,6 +13,7 @@ from lzero_kv.lightzero.host import scalar_transforms
 from lzero_kv.validation.oracle import Oracle, Token, oracle_of
 
 from .episodes import Root
+from .forest import Forest, Place
 from .fresh import Logits, fresh_answers, history_of
 from .models import world_model_of
 from .precision import precision
@@ -87,8 +88,7 @@ def _judged(
     with precision(dtype), torch.no_grad():
         episodes = [(nodes, _on(device, seen), actions) for nodes, seen, actions in trees]
         if window == 'shift':
-            tops = [(nodes, oracle.root(*episode)) for nodes, *episode in episodes]
-            differences = tree_differences(oracle, tops)
+            differences = _shifted_differences(oracle, episodes)
         else:
             tokens = [(nodes, history_of(oracle, *episode)) for nodes, *episode in episodes]
             differences = _fresh_differences(oracle, tokens)
@@ -115,12 +115,29 @@ def tree_differences(oracle: Any, trees: Iterable[tuple[Sequence[Node], Any]]) -
 def _root_answers(oracle: Oracle, device: torch.device, roots: Sequence[Root]) -> list[Logits]:
     seen = [_on(device, root.observations) for root in roots]
     if oracle.rule == 'shift':
-        pairs = zip(seen, roots, strict=True)
-        return [oracle.root(observations, root.actions).logits for observations, root in pairs]
+        forest = Forest(oracle)
+        places = [forest.root(before, root.actions) for before, root in zip(seen, roots, strict=True)]
+        answers = forest.answers() if places else {}
+        return [answers[place] for place in places]
     return fresh_answers(
         oracle,
         [history_of(oracle, before, root.actions) for before, root in zip(seen, roots, strict=True)],
     )
+
+
+def _shifted_differences(
+    oracle: Oracle, trees: Iterable[tuple[Sequence[Node], list[torch.Tensor], Sequence[Any]]]
+) -> np.ndarray:
+    """:func:`tree_differences` for nodes below the roots of episodes, all of one depth at once."""
+    forest, judged = Forest(oracle), list[tuple[Place, Node]]()
+    for nodes, *episode in trees:
+        places = {ROOT: forest.root(*episode)}
+        for node in nodes:
+            latent = torch.from_numpy(node.latent).to(episode[0][0].device)
+            places[node.number] = forest.child(places[node.parent], node.action, latent)
+            judged.append((places[node.number], node))
+    answers = forest.answers() if judged else {}
+    return np.array([_node_difference(answers[place], node) for place, node in judged])
 
 
 def _fresh_differences(oracle: Oracle, trees: Iterable[tuple[Sequence[Node], list[Token]]]) -> np.ndarray:

@@ -30,7 +30,7 @@ from lzero_kv.lightzero.inference.compiled import (
 )
 from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.weights import InferenceWeights
-from testing.families import FAMILIES
+from testing.families import FAMILIES, Family
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots
 from testing.models import collect_model, make_policy, random_weights, world_model_of
 from testing.reanalysis import reanalyze
@@ -68,7 +68,7 @@ def as_is(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return counted
 
 
-def model_of(backend: str, family: str = 'tiny', **options: Any) -> Any:
+def model_of(backend: str, family: str | Family = 'tiny', **options: Any) -> Any:
     kv_cache = dict(backend=backend) | options.pop('kv_cache', {})
     defaults: dict[str, Any] = dict(
         num_simulations=SIMULATIONS, collector_env_num=ROWS, evaluator_env_num=1, dtype=torch.float64

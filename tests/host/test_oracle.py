@@ -11,6 +11,7 @@ import torch
 from lzero_kv.validation.oracle import Oracle, Token
 from testing.episodes import Episodes, Root
 from testing.families import FAMILIES
+from testing.forest import Forest, Place
 from testing.fresh import fresh_answers, history_of
 from testing.judging import judge_nodes, judge_roots
 from testing.models import make_policy, world_model_of
@@ -205,3 +206,25 @@ def test_one_pass_over_the_tokens_in_sight_equals_token_by_token(family: str) ->
     for answer, logits in zip(answers, expected, strict=True):
         for name, of in logits.items():
             torch.testing.assert_close(answer[name], of, **EXACT)
+
+
+@pytest.mark.parametrize('family', ['lunarlander', 'cartpole', 'lunarlander_continuous', 'atari'])
+def test_a_forest_of_shifted_windows_equals_token_by_token(family: str) -> None:
+    """Roots and paths below them, before and after their windows overflow."""
+    policy, roots = single(family, 5, simulations=2)
+    oracle = Oracle(world_model_of(policy), 'shift')
+    forest, expected = Forest(oracle), dict[Place, Any]()
+    with precision(torch.float64), torch.no_grad():
+        for root in roots:
+            top = forest.root(root.observations, root.actions)
+            expected[top] = oracle.root(root.observations, root.actions)
+            places = {0: top}
+            for node in root.nodes:
+                latent, parent = torch.from_numpy(node.latent), places[node.parent]
+                places[node.number] = place = forest.child(parent, node.action, latent)
+                expected[place] = oracle.child(expected[parent], node.action, latent)
+        answers = forest.answers()
+    assert len(expected) == len(answers) == 5 * 3, 'roots share their beginning'
+    for place, answer in expected.items():
+        for name, of in answer.logits.items():
+            torch.testing.assert_close(answers[place][name], of, **EXACT)
