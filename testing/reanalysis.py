@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -29,8 +29,8 @@ class Reanalysis:
     """Per root, in order of expansion."""
     policies: np.ndarray
     """The new policy targets [segments, num_unroll_steps + 1, actions]."""
-    products: int
-    """Matrix products dispatched during the whole call."""
+    products: int | None
+    """Matrix products dispatched during the whole call; None where they were not counted."""
 
 
 class _CountProducts(TorchDispatchMode):
@@ -44,9 +44,9 @@ class _CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reanalyze(policy: Any, segments: int, *, seed: int = 0) -> Reanalysis:
+def reanalyze(policy: Any, segments: int, *, seed: int = 0, counted: bool = False) -> Reanalysis:
     """Reanalyse ``segments`` synthetic game segments, each longer than the unroll, with the policy's target
-    model.
+    model. To have its products ``counted`` takes as long again.
 
     Of 'unizero' policies only: the host's reanalysis for 'sampled_unizero' calls its search without a
     timestep and fails.
@@ -63,15 +63,16 @@ def reanalyze(policy: Any, segments: int, *, seed: int = 0) -> Reanalysis:
         timesteps = np.stack([game.timestep_segment[:steps] for game in games])
         context = buffer._prepare_policy_reanalyzed_context(list(range(segments)), games, [0] * segments)
         buffer.reanalyze_num = segments
-        recorder, counter = Recorder(model.world_model, sampled=False), _CountProducts()
-        with _keyed_noise(seed), repeatable(*host_trees()), recorder.attached(), counter:
+        recorder, counter = Recorder(model.world_model, sampled=False), _CountProducts() if counted else None
+        watching = counter or nullcontext()
+        with _keyed_noise(seed), repeatable(*host_trees()), recorder.attached(), watching:
             compute = buffer._compute_target_policy_reanalyzed
             more = [timesteps] if len(signature(compute).parameters) > 3 else []
             policies = compute(context, model, actions, *more)
     stacks = torch.from_numpy(np.asarray(context[0])).to(dtype)  # [roots, frames, ...]
     observations = stacks.flatten(1) if stacks.ndim == 3 else stacks.flatten(1, 2)
     nodes = tuple(tuple(row) for row in recorder.nodes(len(observations)))
-    return Reanalysis(observations, nodes, np.asarray(policies), counter.products)
+    return Reanalysis(observations, nodes, np.asarray(policies), counter and counter.products)
 
 
 def segment(config: Any, length: int, seed: int, number: int) -> Any:

@@ -287,13 +287,10 @@ class Oracle:
         """
         if self.rotary:
             return kv
+        places = self.model.pos_emb.weight[: kv.shape[1] + 2]
         blocks = self.model.transformer.blocks
-        projections = [p for block in blocks for p in (block.attn.key, block.attn.value)]
-        rows = [
-            torch.stack([self._position_change(p, new + 2, new).flatten() for new in range(kv.shape[1])])
-            for p in projections
-        ]
-        return kv + torch.stack(rows)
+        rows = [project(places) for block in blocks for project in (block.attn.key, block.attn.value)]
+        return kv + torch.stack([of_places[:-2] - of_places[2:] for of_places in rows])
 
     def _trim(self, window: TokenWindow) -> TokenWindow:
         trimmed = window
@@ -306,10 +303,6 @@ class Oracle:
     def _drop_oldest_step(self, window: TokenWindow) -> TokenWindow:
         moved = TokenWindow.of(self.moved(window.kv()[:, 2:]), window.next_position, self.heads)
         return replace(moved, tokens=window.tokens[2:])
-
-    def _position_change(self, project: Any, old: int, new: int) -> torch.Tensor:
-        table = self.model.pos_emb.weight
-        return (project(table[new]) - project(table[old])).view(self.heads, self.head_dim)
 
     def _rotate(self, x: torch.Tensor, position: int) -> torch.Tensor:
         """[heads, head_dim] with each neighbouring pair turned by position * theta ** (-2i / head_dim)."""

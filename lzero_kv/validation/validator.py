@@ -223,9 +223,9 @@ class Validator(Observer):
 
     def _child(self, event: NodesExpanded, row: int, parent: TrueNode) -> TrueNode:
         latent = event.outputs.latent[row].reshape(-1)  # type: ignore[index]
-        answer = self._oracle.child(parent.answer, event.actions[row], latent)
         first = parent.answer.window.next_position
         step = Token(self._oracle.embed_action(event.actions[row]), first), Token(latent, first + 1)
+        answer = self._oracle.step(parent.answer.window, *step)
         name = parent.name._replace(node=event.simulation)
         return TrueNode(name, answer, parent.course.then(step), parent.depth + 1)
 

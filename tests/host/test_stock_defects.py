@@ -222,8 +222,9 @@ def test_a_reanalysed_node_keeps_its_path(cache: str) -> None:
 @stock_fails('reanalysis runs every root by itself in every simulation')
 def test_reanalysis_is_batched(cache: str) -> None:
     products = [
-        reanalyze(policy_with(cache, "tiny", 3, num_simulations=10), segments).products for segments in (1, 4)
-    ]  # fmt: skip
+        reanalyze(policy_with(cache, 'tiny', 3, num_simulations=10), segments, counted=True).products
+        for segments in (1, 4)
+    ]
     assert products[1] < 1.2 * products[0], products
 
 
