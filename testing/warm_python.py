@@ -2,8 +2,9 @@
 
 A server imports them at the first call. The stand-in is called as ``python`` is: the server forks a process
 that takes the caller's arguments, folder, environment variables and open files, and the stand-in ends as that
-process ends. The process has the server's imports and nothing else: no test, no `lzero_kv`. A signal to the
-stand-in kills the process. For a test of what an import does, or of a signal, take the real interpreter.
+process ends. The process has the server's imports and nothing else: no test, no `lzero_kv`. An interrupt of
+the stand-in reaches the process, any other signal kills it; its process group is the server's. For a test of
+what an import does, or of another signal, take the real interpreter.
 
     python -P warm_python.py serve SOCKET               the server
     python -S -E warm_python.py SOCKET ARGUMENTS...     the stand-in, without the imports
@@ -41,6 +42,7 @@ IMPORTED = (
     'tyro',
 )
 LARGEST_REQUEST, MOST_FILES, FREE_DESCRIPTOR = 2**17, 64, 512
+INTERRUPT = b'interrupt'
 
 
 @contextlib.contextmanager
@@ -72,6 +74,7 @@ def call(address: str, arguments: list[str]) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.connect(address)
         socket.send_fds(server, [json.dumps(request).encode()], files)
+        signal.signal(signal.SIGINT, lambda *_: server.send(INTERRUPT))
         return int(server.recv(LARGEST_REQUEST) or b'256')
 
 
@@ -103,9 +106,9 @@ def serve(listener: socket.socket) -> list[str]:
 
 def _supervise(process: int, connection: socket.socket) -> None:
     """Tell the caller how the process ended, and end the process where the caller ends first."""
-    ready, _, _ = select.select([connection, end := os.pidfd_open(process)], [], [])
-    if end not in ready:
-        os.kill(process, signal.SIGKILL)
+    end = os.pidfd_open(process)
+    while end not in select.select([connection, end], [], [])[0]:
+        os.kill(process, signal.SIGINT if connection.recv(LARGEST_REQUEST) else signal.SIGKILL)
     _, status = os.waitpid(process, 0)
     with contextlib.suppress(BrokenPipeError):
         connection.send(str(status).encode())
@@ -120,6 +123,8 @@ def _become(request: dict[str, Any], files: list[int]) -> list[str]:
     for number, wanted in enumerate(request['files']):
         os.dup2(FREE_DESCRIPTOR + number, wanted)
         os.close(FREE_DESCRIPTOR + number)
+    # a shell starts commands in the background with interrupts ignored, and the server inherits that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(request['folder'])
     os.environ.clear()
     os.environ.update(request['environment'])
@@ -169,10 +174,10 @@ def _import_all() -> None:
     """Import what every process shall have."""
     for name in IMPORTED:
         importlib.import_module(name)
-    import ding.config.config
+    import yapf.yapflib.yapf_api
 
     # DI-engine lays its copy of a config out with yapf, for seconds; no test looks at the layout.
-    ding.config.config.FormatCode = lambda text: (text, False)
+    yapf.yapflib.yapf_api.FormatCode = lambda text: (text, False)
     gc.freeze()  # a collection in a forked process then copies no page of these
 
 

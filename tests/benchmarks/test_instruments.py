@@ -15,7 +15,7 @@ from measuring.players import FloorPlayer, Player
 from measuring.tables import PARTS
 from step_profile import write_trace
 
-SMALL = replace(BASE, collectors=3, simulations=7)
+SMALL = replace(BASE, collectors=3, simulations=5, heads=3, embed=24)
 
 
 def test_memory_tells_what_is_kept_from_what_was_used() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cache_growth import BASE
+from measuring import collection
 from measuring.collection import SEGMENTS, Collection
 from measuring.contestants import EAGER, contestant
 from measuring.players import Player
@@ -20,7 +21,7 @@ from measuring.upstream import FLAGS, UpstreamPlayer, require_checkout
 
 from testing.models import world_model_of
 
-SMALL = replace(BASE, collectors=3, simulations=7)
+SMALL = replace(BASE, collectors=3, simulations=7, heads=3, embed=24)
 BENCHMARK = Path(__file__).resolve().parents[2] / 'benchmarks' / 'benchmark_kv_cache.py'
 
 
@@ -109,10 +110,11 @@ def test_ratios_are_stocks_time_by_mine_and_mine_by_the_floors() -> None:
 def test_real_cartpole_is_collected(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are those that the environments took. How many that are is the host's: it goes round by round
     until it has enough segments, and an episode's end closes one early."""
+    monkeypatch.setattr(collection, 'SEGMENT', 6)
     taken: list[int] = []
-    with closing(Collection('cartpole', cache)) as collection:
-        collection.segment()
-        environments = collection._collector._env
+    with closing(Collection('cartpole', cache)) as collected:
+        collected.segment()
+        environments = collected._collector._env
         play = environments.step
 
         def step(actions: dict[int, Any]) -> Any:
@@ -120,6 +122,6 @@ def test_real_cartpole_is_collected(cache: str, monkeypatch: pytest.MonkeyPatch)
             return play(actions)
 
         monkeypatch.setattr(environments, 'step', step)
-        steps, seconds = collection.segment()
+        steps, seconds = collected.segment()
     assert steps == sum(taken) >= SEGMENTS
     assert seconds > 0

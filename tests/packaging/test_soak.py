@@ -184,7 +184,7 @@ def test_a_short_soak_trains_and_compares() -> None:
 def test_memory_that_is_held_counts_and_memory_that_was_freed_does_not() -> None:
     """In a process of its own: beside other tests' threads and garbage 200 MiB once were 170."""
     measure = """
-from soaking.samples import resident_bytes
+from soaking.memory import resident_bytes
 before = resident_bytes()
 held = [bytearray(b'x' * 2**16) for _ in range(200 * 2**4)]  # small enough to lie in the heap
 grown = resident_bytes() - before

@@ -76,6 +76,21 @@ def test_a_program_does_not_outlive_its_caller(warm_python: str) -> None:
     wait_until(lambda: not program.exists())
 
 
+def test_an_interrupt_reaches_the_program(warm_python: str) -> None:
+    code = """
+import sys, time
+try:
+    print('waits', flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    sys.exit(5)
+"""
+    with subprocess.Popen([warm_python, '-c', code], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout.readline() == 'waits\n'
+        caller.send_signal(signal.SIGINT)
+        assert caller.wait(timeout=60) == 5
+
+
 def test_the_server_ends_with_its_starter(tmp_path: Path) -> None:
     """Also where the starter has no time to end it."""
     start = (

@@ -63,8 +63,8 @@ def diagnose(capsys: pytest.CaptureFixture[str], path: Path) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_the_installation_alone() -> None:
-    done = run(sys.executable)
+def test_the_installation_alone(warm_python: str) -> None:
+    done = run(warm_python)
     assert done.returncode == 0, done.stdout + done.stderr
     found = marks(done.stdout)
     assert 'fail' not in found.values()
@@ -221,16 +221,20 @@ def test_an_unknown_release_of_the_host_is_refused_by_name(tmp_path: Path, warm_
     assert done.stdout.splitlines()[-1].startswith('The plugin cannot engage here')
 
 
-def test_missing_game_files_are_a_warning(tmp_path: Path) -> None:
+def test_missing_game_files_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     package, real = tmp_path / 'ale_py', Path(importlib.util.find_spec('ale_py').origin)
     package.mkdir()
     # the real package in a folder without game files
     code = f'__path__.append({str(real.parent)!r})\nexec(open({str(real)!r}).read())\n'
     (package / '__init__.py').write_text(code)
-    done = run(sys.executable, PYTHONPATH=os.pathsep.join([str(tmp_path), REPOSITORY]))
-    assert done.returncode == 0
-    assert marks(done.stdout)['Atari ROM files'] == 'warn'
-    assert f'and copy ROMS/ale_py/roms/*.bin into {package / "roms"}' in done.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'ale_py', raising=False)
+    assert main(['doctor']) == 0
+    said = capsys.readouterr().out
+    assert marks(said)['Atari ROM files'] == 'warn'
+    assert f'and copy ROMS/ale_py/roms/*.bin into {package / "roms"}' in said
 
 
 def test_game_files_in_a_folder_of_their_own_are_found(

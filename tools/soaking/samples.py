@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psutil
 from demonstration.progress import TrainingProgress
 from demonstration.watch import watching
 
 from lzero_kv.cli.bounded_training import around
+from soaking.memory import resident_bytes
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Sample:
     Attributes:
         seconds: since the training began.
         resident_bytes: memory of the process, after what nothing refers to was given back (see
-            :func:`resident_bytes`).
+            :func:`~soaking.memory.resident_bytes`).
         replay_bytes: observations that the host's replay buffer holds.
         pool_bytes: memory of the tensors of all pools, acting and reanalysis.
         search_seconds: median processor time of one collection search of all environments since the last
@@ -149,16 +147,3 @@ def replay_bytes(replay: Any) -> int:
     configured, and that of segments is not.
     """
     return sum(np.asarray(segment.obs_segment).nbytes for segment in replay.game_segment_buffer)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process without what it could give back at once.
-
-    The C library keeps freed pages for later: after a training batch some 250 MiB, now more, now less,
-    in which a leak of megabytes would drown. Where it is glibc, it is asked to return them first.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-    if trim is not None:
-        trim(0)
-    return psutil.Process().memory_info().rss

@@ -49,16 +49,14 @@ def words(checkpoint: Path, story: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def process(arguments: list[str]) -> subprocess.Popen:
+def process(python: str, arguments: list[str]) -> subprocess.Popen:
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     return subprocess.Popen(
-        [sys.executable, '-m', 'lzero_kv.cli', *arguments],
+        [python, '-m', 'lzero_kv.cli', *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a shell starts commands in the background with interrupts ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -172,8 +170,10 @@ def wait_for_rows(folder: Path, count: int, seconds: float = 120.0) -> None:
         time.sleep(0.002)
 
 
-def test_an_interrupted_sweep_says_how_to_go_on(checkpoint: Path, story: Path, tmp_path: Path) -> None:
-    running = process(words(checkpoint, story, tmp_path, '--documents', '16'))
+def test_an_interrupted_sweep_says_how_to_go_on(
+    checkpoint: Path, story: Path, tmp_path: Path, warm_python: str
+) -> None:
+    running = process(warm_python, words(checkpoint, story, tmp_path, '--documents', '16'))
     wait_for_rows(tmp_path, len(METHODS))
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=60)
