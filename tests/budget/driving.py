@@ -110,13 +110,15 @@ class Driver:
         ends = torch.tensor(before) + torch.tensor([size] * len(before) if added is None else list(added))
         positions = ends[:, None] - size + torch.arange(size)
         padding = positions < torch.tensor(before)[:, None]
+        padded = bool(padding.any())
         for layer in range(self.case.layers):
             queries, keys = (self._at(table, layer, positions) for table in (self.queries, self.keys))
             values = self.stamp(layer, positions.clamp(min=0)[:, None].expand(-1, self.case.kv_heads, -1))
-            for tensor in (queries, keys, values):
+            for tensor in (queries, keys, values) if padded else ():
                 tensor.transpose(1, 2)[padding] = GARBAGE
             joined = self.cache.join(layer, keys, values)
-            assert all(torch.equal(all_[:, :, -size:].nan_to_num(7), new.nan_to_num(7))
+            assert all(torch.equal(all_[:, :, -size:], new) or
+                       torch.equal(all_[:, :, -size:].nan_to_num(7), new.nan_to_num(7))
                        for all_, new in zip(joined, (keys, values), strict=True))  # fmt: skip
             held = self.cache.append(layer, added)
             assert held is self.cache[layer] and (held.keys is joined[0] and held.values is joined[1])
@@ -137,8 +139,8 @@ class Driver:
         """Positions by layer, row and group."""
         return [
             [
-                [own[len(own) - length :].tolist() for own, length in zip(*pair, strict=True)]
-                for pair in zip(held.positions, held.lengths.tolist(), strict=True)
+                [own[len(own) - length :] for own, length in zip(*pair, strict=True)]
+                for pair in zip(held.positions.tolist(), held.lengths.tolist(), strict=True)
             ]
             for held in (self.cache[layer] for layer in range(self.case.layers))
         ]
@@ -247,16 +249,19 @@ def check_remembered(driver: Driver, slow: ReferenceCache, layer: int) -> None:
     """Accumulated attention, scores and awaited queries of a layer agree."""
     held = driver.cache[layer]
     assert (held.scores is not None) == bool(slow.reads and driver.cache.reads_attention)
+    held_scores, held_sums = (
+        None if of is None else of.tolist() for of in (held.scores, held.record.accumulated)
+    )
     for row, owner in enumerate(slow.rows[layer]):
         for number, group in enumerate(owner.groups):
             first = held.columns - len(group.tokens)
-            if held.scores is not None:
-                known = held.scores[row, number, first:].tolist()
+            if held_scores is not None:
+                known = held_scores[row][number][first:]
                 known += [-1.0] * (len(group.tokens) - len(known))
                 scores = [-1.0 if token.score is None else token.score for token in group.tokens]
                 assert known == pytest.approx(scores, rel=1e-7, abs=1e-12)
-            if held.record.accumulated is not None:
-                summed = held.record.accumulated[row, number, first:].tolist()
+            if held_sums is not None:
+                summed = held_sums[row][number][first:]
                 expected = [token.accumulated for token in group.tokens]
                 assert summed == pytest.approx(expected[: len(summed)], rel=1e-9)
                 assert not any(expected[len(summed) :])

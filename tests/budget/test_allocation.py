@@ -95,7 +95,7 @@ def test_every_allocation_is_tested():
 
 
 @every_allocation
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problem=problems())
 def test_weights_agree_with_the_reference(variant, problem):
     parameters = {'mode' if name == 'preference' else name: value for name, value in variant.items()}
@@ -105,7 +105,7 @@ def test_weights_agree_with_the_reference(variant, problem):
 
 
 @every_allocation
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problem=problems())
 def test_slots_agree_with_the_reference(variant, problem):
     expected = reference.apportion(
@@ -121,7 +121,7 @@ fractions = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     layers=st.lists(st.tuples(fractions, st.integers(0, 23)), min_size=1, max_size=6),
     total=st.integers(0, 120),
@@ -145,7 +145,7 @@ def test_a_large_model_agrees_with_the_reference():
 
 
 @every_allocation
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problem=problems())
 def test_the_total_is_spent_and_bounds_hold(variant, problem):
     budgets = [slots - problem.reserved for slots in slots_of(variant, problem)]
@@ -156,7 +156,7 @@ def test_the_total_is_spent_and_bounds_hold(variant, problem):
 
 
 @every_allocation
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problem=problems())
 def test_more_weight_is_never_less_budget_and_the_result_is_always_the_same(variant, problem):
     weights, slots = weights_of(variant, problem), slots_of(variant, problem)
@@ -167,7 +167,7 @@ def test_more_weight_is_never_less_budget_and_the_result_is_always_the_same(vari
 
 
 @every_allocation
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problem=problems())
 def test_one_slot_more_takes_nothing_from_any_layer(variant, problem):
     more = slots_of(variant, replace(problem, total=problem.total + 1))
@@ -175,7 +175,7 @@ def test_one_slot_more_takes_nothing_from_any_layer(variant, problem):
 
 
 @every_cascade
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problem=problems())
 def test_a_further_layer_raises_no_older_budget(variant, problem):
     for seen in range(1, problem.layers):
@@ -184,7 +184,7 @@ def test_a_further_layer_raises_no_older_budget(variant, problem):
 
 
 @every_cascade
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problem=problems())
 def test_a_longer_context_raises_budgets_of_layers_that_hold_everything_alone(variant, problem):
     further = replace(problem, context=problem.context + 1)
@@ -194,7 +194,7 @@ def test_a_longer_context_raises_budgets_of_layers_that_hold_everything_alone(va
         assert after <= before or before == problem.context
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problem=problems())
 def test_uniform_budgets_differ_by_one_at_most(problem):
     slots = slots_of(dict(allocation='uniform'), problem)
@@ -204,7 +204,7 @@ def test_uniform_budgets_differ_by_one_at_most(problem):
 
 @pytest.mark.parametrize('variant', [item for item in ALLOCATION_VARIANTS if item['allocation'] in
                                      ('adaptive', 'pyramid')], ids=label)  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problem=problems())
 def test_adaptive_budgets_never_increase(variant, problem):
     slots = slots_of(variant, problem)
@@ -217,7 +217,7 @@ attention_based = pytest.mark.parametrize(
 
 
 @attention_based
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problem=problems(), scale=st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)))
 def test_a_common_factor_of_dispersion_or_shift_changes_nothing(variant, problem, scale):
     # 0 stands for the smallest number there is, which has no smaller multiple

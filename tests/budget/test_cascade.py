@@ -84,8 +84,17 @@ def test_limits_below_the_interval_agree_with_the_slow_cache():
     compare(with_blocks(case, blocks), blocks)
 
 
-@every_allocation
-@pytest.mark.parametrize('interval', [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ('allocation', 'interval'),
+    [
+        pytest.param(
+            allocation, interval, id=f'{interval}-{label(allocation)}',
+            marks=[pytest.mark.slow] * ((row + column) % 2),
+        )
+        for row, allocation in enumerate(ALLOCATION_VARIANTS)
+        for column, interval in enumerate((1, 2, 4, 8))
+    ],
+)  # fmt: skip
 def test_every_interval_agrees_with_the_slow_cache(allocation, interval):
     config = config_of(allocation, dict(selection='cake', kernel=3), **PART, per_head=interval > 2)
     compare(with_blocks(Case(config, lengths=(29, 19), layers=3, interval=interval), SINGLE), SINGLE)

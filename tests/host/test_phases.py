@@ -139,9 +139,20 @@ def play_and_clear(policy: Any, clear: Clear, steps: int) -> tuple[list[Root], E
     return roots, episodes, root_statistics(policy) - before
 
 
-@pytest.mark.parametrize('clear', CLEARS, ids=lambda clear: clear.__name__)
-@pytest.mark.parametrize('steps', [1, 2, 6])
-@pytest.mark.parametrize('family', FAMILIES)
+def each_pair(*axes: list[Any]) -> list[Any]:
+    """Combinations in which each value meets each value of the other axes; the others are slow tests."""
+    return [
+        pytest.param(
+            first, second, third, id=f'{first}-{second}-{third.__name__}',
+            marks=[pytest.mark.slow] * ((row + column + number) % len(axes[1]) != 0),
+        )
+        for row, first in enumerate(axes[0])
+        for column, second in enumerate(axes[1])
+        for number, third in enumerate(axes[2])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(('family', 'steps', 'clear'), each_pair(FAMILIES, [1, 2, 6], CLEARS))
 def test_a_clear_between_two_steps_changes_no_answer(family: str, steps: int, clear: Clear) -> None:
     policy = small_policy(family)
     roots, episodes, since = play_and_clear(policy, clear, steps)
