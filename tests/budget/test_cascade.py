@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -24,7 +25,18 @@ LIMITS = (None, 7, 12, None)
 SINGLE = (1,) * 9
 every_allocation = pytest.mark.parametrize('allocation', ALLOCATION_VARIANTS, ids=label)
 every_selection = pytest.mark.parametrize('selection', SELECTION_VARIANTS, ids=label)
-either = pytest.mark.parametrize('dynamic', [True, False])
+
+
+def by_turns(*axes: list[Any]) -> list[Any]:
+    """Combinations of variants with further values in which each meets half of the others; the other half are
+    slow tests."""
+    return [
+        pytest.param(*values, id='-'.join(label(v) if isinstance(v, dict) else str(v) for v in values),
+                     marks=[pytest.mark.slow] * (sum(places) % 2))
+        for places, values in zip(
+            itertools.product(*(range(len(axis)) for axis in axes)), itertools.product(*axes), strict=True
+        )
+    ]  # fmt: skip
 
 
 def pairs(cascading: bool = False) -> list[Any]:
@@ -59,16 +71,14 @@ def test_every_allocation_agrees_with_the_slow_cache(allocation):
     compare(Case(config_of(allocation, dict(selection='hace'), **SIZES)))
 
 
-@every_selection
-@either
+@pytest.mark.parametrize(('selection', 'dynamic'), by_turns(SELECTION_VARIANTS, [True, False]))
 def test_single_tokens_agree_with_the_slow_cache(selection, dynamic):
     config = config_of(dict(allocation='attention_based'), selection, **PART)
     blocks = (*SINGLE, 5, 1, 1, 1, 1)
     compare(with_blocks(Case(config, lengths=(17, 10), interval=3, dynamic=dynamic), blocks), blocks)
 
 
-@every_selection
-@either
+@pytest.mark.parametrize(('selection', 'dynamic'), by_turns(SELECTION_VARIANTS, [False, True]))
 def test_sliding_layers_agree_with_the_slow_cache(selection, dynamic):
     config = config_of(dict(allocation='attention_based'), selection, **PART)
     case = Case(config, lengths=(15, 6), limits=LIMITS, interval=3, dynamic=dynamic)
@@ -84,17 +94,7 @@ def test_limits_below_the_interval_agree_with_the_slow_cache():
     compare(with_blocks(case, blocks), blocks)
 
 
-@pytest.mark.parametrize(
-    ('allocation', 'interval'),
-    [
-        pytest.param(
-            allocation, interval, id=f'{interval}-{label(allocation)}',
-            marks=[pytest.mark.slow] * ((row + column) % 2),
-        )
-        for row, allocation in enumerate(ALLOCATION_VARIANTS)
-        for column, interval in enumerate((1, 2, 4, 8))
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(('allocation', 'interval'), by_turns(ALLOCATION_VARIANTS, [1, 2, 4, 8]))
 def test_every_interval_agrees_with_the_slow_cache(allocation, interval):
     config = config_of(allocation, dict(selection='cake', kernel=3), **PART, per_head=interval > 2)
     compare(with_blocks(Case(config, lengths=(29, 19), layers=3, interval=interval), SINGLE), SINGLE)
@@ -157,8 +157,7 @@ def test_a_row_without_tokens_joins_later():
     compare(Case(config, lengths=(11, 0), decoded=20, interval=3, limits=LIMITS), blocks)
 
 
-@every_allocation
-@pytest.mark.parametrize('limits', [None, LIMITS])
+@pytest.mark.parametrize(('allocation', 'limits'), by_turns(ALLOCATION_VARIANTS, [None, LIMITS]))
 def test_a_row_that_begins_in_a_later_block_is_the_row_alone(allocation, limits):
     """A prompt in chunks, padded in front by more than the first one: the row's own first block cascades."""
     config = config_of(allocation, dict(selection='hace', kernel=3), **PART)
@@ -224,8 +223,7 @@ def check_alone(case: Case, blocks: tuple[int, ...]) -> None:
             assert tuple(pair[0]) == pytest.approx(tuple(pair[1]), rel=1e-9)
 
 
-@every_selection
-@pytest.mark.parametrize('limits', [None, LIMITS])
+@pytest.mark.parametrize(('selection', 'limits'), by_turns(SELECTION_VARIANTS, [None, LIMITS]))
 def test_a_row_alone_is_the_row_in_a_batch(selection, limits):
     config = config_of(dict(allocation='attention_based'), selection, **PART)
     blocks = (1, 1, 1, 1, 1, 5, 3, 1, 1)
@@ -347,11 +345,13 @@ def test_window_and_sinks_of_sliding_layers_stay_until_they_expire(selection):
                     assert positions == sorted(set(positions)) and positions[0] >= oldest
 
 
-@pytest.mark.parametrize('dynamic', [True, False])
-@pytest.mark.parametrize('sizes', [SIZES, PART, dict(ratio=0.2, window=6)], ids=str)
-@pytest.mark.parametrize('limits', [None, (None, 5, 3, 12, None)])
-def test_no_more_is_held_than_the_total_of_the_tokens_seen(dynamic, sizes, limits):
+@pytest.mark.parametrize(
+    ('limits', 'named', 'dynamic'),
+    by_turns([None, (None, 5, 3, 12, None)], ['tokens', 'ratio', 'small ratio'], [True, False]),
+)
+def test_no_more_is_held_than_the_total_of_the_tokens_seen(limits, named, dynamic):
     """From prompts shorter than what is always kept on."""
+    sizes = {'tokens': SIZES, 'ratio': PART, 'small ratio': dict(ratio=0.2, window=6)}[named]
     for length in (3, 23):
         config = config_of(dict(allocation='attention_based', selection='cake'), **sizes)
         case = Case(

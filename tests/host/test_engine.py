@@ -117,11 +117,16 @@ def test_shifted_windows_are_not_cached(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ('context', 'window'),
-    [(4, 'shift'), (4, 'rebuild'), (10, 'rebuild')],
-    ids=['short-shift', 'short', 'long'],
+    ('family', 'context', 'window'),
+    [
+        ('tiny', 4, 'shift'),
+        ('cartpole', 4, 'rebuild'),
+        ('tiny', 10, 'rebuild'),
+        pytest.param('cartpole', 4, 'shift', marks=pytest.mark.slow),
+        pytest.param('tiny', 4, 'rebuild', marks=pytest.mark.slow),
+        pytest.param('cartpole', 10, 'rebuild', marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize('family', ['tiny', 'cartpole'], ids=['learned', 'rope'])
 def test_a_search_does_not_depend_on_who_else_is_searched(family: str, context: int, window: str) -> None:
     """The same nodes one after another: equal visit counts after any number of simulations up to 200."""
     shape: dict[str, Any] = dict(num_simulations=200, infer_context_length=context, dtype=torch.float64)

@@ -79,8 +79,14 @@ def test_it_equals_two_calls_of_the_host(family: str) -> None:
         torch.testing.assert_close(torch.stack(answer.window.values[layer], 1), values[0], **EXACT)
 
 
-@pytest.mark.parametrize('family', [name for name in FAMILIES if not FAMILIES[name].rotary])
-@pytest.mark.parametrize('context', [2, 4])
+@pytest.mark.parametrize(
+    ('family', 'context'),
+    [
+        pytest.param(name, context, marks=[pytest.mark.slow] * ((row + column) % 2))
+        for row, name in enumerate(name for name in FAMILIES if not FAMILIES[name].rotary)
+        for column, context in enumerate((2, 4))
+    ],
+)
 def test_it_equals_the_host_through_search_and_overflow(family: str, context: int) -> None:
     """Where the host is right: one environment, its position correction refreshed, no more nodes than its
     ring holds.
