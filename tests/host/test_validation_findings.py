@@ -67,8 +67,14 @@ def test_of_a_long_episode_with_shifted_windows_the_last_steps_are_taken_again(
         assert_replays(finding)
 
 
-@pytest.mark.parametrize('window', WINDOWS)
-@pytest.mark.parametrize('family', SHAPES)
+@pytest.mark.parametrize(
+    ('family', 'window'),
+    [
+        pytest.param(family, window, marks=[pytest.mark.slow] * ((row + column) % 2))
+        for row, family in enumerate(SHAPES)
+        for column, window in enumerate(WINDOWS)
+    ],
+)
 def test_the_truth_of_a_saved_finding_is_computed_again(
     family: str, window: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

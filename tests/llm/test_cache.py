@@ -29,11 +29,16 @@ FULLY_COMPARED = ('llama', 'qwen2-mixed')
 every_method = pytest.mark.parametrize(
     ('family', 'method'),
     [
-        pytest.param(family, method, id='-'.join(map(str, (family, *method.values()))))
+        pytest.param(
+            family, method, id='-'.join(map(str, (family, *method.values()))),
+            # these two play the methods by turns; the other half are slow tests
+            marks=[pytest.mark.slow] * (family == FULLY_COMPARED[1 - number % 2]),
+        )
         for family in MAKERS
-        for method in (METHODS if family in FULLY_COMPARED else METHODS[4:7])
+        for number, method in enumerate(METHODS)
+        if family in FULLY_COMPARED or number in (4, 5, 6)
     ],
-)
+)  # fmt: skip
 
 
 def budget(method: dict[str, Any], **others: Any) -> dict[str, Any]:

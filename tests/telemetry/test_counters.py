@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lzero_kv.telemetry.counters import KINDS, Cause, Counters, Fault, Movement, ValidationCounters
@@ -13,6 +13,7 @@ from lzero_kv.telemetry.counters import KINDS, Cause, Counters, Fault, Movement,
 from ..validation.drawn import AMOUNTS, counts, several_counters, validation_counters
 
 
+@settings(max_examples=40)
 @given(st.lists(AMOUNTS, max_size=9))
 def test_movement_is_the_mean_and_the_largest(amounts: list[float]) -> None:
     movement = Movement()
@@ -23,6 +24,7 @@ def test_movement_is_the_mean_and_the_largest(amounts: list[float]) -> None:
     assert movement.mean == pytest.approx(sum(amounts) / len(amounts) if amounts else 0.0)
 
 
+@settings(max_examples=40)
 @given(several_counters())
 def test_every_row_has_one_verdict(counters: Counters) -> None:
     assert (
@@ -33,6 +35,7 @@ def test_every_row_has_one_verdict(counters: Counters) -> None:
     assert sum(counters.causes.values()) >= counters.different
 
 
+@settings(max_examples=40)
 @given(several_counters(), several_counters())
 def test_a_sum_counts_both(left: Counters, right: Counters) -> None:
     total = left + right
@@ -44,6 +47,7 @@ def test_a_sum_counts_both(left: Counters, right: Counters) -> None:
     assert total.policy.count == left.policy.count + right.policy.count
 
 
+@settings(max_examples=40)
 @given(validation_counters(), validation_counters())
 def test_what_came_since_a_snapshot_is_what_was_added(
     earlier: ValidationCounters, added: ValidationCounters
@@ -58,11 +62,13 @@ def test_what_came_since_a_snapshot_is_what_was_added(
         assert found.largest_cache == max(getattr(earlier, kind).largest_cache, expected.largest_cache)
 
 
+@settings(max_examples=40)
 @given(validation_counters())
 def test_json_gives_the_same_counters(counters: ValidationCounters) -> None:
     assert ValidationCounters.from_dict(json.loads(json.dumps(counters.as_dict()))) == counters
 
 
+@settings(max_examples=40)
 @given(validation_counters())
 def test_a_snapshot_stays(counters: ValidationCounters) -> None:
     snapshot = counters.snapshot()
@@ -72,6 +78,7 @@ def test_a_snapshot_stays(counters: ValidationCounters) -> None:
     assert snapshot.as_dict() == before != counters.as_dict()
 
 
+@settings(max_examples=40)
 @given(validation_counters())
 def test_the_total_is_that_of_all_kinds(counters: ValidationCounters) -> None:
     assert counters.total.compared == sum(getattr(counters, kind).compared for kind in KINDS)
