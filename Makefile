@@ -66,7 +66,7 @@ docs: setup  ## run every command and snippet of the documentation (many minutes
 	$(BIN)/python tools/run_docs.py
 
 bench: setup  ## planning with each cache against LightZero's own and the model alone: one table, one JSON line (minutes)
-	@$(BIN)/python benchmarks/benchmark_kv_cache.py $(if $(UPSTREAM),--upstream $(UPSTREAM))
+	@$(BIN)/python benchmarks/benchmark_kv_cache.py $(if $(UPSTREAM),--upstream $(UPSTREAM) --upstream-python $(UPSTREAM_PYTHON))
 
 compare: setup  ## train CONFIG with LightZero's own cache and with this one, in turn: time, memory, returns (an hour; resumes)
 	@$(BIN)/lzero-kv compare $(CONFIG) --env-steps $(STEPS) --seeds $(SEEDS) --out $(COMPARE_OUT)

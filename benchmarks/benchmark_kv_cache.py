@@ -28,7 +28,7 @@ from measuring.players import Numbers
 from measuring.reanalysis import SHAPES as REANALYSED
 from measuring.rounds import measure_collection, measure_reanalysis, measure_shape
 from measuring.tables import collection_table, reanalysis_table, shapes_table
-from measuring.upstream import require_checkout
+from measuring.upstream import Checkout, require_checkout
 from rich.console import Console
 
 Task = Literal['cartpole', 'pong']
@@ -40,6 +40,7 @@ def main(
     history: int = 54,
     threads: tuple[int, ...] = (1,),
     upstream: Path | None = None,
+    upstream_python: Path | None = None,
     segments: int = 64,
     reanalysis_simulations: int = 3,
     reanalysis: bool = True,
@@ -56,8 +57,9 @@ def main(
         history: steps of the episodes before the memory shape is timed; with as many as by default its window
             is not full at the end.
         threads: numbers of threads that torch computes with; counts and shares are those of the first.
-        upstream: a built checkout of LightZero's development branch, which then joins, its own cache manager
-            off and on.
+        upstream: a built checkout of LightZero's development branch, which then joins: its own cache manager
+            off and on, and this one.
+        upstream_python: the Python that it was installed into; by default the one that runs this.
         segments: game segments of a reanalysed batch, of eleven roots each.
         reanalysis_simulations: simulations of a reanalysed root; few, because stock takes them one by one.
         reanalysis: whether to measure it.
@@ -67,8 +69,9 @@ def main(
             copies are counted. Collection and reanalysis stay on the CPU.
         compiled: whether compiled steps play, too; compiling eight layers takes minutes.
     """
-    if upstream is not None:
-        require_checkout(upstream)
+    checkout = upstream and Checkout(upstream, upstream_python or Path(sys.executable))
+    if checkout:
+        require_checkout(checkout.folder)
     if device == 'cuda' and not torch.cuda.is_available():
         raise ValueError('--device cuda: expected a GPU, torch finds none; write --device cpu')
     console = Console(width=190)
@@ -77,7 +80,7 @@ def main(
     for shape in shapes:
         print(f'measuring {shape} ...', file=sys.stderr, flush=True)
         document['shapes'][shape] = measure_shape(
-            SHAPES[shape], caches, steps, history, threads, upstream, device
+            SHAPES[shape], caches, steps, history, threads, checkout, device
         )
     if shapes:
         console.print(shapes_table(document['shapes'], threads))

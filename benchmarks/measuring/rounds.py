@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from .collection import Collection
 from .contestants import EAGER, Floor, contestant, precisions_of
 from .players import FloorPlayer, Numbers, Player
 from .reanalysis import BatchReanalysis
-from .upstream import FLAGS, UpstreamPlayer
+from .upstream import CACHES, Checkout, UpstreamPlayer
 
 FLOOR = 'floor'
 
@@ -33,7 +32,7 @@ def measure_shape(
     steps: int,
     history: int,
     threads: Sequence[int],
-    upstream: Path | None,
+    upstream: Checkout | None,
     device: str,
 ) -> dict[str, Numbers]:
     """Each of ``caches``, stock among them, and the floor at one shape: numbers by name; those of each number
@@ -45,7 +44,7 @@ def measure_shape(
     names = [*caches, *reduced]
     players: list[Any] = [Player(contestant(family, name, device), family.simulations) for name in names]
     weights = collect_model(players[0].contestant.policy).state_dict()
-    others = [UpstreamPlayer(upstream, name, family, weights, device) for name in FLAGS] if upstream else []
+    others = [UpstreamPlayer(upstream, name, family, weights, device) for name in CACHES] if upstream else []
     try:
         players += others
         values = {player.name: player.begin() for player in players}

@@ -1,8 +1,9 @@
-"""LightZero's development branch, with its own cache manager off and on, in a process of its own.
+"""LightZero's development branch, with its own caches and with the plugin's, in a process of its own.
 
-Both packages are called ``lzero``, so one process cannot hold both. The worker of :data:`WORKER` imports the
-checkout's, is given the family, the weights and the seed of the observations, and then does what it is asked
-to over a pipe, so that contestants take turns all the same.
+Both packages are called ``lzero``, so one process cannot hold both; they need other libraries, so each has a
+Python of its own. The worker of :data:`WORKER` imports the checkout's, is given the family, the weights and
+the seed of the observations, and then does what it is asked to over a pipe, so that contestants take turns
+all the same.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,17 @@ import torch
 from testing.families import Family
 
 WORKER = Path(__file__).with_name('upstream_worker.py')
-FLAGS = {'upstream': False, 'upstream flag': True}
-"""Names of the contestants, and upstream's ``use_new_cache_manager`` of each."""
+CACHES = {'upstream': 'off', 'upstream flag': 'on', 'upstream rebuild': 'kv'}
+"""Names of the contestants, and which cache each plays with: upstream's own, with its
+``use_new_cache_manager`` off and on, and the plugin's, installed there."""
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A built checkout of LightZero, and the Python that it was installed into."""
+
+    folder: Path
+    python: Path = Path(sys.executable)
 
 
 def require_checkout(folder: Path) -> None:
@@ -44,25 +55,31 @@ class UpstreamPlayer:
     """A contestant in another process: answers to the calls of ``players.Player``."""
 
     def __init__(
-        self, folder: Path, name: str, family: Family, weights: dict[str, torch.Tensor], device: str = 'cpu'
+        self,
+        checkout: Checkout,
+        name: str,
+        family: Family,
+        weights: dict[str, torch.Tensor],
+        device: str = 'cpu',
     ) -> None:
-        require_checkout(folder)
+        require_checkout(checkout.folder)
         self.name = name
-        paths = [str(folder.resolve()), os.environ.get('PYTHONPATH', '')]
+        folder = str(checkout.folder.resolve())
+        paths = [folder, os.environ.get('PYTHONPATH', '')]
         self._pipe, theirs = Pipe()
         self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115  (closed with the process)
         with tempfile.TemporaryDirectory() as temporary:
             file = Path(temporary) / 'weights.pt'
             torch.save(weights, file)
             self._process = subprocess.Popen(
-                [sys.executable, str(WORKER), str(theirs.fileno())],
+                [str(checkout.python), str(WORKER), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, paths))},
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
             )
             theirs.close()
-            self._pipe.send((name, FLAGS[name], family, str(file), str(folder.resolve()), device))
+            self._pipe.send((name, CACHES[name], family, str(file), folder, device))
             self._answer()
 
     def __getattr__(self, call: str) -> Any:

@@ -22,14 +22,15 @@ from torch import nn
 RENAMED = (('.mlp.', '.feed_forward.'), ('.linear.0.', '.linear.'))
 """Parts of the names of weights: the release's, the branch's."""
 
+SIMNORM = {f'final_norm_option_in_{where}': 'SimNorm' for where in ('encoder', 'head', 'obs_head')}
+"""Options that give the branch the release's normalisation."""
+
+PLUGIN = dict(window='rebuild', backend='eager')
+"""Options of ``kv_cache`` of the contestant that plays the branch with the plugin."""
+
 
 def make_as_released() -> None:
-    """Undo what keeps the branch from building the release's models.
-
-    Its heads are wider, with two norms more. Its vector models cannot be built at all: the model gives its
-    encoder and its decoder an argument that they do not take.
-    """
-    from lzero.model import unizero_model as models
+    """Give the branch's model the release's heads; its own are wider, with two norms more."""
     from lzero.model.unizero_world_models.slicer import Head
     from lzero.model.unizero_world_models.world_model import WorldModel
 
@@ -40,13 +41,6 @@ def make_as_released() -> None:
         return Head(self.config.max_blocks + 1, block_mask, nn.Sequential(*layers))
 
     WorldModel._create_head = WorldModel._create_head_for_latent = create_head
-    encoder, decoder = models.RepresentationNetworkMLP, models.VectorDecoderForMemoryEnv
-    models.RepresentationNetworkMLP = lambda *args, layer_num, **options: encoder(
-        *args, num_layers=layer_num, **options
-    )
-    models.VectorDecoderForMemoryEnv = lambda embedding_dim, output_shape: decoder(
-        embedding_dim, output_dim=output_shape
-    )
 
 
 def load_released(policy: Any, file: str) -> None:
@@ -85,27 +79,27 @@ def answer_unvisited(search: Any) -> None:
     search.search = searched
 
 
-def player(name: str, flag: bool, family: Any, weights: str, folder: str, device: str) -> Any:
-    """The contestant of this process."""
+def player(name: str, cache: str, family: Any, weights: str, folder: str, device: str) -> Any:
+    """The contestant of this process; ``cache`` is the branch's own with its flag 'off' or 'on', or the
+    plugin's, 'kv'."""
     if not Path(lzero.__file__).is_relative_to(folder):
         raise RuntimeError(f'expected lzero of {folder}, got {lzero.__file__}')
 
     from measuring.contestants import Contestant, quiet
     from measuring.players import Player
     from testing.episodes import Episodes
-    from testing.families import SUPPORT_SCALE
     from testing.models import make_policy, options_of_device
 
     make_as_released()
-    support = (-float(SUPPORT_SCALE), SUPPORT_SCALE + 1.0, 1.0)
-    norm = {f'final_norm_option_in_{where}': 'SimNorm' for where in ('encoder', 'head', 'obs_head')}
     options = options_of_device(device)
-    options['policy'] |= dict(model=dict(value_support_range=support, reward_support_range=support))
-    options['world_model'] |= dict(use_new_cache_manager=flag, **norm)
+    options['world_model'] |= SIMNORM
+    if cache != 'kv':
+        options['world_model'] |= dict(use_new_cache_manager=cache == 'on')
     with quiet():
-        policy = make_policy(family, kv=False, **options)
+        policy = make_policy(family, kv=cache == 'kv', kv_cache=PLUGIN, **options)
         load_released(policy, weights)
-        answer_unvisited(policy._mcts_collect)
+        if cache != 'kv':  # the plugin's search answers for each action
+            answer_unvisited(policy._mcts_collect)
         episodes = Episodes(policy, range(family.collectors), record=False, timesteps=family.timesteps)
     return Player(Contestant(name, policy, episodes), family.simulations)
 

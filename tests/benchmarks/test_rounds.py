@@ -17,7 +17,7 @@ from measuring.collection import SEGMENTS, Collection
 from measuring.contestants import EAGER, contestant
 from measuring.players import Player
 from measuring.rounds import compared, require_equal_values, take_turns
-from measuring.upstream import FLAGS, UpstreamPlayer, require_checkout
+from measuring.upstream import CACHES, Checkout, UpstreamPlayer, require_checkout
 
 from testing.models import world_model_of
 
@@ -56,13 +56,13 @@ def test_the_command_refuses_it_in_one_line(tmp_path: Path, warm_python: str) ->
 def test_what_a_worker_dies_of_is_told(tmp_path: Path) -> None:
     folder = broken_checkout(tmp_path, "raise ImportError('nothing works here')")
     with pytest.raises(RuntimeError, match=r'ended with code 1:\n[\s\S]*ImportError: nothing works here'):
-        UpstreamPlayer(folder, 'upstream', SMALL, {})
+        UpstreamPlayer(Checkout(folder), 'upstream', SMALL, {})
 
 
 def test_a_worker_with_another_package_is_refused(tmp_path: Path) -> None:
     folder = broken_checkout(tmp_path, "__file__ = '/elsewhere/lzero/__init__.py'")
     with pytest.raises(RuntimeError, match=r'expected lzero of .*, got /elsewhere'):
-        UpstreamPlayer(folder, next(iter(FLAGS)), SMALL, {})
+        UpstreamPlayer(Checkout(folder), next(iter(CACHES)), SMALL, {})
 
 
 def test_contestants_with_other_weights_are_refused() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import traceback
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2
+ROOT = Path(__file__).parents[2]
 
 
 def train_together(folder: Path, kv: bool, python: str) -> list[dict[str, Any]]:
@@ -28,13 +30,12 @@ def train_together(folder: Path, kv: bool, python: str) -> list[dict[str, Any]]:
         RuntimeError: one failed; its output is in the message.
     """
     folder.mkdir()
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / 'configs')])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / 'configs')])
     environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1', WORLD_SIZE=str(WORLD))
     processes = [
         subprocess.Popen(
             [python, '-m', 'tests.host.processes', str(folder), str(int(kv))],
-            cwd=root,
+            cwd=ROOT,
             env=environment | dict(RANK=str(rank)),
         )
         for rank in range(WORLD)
@@ -47,18 +48,45 @@ def train_together(folder: Path, kv: bool, python: str) -> list[dict[str, Any]]:
             hanging += 1
             process.kill()
     if hanging or any(process.returncode for process in processes):
-        outputs = [(folder / f'{rank}.txt').read_text()[-3000:] for rank in range(WORLD)]
-        raise RuntimeError(f'a process failed; {hanging} hang\n' + '\n'.join(outputs))
+        raise RuntimeError(f'a process failed; {hanging} hang\n' + _outputs(folder))
+    return _reports(folder)
+
+
+def start(config: Path, folder: Path) -> list[dict[str, Any]]:
+    """Let torchrun start a config with two processes in ``folder``; what each one reports, by rank.
+
+    Raises:
+        RuntimeError: it failed; the output of each process is in the message.
+    """
+    folder.mkdir()
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={WORLD}', '-m']
+    done = subprocess.run([*torchrun, 'tests.host.processes', str(folder), str(config)], cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError('torchrun failed\n' + _outputs(folder))
+    return _reports(folder)
+
+
+def _outputs(folder: Path) -> str:
+    return '\n'.join(file.read_text()[-3000:] for file in sorted(folder.glob('[0-9].txt')))
+
+
+def _reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f'{rank}.json').read_text()) for rank in range(WORLD)]
 
 
-def _run(folder: Path, rank: int, kv: bool) -> None:
+def _run(folder: Path, rank: int, what: str) -> None:
+    """One process: a config that torchrun starts, else CartPole with the cache ('1') or without ('0')."""
     os.chdir(folder)
     logging.getLogger().handlers.clear()
     with Path(f'{rank}.txt').open('w') as output, redirect_stdout(output), redirect_stderr(output):
         try:
-            _train_without_gpus(f'file://{folder}/store')
-            Path(f'{rank}.json').write_text(json.dumps(_train(rank, kv)))
+            if what.isdigit():
+                _train_without_gpus(f'file://{folder}/store')
+                report = _train(rank, bool(int(what)))
+            else:
+                _train_without_gpus('env://')
+                report = _train_config(what)
+            Path(f'{rank}.json').write_text(json.dumps(report))
         except Exception:
             traceback.print_exc()
             raise
@@ -94,11 +122,33 @@ def _train_without_gpus(store: str) -> None:
 
 
 def _train(rank: int, kv: bool) -> dict[str, Any]:
-    from ding.config import config
-    from ding.policy import Policy
     from ding.utils import DDPContext
     from lzero.config.utils import lz_to_ddp_config
     from lzero.entry import train_unizero
+
+    calls = _counted_calls()
+    sys.modules.pop('lzero_kv.plugin', None)  # another test may have imported and uninstalled it
+    with DDPContext():
+        main, create = _configs(kv)
+        policy = train_unizero([lz_to_ddp_config(main), create], seed=rank, max_env_step=60)
+    return _report(policy, kv) | calls
+
+
+def _train_config(path: str) -> dict[str, Any]:
+    """What the config's own command line trains with ``--smoke``."""
+    import lzero.entry
+
+    calls, train, policies = _counted_calls(), lzero.entry.train_unizero, list[Any]()
+    lzero.entry.train_unizero = lambda *args, **options: policies.append(train(*args, **options))
+    sys.argv = [path, '--smoke']
+    runpy.run_path(path, run_name='__main__')
+    return _report(policies[0], kv=True) | calls
+
+
+def _counted_calls() -> dict[str, int]:
+    """How often the processes did what all of them have to do equally often, from now on."""
+    from ding.config import config
+    from ding.policy import Policy
     from lzero.worker import MuZeroCollector
 
     config.save_config = lambda *args, **kwargs: None  # to format the file takes longer than to train
@@ -106,15 +156,11 @@ def _train(rank: int, kv: bool) -> dict[str, Any]:
     _counted(Policy, 'sync_gradients', calls, 'updates')
     _counted(MuZeroCollector, 'collect', calls, 'collections')
     _counted(dist, 'all_gather_object', calls, 'gathers')
-    sys.modules.pop('lzero_kv.plugin', None)  # another test may have imported and uninstalled it
-    with DDPContext():
-        main, create = _configs(kv)
-        policy = train_unizero([lz_to_ddp_config(main), create], seed=rank, max_env_step=60)
-    return {
-        'weights': _digest(policy._learn_model),
-        'statistics': _statistics(policy) if kv else {},
-        **calls,
-    }
+    return calls
+
+
+def _report(policy: Any, kv: bool) -> dict[str, Any]:
+    return {'weights': _digest(policy._learn_model), 'statistics': _statistics(policy) if kv else {}}
 
 
 def _digest(model: torch.nn.Module) -> str:
@@ -152,4 +198,4 @@ def _configs(kv: bool) -> tuple[Any, Any]:
 
 
 if __name__ == '__main__':
-    _run(Path(sys.argv[1]), int(os.environ['RANK']), bool(int(sys.argv[2])))
+    _run(Path(sys.argv[1]), int(os.environ['RANK']), sys.argv[2])
