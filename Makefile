@@ -38,7 +38,7 @@ demo: setup  ## train UniZero on Pong for a few minutes with the cache on (set-u
 
 ifdef UPSTREAM
 test:  ## lint, import contract, and all tests that take no network; with UPSTREAM=DIR those of LightZero's git main alone
-	PYTHONPATH="$(CURDIR):$(abspath $(UPSTREAM))" $(UPSTREAM_PYTHON) -m pytest -p no:benchmark -p no:cacheprovider tests/upstream tests/host/test_recompute.py
+	PYTHONPATH="$(CURDIR):$(abspath $(UPSTREAM))" $(UPSTREAM_PYTHON) -m pytest -p no:benchmark -p no:cacheprovider tests/upstream tests/host/test_recompute.py tests/host/test_collectors.py
 else
 test: setup lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder -p no:benchmark

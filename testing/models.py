@@ -62,8 +62,9 @@ def make_policy(
     with (
         precision(dtype),
         torch.random.fork_rng(devices=[]),
-        _buildable_memory_model(family),
+        buildable_memory_model() if family.observation_type == 'image_memory' else nullcontext(),
         buildable_vector_model(),
+        savable_sampled_policy(),
         _shared_slices(),
         redirect_stdout(StringIO()),
     ):
@@ -181,13 +182,6 @@ def _shared_slices() -> Iterator[None]:
         yield
 
 
-def _buildable_memory_model(family: Family) -> Any:
-    """The host's memory model fails to build: it counts the parameters of ``tokenizer.lpips``, which is
-    None by default.
-    """
-    return _parameterless_lpips() if family.observation_type == 'image_memory' else nullcontext()
-
-
 @contextmanager
 def buildable_vector_model() -> Iterator[None]:
     """The development branch of LightZero fails to build vector models: its encoder and decoder are given
@@ -214,7 +208,22 @@ def buildable_vector_model() -> Iterator[None]:
 
 
 @contextmanager
-def _parameterless_lpips() -> Iterator[None]:
+def savable_sampled_policy() -> Iterator[None]:
+    """The development branch of LightZero never sets what its sampled policy asks for at a checkpoint."""
+    from lzero.policy.sampled_unizero import SampledUniZeroPolicy as Policy
+
+    Policy.use_adaptive_entropy_weight = False
+    try:
+        yield
+    finally:
+        del Policy.use_adaptive_entropy_weight
+
+
+@contextmanager
+def buildable_memory_model() -> Iterator[None]:
+    """The host's memory model fails to build: it counts the parameters of ``tokenizer.lpips``, which is
+    None by default.
+    """
     from lzero.model import unizero_model
 
     original = unizero_model.Tokenizer

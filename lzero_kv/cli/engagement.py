@@ -13,6 +13,7 @@ from typing import Any
 from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig, validation_mode_of
+from lzero_kv.lightzero.host import is_release
 from lzero_kv.lightzero.inputs import POLICIES, check_policy, check_world_model_config
 from lzero_kv.lightzero.install import FLAG, PLACE, flag_of
 
@@ -114,13 +115,19 @@ def _process_checks(call: TrainingCall, world_model: Any) -> list[Check]:
     """Return whether LightZero itself can train on several GPUs, where that is asked for."""
     if not _at(call.config, 'policy', 'multi_gpu'):
         return []
-    if _at(world_model, 'obs_type') != 'vector':
-        return [Check(Mark.OK, 'multi_gpu', 'one process for each GPU, started by torchrun')]
-    remedy = (
-        'LightZero stops at the first update: it adds up the gradients of all parameters, and those of the '
-        'decoder of vector observations have none; leave multi_gpu out'
-    )
-    return [Check(Mark.FAIL, 'multi_gpu', 'with vector observations', remedy)]
+    if _at(world_model, 'obs_type') == 'vector':
+        remedy = (
+            'LightZero stops at the first update: it adds up the gradients of all parameters, and those of '
+            'the decoder of vector observations have none; leave multi_gpu out'
+        )
+        return [Check(Mark.FAIL, 'multi_gpu', 'with vector observations', remedy)]
+    if not is_release():
+        remedy = (
+            'this LightZero stops at its second update: some of the numbers that it logs are tensors, and '
+            'the log of several processes takes none; make them numbers in its policy/unizero.py'
+        )
+        return [Check(Mark.WARN, 'multi_gpu', 'several processes', remedy)]
+    return [Check(Mark.OK, 'multi_gpu', 'one process for each GPU, started by torchrun')]
 
 
 def _import_check(call: TrainingCall) -> Check:

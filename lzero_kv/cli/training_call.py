@@ -120,7 +120,9 @@ def _reporter(entry: str, original: Callable[..., Any]) -> Callable[..., NoRetur
             options = dict(parameters.bind(*args, **kwargs).arguments)
         except TypeError as error:
             raise ConfigError(f'{entry} cannot be called like that: {error}') from error
-        given = options.pop('input_cfg', None)
+        if 'input_cfg' not in options:
+            raise ConfigError(f'{entry} takes no pair of configs, expected an entry such as train_unizero')
+        given = options.pop('input_cfg')
         if not isinstance(given, (list, tuple)) or len(given) != 2:
             raise ConfigError(
                 f'{entry} must be called with [main_config, create_config], got {type(given).__name__}'

@@ -113,7 +113,9 @@ def _reanalysis() -> str:
 
 
 def _sampled_reanalysis() -> str:
-    return 'in chunks' if searches_sampled_roots_in_chunks() else 'all roots at once'
+    buffer = _host('mcts.buffer.game_buffer_sampled_unizero', 'SampledUniZeroGameBuffer')
+    chunks = hasattr(buffer, '_search_sampled_reanalyzed_roots_in_chunks')
+    return 'in chunks' if chunks else 'all roots at once'
 
 
 def _task_tokens() -> str:
@@ -329,10 +331,61 @@ def simulations_of(config: Any) -> int:
     return max(int(config[name]) for name in names if config.get(name) is not None)
 
 
-def searches_sampled_roots_in_chunks() -> bool:
-    """Whether the buffer for sampled actions searches its roots itself and writes back what it found."""
-    buffer = _host('mcts.buffer.game_buffer_sampled_unizero', 'SampledUniZeroGameBuffer')
-    return hasattr(buffer, '_search_sampled_reanalyzed_roots_in_chunks')
+def faults(model: str, config: Any) -> list[str]:
+    """Faults of the host itself that end a training, with the plugin or without; each with its mending.
+
+    Args:
+        model: name of the model that the policy builds.
+        config: of the policy, defaults included.
+    """
+    if model == 'SampledUniZeroModel':
+        return [] if _saves_sampled_policies() else [_SAMPLED_CHECKPOINTS]
+    kind = config['model']['world_model_cfg'].get('obs_type') if model == 'UniZeroModel' else None
+    builds, mending = _MODELS.get(kind, (lambda: True, ''))
+    return [] if builds() else [f'obs_type={kind!r}: this LightZero cannot build the model; {mending}']
+
+
+_SAMPLED_CHECKPOINTS = (
+    'sampled_unizero: this LightZero stops at its first checkpoint; in its sampled_unizero.py write '
+    'self.use_adaptive_entropy_weight = False at the end of _init_learn'
+)
+
+
+def _takes_what_is_passed(called: str, name: str) -> bool:
+    """Whether what UniZeroModel calls has the argument that it passes."""
+    code = _code(_host('model.unizero_model', 'UniZeroModel').__init__)
+    passed = any(name in names for names in code.co_consts if isinstance(names, tuple))
+    parameters = inspect.signature(_host('model.unizero_model', called)).parameters
+    return not passed or name in parameters or 'kwargs' in parameters
+
+
+def _builds_memory_models() -> bool:
+    tokenizer = _host('model.unizero_model', 'Tokenizer')
+    return tokenizer(torch.nn.Identity(), torch.nn.Identity()).lpips is not None
+
+
+_MODELS: dict[str | None, tuple[Callable[[], bool], str]] = {
+    'vector': (
+        lambda: _takes_what_is_passed('RepresentationNetworkMLP', 'layer_num'),
+        'in its unizero_model.py write num_layers=2 for layer_num=2, and output_dim=25 for the '
+        'output_shape=25 of VectorDecoderForMemoryEnv',
+    ),
+    'text': (
+        lambda: _takes_what_is_passed('Tokenizer', 'encoder_option'),
+        'its Tokenizer takes none of what unizero_model.py passes for texts',
+    ),
+    'image_memory': (
+        _builds_memory_models,
+        'in its unizero_model.py leave out self.tokenizer.lpips, which is None, where parameters are counted',
+    ),
+}
+"""For each kind of observations: whether the host builds a UniZeroModel for it, and what to change."""
+
+
+def _saves_sampled_policies() -> bool:
+    policy, name = _host('policy.sampled_unizero', 'SampledUniZeroPolicy'), 'use_adaptive_entropy_weight'
+    read = name in _names(policy._state_dict_learn)
+    return not read or name in _names(policy._init_learn) or hasattr(policy, name)
 
 
 def zeros_batch(observation_shape: Any, rows: int, device: Any) -> Any:

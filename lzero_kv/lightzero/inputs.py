@@ -9,7 +9,7 @@ import torch
 
 from lzero_kv.cache.window import Window
 from lzero_kv.config import Precision, option_of, validation_mode_of
-from lzero_kv.lightzero.host import RELEASE, is_release
+from lzero_kv.lightzero.host import RELEASE, faults, is_release
 from lzero_kv.lightzero.inference.precision import ELEMENTS, available, largest_matrix
 
 
@@ -130,6 +130,7 @@ def check_policy(model: str, config: Any) -> None:
             'contextual_reanalysis=True: contexts of replayed roots are not served; write '
             'contextual_reanalysis=False'
         )
+    problems += faults(model, config)
     if problems:
         raise ValueError('the policy does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems))
 

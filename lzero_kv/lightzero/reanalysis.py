@@ -1,9 +1,9 @@
 """Lets the host's replay buffer for sampled actions use what its reanalysis searched.
 
-In LightZero 0.2.0 that reanalysis cannot run: it gives no timestep to the model, returns policies and actions
-where its caller takes policies alone, and writes the new actions nowhere, although the new policies belong to
-them. The world model answers without a timestep; this module repairs the other two, for models that keep a
-cache. On the development branch it runs, and nothing is replaced.
+That reanalysis cannot run for sampled batches: it returns policies and actions where its caller takes
+policies alone. For the whole buffer it writes the new actions nowhere, although the new policies belong to
+them. This module repairs both, for models that keep a cache. (LightZero 0.2.0 gives no timestep to the model
+either, and the world model answers without one.)
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from lzero_kv.lightzero.host import searches_sampled_roots_in_chunks
 from lzero_kv.lightzero.world_model import KVWorldModel
 
 ACTIONS, POSITIONS, SEGMENT_ACTIONS = 2, 2, 5
@@ -28,8 +27,6 @@ def replace_sampled_reanalysis(replace: Callable[[Any, str, Any], None]) -> None
     """Repair the host's buffer for caching models; ``replace(owner, name, value)`` sets an attribute."""
     from lzero.mcts.buffer.game_buffer_sampled_unizero import SampledUniZeroGameBuffer as Buffer
 
-    if searches_sampled_roots_in_chunks():
-        return
     replace(
         Buffer,
         '_compute_target_policy_reanalyzed',

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from lzero_kv.lightzero.host import is_release
 from lzero_kv.telemetry.metrics import METRICS, SPEED, SPEED_METRICS, tag
 from lzero_kv.validation.oracle import Oracle
 from testing.models import collect_model, world_model_of
@@ -252,6 +253,7 @@ def slow_search(
     return roots
 
 
+@pytest.mark.skipif(not is_release(), reason="git main's buffer makes float32 of observations")
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
 @pytest.mark.parametrize('task', TASKS)
 def test_reanalysed_targets_are_those_of_searching_each_root_alone(task: str, window: str) -> None:

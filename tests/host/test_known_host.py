@@ -12,6 +12,7 @@ from lzero.mcts.buffer.game_buffer_sampled_unizero import SampledUniZeroGameBuff
 from lzero.mcts.tree_search.mcts_ctree import UniZeroMCTSCtree
 from lzero.mcts.tree_search.mcts_ctree_sampled import SampledUniZeroMCTSCtree
 from lzero.model import unizero_model
+from lzero.model.unizero_world_models.tokenizer import Tokenizer
 from lzero.model.unizero_world_models.transformer import Block, Transformer
 from lzero.model.unizero_world_models.world_model import WorldModel
 from lzero.policy.sampled_unizero import SampledUniZeroPolicy
@@ -21,7 +22,9 @@ import lzero_kv
 from lzero_kv.cli.checks import Check, Mark, host_check
 from lzero_kv.lightzero import host
 from lzero_kv.lightzero.fingerprints import changed
-from testing.models import make_policy
+from lzero_kv.lightzero.inputs import POLICIES, check_policy
+from testing.families import FAMILIES, policy_config
+from testing.models import buildable_memory_model, make_policy
 
 
 def renamed(function: Any, old: str, new: str) -> Any:
@@ -167,6 +170,18 @@ def test_each_difference_is_refused_by_name_and_nothing_is_installed(sentence, m
     seen = host_check()
     assert seen.mark is Mark.FAIL
     assert seen.remedy == str(caught.value)
+
+
+def test_a_model_that_the_host_cannot_build_is_refused_until_it_is_mended(monkeypatch):
+    monkeypatch.setattr(unizero_model, 'Tokenizer', Tokenizer)  # a config may have mended it
+    config = policy_config(FAMILIES['memory'], True, None, {}, {})
+    with pytest.raises(ValueError, match=r"obs_type='image_memory': .* cannot build .*tokenizer.lpips"):
+        check_policy('UniZeroModel', config)
+    with buildable_memory_model():
+        check_policy('UniZeroModel', config)
+    for family in ('atari', 'tiny', 'lunarlander_continuous'):  # git main has faults of its own there
+        config = policy_config(FAMILIES[family], True, None, {}, {})
+        check_policy(POLICIES[config.type], config)
 
 
 def test_functions_that_are_newer_than_tested_are_named_and_the_plugin_engages(monkeypatch):

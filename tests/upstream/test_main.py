@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
+import lzero
 import numpy as np
 import pytest
 import torch
 
 import lzero_kv
 from lzero_kv.cli.checks import Check, Mark, host_check
+from lzero_kv.cli.engagement import PLUGIN, call_checks
+from lzero_kv.cli.training_call import ConfigError, training_call
 from lzero_kv.lightzero.host import MAIN, check_supported
-from lzero_kv.lightzero.inputs import check_policy
+from lzero_kv.lightzero.inputs import POLICIES, check_policy
 from testing.episodes import Episodes, Root
+from testing.families import FAMILIES, policy_config
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots
-from testing.models import collect_model, copy_weights, make_policy, world_model_of
+from testing.models import (
+    buildable_memory_model,
+    buildable_vector_model,
+    collect_model,
+    copy_weights,
+    make_policy,
+    savable_sampled_policy,
+    world_model_of,
+)
 from testing.reanalysis import reanalyze
 
 SMALL: dict[str, Any] = dict(collector_env_num=3, evaluator_env_num=2, num_simulations=7)
@@ -178,6 +191,85 @@ def test_contextual_reanalysis_is_refused_before_a_model_is_built(caplog: pytest
     ):
         make_policy('tiny', kv=True, policy=dict(contextual_reanalysis=True), **SMALL)
     assert 'self.device' not in caplog.text
+
+
+LORA = dict(
+    lora_r=3,
+    lora_alpha=2,
+    lora_scale_init=1.5,
+    lora_target_modules=['attn', 'feed_forward'],
+    curriculum_stage_num=3,
+)
+
+
+def test_adapters_of_a_curriculum_are_part_of_the_weights() -> None:
+    from lzero.model.unizero_world_models.transformer import set_curriculum_stage
+
+    policy = make_policy('atari', kv=True, world_model=LORA, **SMALL)
+    first = Episodes(policy, range(3), record=False).run(1)
+    set_curriculum_stage(world_model_of(policy), 2)
+    world_model_of(policy).clear_caches()
+    roots = Episodes(policy, range(3)).run(READY)
+    assert judge_roots(policy, roots, 'rebuild').wrong == judge_nodes(policy, roots, 'rebuild').wrong == 0
+    assert abs(roots[0].predicted_value - first[0].predicted_value) > 0.01
+
+
+UNTRAINABLE = {
+    'tiny': "obs_type='vector': this LightZero cannot build the model; .* num_layers=2",
+    'memory': "obs_type='image_memory': this LightZero cannot build the model; .*lpips",
+    'lunarlander_continuous': 'this LightZero stops at its first checkpoint; .*adaptive_entropy_weight',
+}
+
+
+@pytest.mark.parametrize('family', UNTRAINABLE)
+def test_what_main_itself_cannot_train_is_refused_until_it_is_mended(family: str) -> None:
+    config = policy_config(FAMILIES[family], True, None, {}, {})
+    with pytest.raises(ValueError, match=UNTRAINABLE[family]):
+        check_policy(POLICIES[config.type], config)
+    with buildable_vector_model(), savable_sampled_policy(), buildable_memory_model():
+        check_policy(POLICIES[config.type], config)
+
+
+def test_texts_are_refused() -> None:
+    config = policy_config(FAMILIES['atari'], True, None, {}, {})
+    check_policy('UniZeroModel', config)
+    config.model.world_model_cfg.obs_type = 'text'
+    with pytest.raises(ValueError, match=r"obs_type='text': this LightZero cannot build .* Tokenizer"):
+        check_policy('UniZeroModel', config)
+
+
+ZOO = {
+    'atari/config/atari_unizero_config': [],
+    'atari/config/atari_unizero_segment_config': [],
+    'atari/config/atari_unizero_ddp_config': [(Mark.WARN, 'multi_gpu', 'stops at its second update')],
+    'atari/config/atari_unizero_ppo_config': [(Mark.FAIL, 'policy', 'must be one of unizero')],
+    'atari/config/atari_unizero_multitask_segment_ddp_config': [
+        (Mark.FAIL, 'config', 'train_unizero_multitask_segment_ddp takes no pair of configs')
+    ],
+    'memory/config/memory_unizero_config': [(Mark.FAIL, 'world model', "'image_memory'")],
+    'classic_control/cartpole/config/cartpole_unizero_config': [(Mark.FAIL, 'world model', "'vector'")],
+    'classic_control/pendulum/config/pendulum_cont_sampled_unizero_config': [
+        (Mark.FAIL, 'world model', 'stops at its first checkpoint')
+    ],
+}
+"""What doctor finds in main's own configs with the two lines added, beside what is in order."""
+
+
+@pytest.mark.parametrize('name', ZOO)
+def test_doctors_verdicts_of_the_zoo(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a config may write
+    path = Path(lzero.__file__).parents[1] / 'zoo' / f'{name}.py'
+    try:
+        call = training_call(path)
+        call.config.policy.model.world_model_cfg.use_new_cache_manager = True
+        call.create_config.policy.import_names = [*call.create_config.policy.import_names, PLUGIN]
+        checks = call_checks(call)
+    except ConfigError as error:
+        checks = [Check(Mark.FAIL, 'config', str(path), str(error))]
+    found = [check for check in checks if check.mark is not Mark.OK]
+    assert [(check.mark, check.subject) for check in found] == [entry[:2] for entry in ZOO[name]]
+    for check, (*_, words) in zip(found, ZOO[name], strict=True):
+        assert words in check.remedy
 
 
 def test_policies_with_world_models_of_their_own_are_refused() -> None:
