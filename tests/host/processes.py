@@ -93,11 +93,16 @@ def _run(folder: Path, rank: int, what: str) -> None:
 
 
 def _train_without_gpus(store: str) -> None:
-    """Four places where LightZero and DI-engine take GPUs for granted, and what stands there on a CPU."""
+    """Four places where LightZero and DI-engine take GPUs for granted, and what stands there on a CPU; and a
+    fault of git main, which stops at its second update.
+    """
     from ding.policy import Policy
     from ding.utils import pytorch_ddp_dist_helper as helper
     from ding.worker.learner import learner_hook
+    from lzero.policy.unizero import UniZeroPolicy
     from lzero.worker import muzero_collector
+
+    from lzero_kv.lightzero.host import is_release
 
     def begin() -> None:  # the original begins NCCL and chooses a CUDA device
         rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
@@ -115,10 +120,21 @@ def _train_without_gpus(store: str) -> None:
             if parameter.grad is not None:
                 helper.allreduce(parameter.grad)
 
+    if not is_release():
+        forward_learn = UniZeroPolicy._forward_learn
+        UniZeroPolicy._forward_learn = lambda *args: _numbers(forward_learn(*args))
     helper.dist_init = begin
     muzero_collector.allreduce_data = add_up
     Policy.sync_gradients = sync_gradients
     learner_hook.get_rank = lambda: 'cpu'  # the original moves what is logged to CUDA device number <rank>
+
+
+def _numbers(logged: dict[str, Any]) -> dict[str, Any]:
+    """What an update logs, its tensors of one element as numbers."""
+    one = {
+        name: value.item() for name, value in logged.items() if torch.is_tensor(value) and value.numel() == 1
+    }
+    return logged | one
 
 
 def _train(rank: int, kv: bool) -> dict[str, Any]:
