@@ -35,14 +35,16 @@ from testing.episodes import Episodes, Root
 from testing.recorder import replaced
 
 EPISODES = 8
+SIZES = dict(embed_dim=384, batch_size=64, env_manager='base', eval_freq=100)
+"""What differs from LightZero's settings."""
 Recorded = list[tuple[list[np.ndarray], list[int]]]
 """For each episode its observations and actions."""
 
 
 def config_of(precision: str) -> tuple[Any, Any]:
     """The two configs of the host, for a CPU."""
-    sizes = dict(embed_dim=384, batch_size=64, env_manager='base', eval_freq=100, evaluator_env_num=EPISODES)
-    main_config, create_config = make_config('CartPole-v0', seed=0, size=type(FULL)(FULL | sizes))
+    sizes = FULL | SIZES | dict(evaluator_env_num=EPISODES)
+    main_config, create_config = make_config('CartPole-v0', seed=0, size=type(FULL)(sizes))
     model = main_config.policy.model.world_model_cfg
     model.kv_cache = dict(precision=precision)
     main_config.policy.device = model.device = 'cpu'
@@ -87,13 +89,19 @@ def compare(checkpoint: tyro.conf.Positional[Path], steps: int = 100) -> None:
 
 def policy_of(checkpoint: Path, precision: str) -> Any:
     """The trained policy, planning in this precision."""
+    policy = new_policy(precision)
+    policy.learn_mode.load_state_dict(torch.load(checkpoint, map_location='cpu', weights_only=True))
+    return policy
+
+
+def new_policy(precision: str) -> Any:
+    """The policy with new weights."""
     from ding.config import compile_config
     from ding.policy import create_policy
 
     main_config, create_config = config_of(precision)
     config = compile_config(main_config, seed=0, auto=True, create_cfg=create_config, save_cfg=False)
     policy = create_policy(config.policy, enable_field=['learn', 'collect', 'eval'])
-    policy.learn_mode.load_state_dict(torch.load(checkpoint, map_location='cpu', weights_only=True))
     policy.env_config = config.env
     return policy
 
