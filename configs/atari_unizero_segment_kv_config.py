@@ -107,6 +107,8 @@ def make_config(
                 observation_shape=(3, 64, 64),
                 action_space_size=action_space_size,
                 support_scale=300,
+                value_support_range=(-300.0, 301.0, 1.0),  # what git main reads in the place of support_scale
+                reward_support_range=(-300.0, 301.0, 1.0),
                 world_model_cfg=dict(
                     support_size=601,
                     policy_entropy_weight=5e-3,
