@@ -46,6 +46,9 @@ WRITTEN_OUT_DEFAULTS = {
     'policy.n_episode': 8,
     'policy.eval_freq': int(5e3),
     'policy.learn.learner.hook.save_ckpt_after_iter': int(1e6),
+    # git main's names of support_scale=300, which the release does not read
+    'policy.model.value_support_range': (-300.0, 301.0, 1.0),
+    'policy.model.reward_support_range': (-300.0, 301.0, 1.0),
 }
 
 
