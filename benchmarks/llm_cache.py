@@ -36,22 +36,14 @@ from lzero_kv.llm.experiment.models import SMOLLM2, load
 from lzero_kv.llm.families import cache_argument
 
 PLAIN = 'plain'
-RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
-    'llama-8b': (
-        'llama',
-        dict(
-            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072, rope_theta=5e5,
-        ),
-    ),
-    'llama-1b': (
-        'llama',
-        dict(
-            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072, rope_theta=5e5,
-        ),
-    ),
-}  # fmt: skip
+LLAMA = dict(
+    vocab_size=128256, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+    rope_theta=5e5,
+)  # fmt: skip
+RANDOM: dict[str, dict[str, Any]] = {
+    'llama-8b': LLAMA | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32),
+    'llama-1b': LLAMA | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
+}
 """Sizes of Llama 3.1 and 3.2, with random weights: what a token costs does not depend on them."""
 METHODS = ('streaming uniform', 'snapkv uniform', 'cake', 'h2o uniform', 'hace')
 COLUMNS = ('tokens', 'method', 'prompt s', 'x plain', 'token ms', 'x plain', 'kept %', 'peak %', 'GPU MiB')
@@ -91,11 +83,11 @@ def main(
 
 def random_model(name: str, dtype: str, device: str) -> Any:
     """A model of :data:`RANDOM`."""
-    family, sizes = RANDOM[name]
+    config = AutoConfig.for_model('llama', **RANDOM[name])
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(family, **sizes), dtype=getattr(torch, dtype), attn_implementation='sdpa'
+            config, dtype=getattr(torch, dtype), attn_implementation='sdpa'
         )
     return model.eval()
 

@@ -318,8 +318,8 @@ _SPARE = 16
 def _joined(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """``[B, H, n + Q, d]``: ``new`` behind ``held``, in the memory behind it where there is room.
 
-    The view that is returned brings the memory with it, so that both end together; columns behind a view are
-    nobody's.
+    The view that is returned brings the memory with it, so that both end together. Columns behind a view hold
+    no token.
     """
     columns, end = held.shape[2], held.shape[2] + new.shape[2]
     room = getattr(held, 'room', None)

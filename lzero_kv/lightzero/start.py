@@ -70,8 +70,8 @@ def planned(policy_cfg: Any) -> Plan:
     check_world_model_config(model)
     refuse_validated_budget(config, model, mode)
     environments = int(policy_cfg['collector_env_num']) + int(policy_cfg['evaluator_env_num'])
-    weight = torch.empty(0, device=device_of(policy_cfg))
-    manager = make_manager(model, config, weight, environments, simulations_of(policy_cfg))
+    device, simulations = torch.device(device_of(policy_cfg)), simulations_of(policy_cfg)
+    manager = make_manager(model, config, torch.float32, device, environments, simulations)
     return Plan(config, manager, mode)
 
 

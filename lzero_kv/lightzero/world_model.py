@@ -151,7 +151,9 @@ class KVWorldModel(WorldModel):
         self._drop_session()
         # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
         weight = self.transformer.ln_f.weight
-        make_manager(self.config, self.cache_config, weight, environments, num_simulations)
+        make_manager(
+            self.config, self.cache_config, weight.dtype, weight.device, environments, num_simulations
+        )
 
     @contextmanager
     def serving(self, env_ids: Sequence[int], host_last: HostLast | None = None) -> Iterator[None]:

@@ -39,12 +39,23 @@ from .direct import Drive, Step, largest_difference
 from .plays import fail_with_nan
 from .test_engine import BOTH_WINDOWS, managed, uneven_episodes
 from .test_operators import Operators
-from .validated import MODES, assert_accounted, counters_of, validated_policy
+from .validated import MODES, assert_compared, validated_policy
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-3}
 """Of a largest difference. Sums in another order differ by units in the last place (2e-16 and 1e-7), and the
 random weights of these models amplify that along a path, whose latent states are predicted one from the
 other: the same ten thousand units are allowed in both."""
+
+EACH_KIND = pytest.mark.parametrize(
+    ('family', 'dtype'),
+    [
+        ('tiny', torch.float64),
+        ('cartpole', torch.float32),
+        ('lunarlander_continuous', torch.float64),
+        ('multitask', torch.float32),
+    ],
+)
+"""Families with each kind of positions and actions, and their dtypes."""
 
 ROWS = 4
 SIMULATIONS = 9
@@ -96,15 +107,7 @@ def expected_answers(window: str = 'rebuild', steps: tuple[Step, ...] = tuple(UN
 
 
 @BOTH_WINDOWS
-@pytest.mark.parametrize(
-    ('family', 'dtype'),
-    [
-        ('tiny', torch.float64),
-        ('cartpole', torch.float32),
-        ('lunarlander_continuous', torch.float64),
-        ('multitask', torch.float32),
-    ],
-)
+@EACH_KIND
 def test_answers_equal_those_of_the_eager_backend(
     as_is: Counted, family: str, dtype: torch.dtype, window: str
 ) -> None:
@@ -283,9 +286,7 @@ def test_statistics_are_those_of_the_eager_backend(as_is: Counted, window: str) 
 def test_validation_accounts_for_every_row(as_is: Counted, mode: str, window: str, tmp_path: Path) -> None:
     policy = validated_policy(mode, tmp_path, kv_cache=dict(backend='compile', window=window))
     uneven_episodes(policy, 'tiny', 6)
-    for counters in (counters_of(policy).roots, counters_of(policy).nodes):
-        assert counters.compared > 0
-        assert_accounted(counters)
+    assert_compared(policy)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from testing.reanalysis import reanalyze
 
 from .direct import Drive, largest_difference
 from .plays import assert_same_play
-from .test_backends import ROWS, SCALED, SIMULATIONS, TOLERANCE, UNEVEN, model_of
+from .test_backends import EACH_KIND, ROWS, SCALED, SIMULATIONS, TOLERANCE, UNEVEN, model_of
 from .test_engine import uneven_episodes
-from .validated import assert_accounted, counters_of, validated_policy
+from .validated import assert_compared, validated_policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 
@@ -46,15 +46,7 @@ def _float32_stays_float32() -> Iterator[None]:
 
 @pytest.mark.parametrize('backend', ['eager', 'cudagraph'])
 @pytest.mark.parametrize('window', ['rebuild', 'shift'])
-@pytest.mark.parametrize(
-    ('family', 'dtype'),
-    [
-        ('tiny', torch.float64),
-        ('cartpole', torch.float32),
-        ('lunarlander_continuous', torch.float64),
-        ('multitask', torch.float32),
-    ],
-)
+@EACH_KIND
 def test_answers_are_those_of_a_cpu(family: str, dtype: torch.dtype, window: str, backend: str) -> None:
     plays, seen = [], FAMILIES[family].observation
     for where in ('cpu', 'cuda'):
@@ -131,9 +123,7 @@ def test_validation_and_reanalysis_stay_on_the_device(tmp_path: Path) -> None:
         world_model = dict(device='cuda', cache_validation_mode=mode)
         policy = validated_policy(mode, tmp_path, policy=ON_CUDA['policy'], world_model=world_model)
         uneven_episodes(policy, 'tiny', 4)
-        for counters in (counters_of(policy).roots, counters_of(policy).nodes):
-            assert counters.compared > 0
-            assert_accounted(counters)
+        assert_compared(policy)
     targets = []
     for where in ({}, ON_CUDA):
         policy = make_policy('tiny', kv=True, num_simulations=4, dtype=torch.float64, **where)

@@ -41,7 +41,7 @@ from .test_backends import (
     replace_tensors,
 )
 from .test_engine import uneven_episodes
-from .validated import assert_accounted, counters_of, validated_policy
+from .validated import assert_compared, validated_policy
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason='this torch asks a real device')
 
@@ -155,9 +155,7 @@ def test_validation_and_reanalysis_stay_on_the_device(device: Device, tmp_path: 
     world_model = dict(device='cuda', cache_validation_mode='model')
     policy = validated_policy('model', tmp_path, policy=ON_CUDA['policy'], world_model=world_model)
     uneven_episodes(policy, 'tiny', 4)
-    for counters in (counters_of(policy).roots, counters_of(policy).nodes):
-        assert counters.compared > 0
-        assert_accounted(counters)
+    assert_compared(policy)
     targets = []
     for where in ({}, ON_CUDA):
         policy = make_policy('tiny', kv=True, num_simulations=4, dtype=torch.float64, **where)

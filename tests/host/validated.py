@@ -72,3 +72,10 @@ def heads_zeroed(policy: Any, *heads: str) -> None:
     names = [name for name in weights if any(f'{head}.head_module.2' in name for head in heads)]
     assert names
     load_weights(policy, weights | {name: torch.zeros_like(weights[name]) for name in names})
+
+
+def assert_compared(policy: Any) -> None:
+    """Roots and nodes were compared, and each is accounted for."""
+    for counters in (counters_of(policy).roots, counters_of(policy).nodes):
+        assert counters.compared > 0
+        assert_accounted(counters)

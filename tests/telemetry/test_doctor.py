@@ -17,6 +17,7 @@ from lzero_kv.cli import main
 from lzero_kv.cli.checks import Mark, distribution_check, package_folder, rom_check
 from lzero_kv.cli.engagement import _entry_check
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
+from testing.families import FAMILIES, policy_config
 
 pytest.importorskip('lzero', reason='the doctor is tested against an installed LightZero')
 
@@ -84,6 +85,16 @@ def test_a_config_for_which_the_plugin_engages(tmp_path: Path, warm_python: str)
     assert re.search(r'│ ok +│ backend +│ (eager on cpu|cudagraph on cuda) \(auto\) ', done.stdout)
     assert done.stdout.splitlines()[-1] == f'The plugin would engage for {path}.'
     assert not (tmp_path / 'trained').exists()
+
+
+def test_a_plan_for_a_gpu_asks_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is touched takes seconds and memory of its own."""
+    from lzero_kv.lightzero.start import planned
+
+    config = policy_config(FAMILIES['tiny'], True, None, dict(cuda=True), {})
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    before = torch.cuda.is_initialized()
+    assert 'backend=cudagraph' in str(planned(config)) and torch.cuda.is_initialized() == before
 
 
 @pytest.mark.parametrize('backend', ['compile', 'cudagraph'])

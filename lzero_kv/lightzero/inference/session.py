@@ -27,14 +27,19 @@ from .weights import InferenceWeights
 
 
 def make_manager(
-    model: Any, config: KVCacheConfig, weight: torch.Tensor, environments: int, num_simulations: int
+    model: Any,
+    config: KVCacheConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    environments: int,
+    num_simulations: int,
 ) -> KVCacheManager:
     """The caches of a world model; nothing is allocated yet.
 
     Args:
         model: the host's ``world_model_cfg``, for the sizes.
         config: the user's choices.
-        weight: any tensor of the dtype and on the device of the weights.
+        dtype, device: of the weights.
         environments: of collection and evaluation together.
         num_simulations: of a search.
 
@@ -42,7 +47,7 @@ def make_manager(
         ValueError: the cache's configuration has no room for them.
         TypeError: the model is in bfloat16.
     """
-    if weight.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         raise TypeError(
             'the world model is in bfloat16, which LightZero cannot search with: it keeps latent states and '
             'values as numpy arrays, and numpy has no bfloat16; write world_model.float()'
@@ -56,8 +61,8 @@ def make_manager(
         heads=int(model.num_heads),
         head_dim=int(model.embed_dim) // int(model.num_heads),
         tokens=tokens,
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=dtype,
+        device=device,
     )
     return KVCacheManager(
         model,
@@ -65,7 +70,7 @@ def make_manager(
         layout=layout,
         cache_config=config,
         num_simulations=num_simulations,
-        scratch=config.backend_on(weight.device) != 'eager',
+        scratch=config.backend_on(device) != 'eager',
     )
 
 
@@ -91,7 +96,9 @@ class InferenceSession:
         self.exact = config.window != 'shift'
         self.positions = positions_of(world_model)
         weight = world_model.transformer.ln_f.weight
-        self.manager = make_manager(world_model.config, config, weight, environments, num_simulations)
+        self.manager = make_manager(
+            world_model.config, config, weight.dtype, weight.device, environments, num_simulations
+        )
         self._full = Geometry(
             self.manager.layout.heads,
             self.manager.layout.head_dim,
