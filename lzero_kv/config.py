@@ -14,6 +14,7 @@ from lzero_kv.mistakes import Mistakes, describe
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Precision = Literal['float32', 'float16', 'int8']
+ValidationMode = Literal['recompute', 'store', 'model']
 
 
 class NodeBudget(BudgetConfig):
@@ -110,6 +111,17 @@ class KVCacheConfig(BaseModel):
         if self.backend != 'auto':
             return self.backend
         return 'cudagraph' if str(device).startswith('cuda') and self.budget is None else 'eager'
+
+    def limiting_budget(self, layers: int, kept: int) -> NodeBudget | None:
+        """The budget, if it holds less than the ``kept`` tokens of a full window in every layer.
+
+        Raises:
+            ValueError: it does not hold what is always kept.
+        """
+        budget = self.budget
+        if budget is None or budget.sizes(layers, kept).total >= layers * kept:
+            return None
+        return budget
 
     @classmethod
     def from_world_model_cfg(cls, cfg: Any) -> KVCacheConfig:
@@ -217,7 +229,7 @@ def _impossible_pairs(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def validation_mode_of(cfg: Any) -> Literal['recompute', 'store', 'model'] | None:
+def validation_mode_of(cfg: Any) -> ValidationMode | None:
     """``cfg.cache_validation_mode``: what is compared, None for nothing; True means 'store'.
 
     Raises:

@@ -14,8 +14,14 @@ from lzero_kv.cli.checks import Check, Mark
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.lightzero.host import is_release
-from lzero_kv.lightzero.inputs import POLICIES, check_policy, check_world_model_config
-from lzero_kv.lightzero.install import FLAG, PLACE, flag_of
+from lzero_kv.lightzero.settings import (
+    FLAG,
+    PLACE,
+    POLICIES,
+    check_policy,
+    check_world_model_config,
+    flag_of,
+)
 
 PLUGIN = 'lzero_kv.plugin'
 ENTRIES = ('train_unizero', 'train_unizero_segment')

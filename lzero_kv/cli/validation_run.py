@@ -19,7 +19,7 @@ from lzero_kv.cli.child import serve, tell
 from lzero_kv.cli.engagement import alone
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.config import KVCacheConfig
-from lzero_kv.lightzero.install import FLAG
+from lzero_kv.lightzero.settings import FLAG
 from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.validation.findings import load_finding
 from lzero_kv.validation.report import Failure, ModeRun

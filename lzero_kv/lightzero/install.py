@@ -7,10 +7,8 @@ import functools
 from typing import Any
 
 from lzero_kv.lightzero.host import check_supported
-from lzero_kv.lightzero.inputs import check_policy
+from lzero_kv.lightzero.settings import check_policy, flag_of
 
-FLAG = 'use_new_cache_manager'
-PLACE = 'policy.model.world_model_cfg'
 _MISSING = object()
 
 
@@ -87,18 +85,6 @@ def _world_model_factory(stock: type) -> Any:
         return KVWorldModel(config, tokenizer)
 
     return world_model
-
-
-def flag_of(world_model_cfg: Any) -> bool:
-    """The value of ``use_new_cache_manager``.
-
-    Raises:
-        TypeError: it is not a bool.
-    """
-    flag = world_model_cfg.get(FLAG, False)
-    if not isinstance(flag, bool):
-        raise TypeError(f'expected {FLAG}=True or False in world_model_cfg, got {flag!r}')
-    return flag
 
 
 def _engaging(original: Any) -> Any:

@@ -11,13 +11,10 @@ import torch
 
 from lzero_kv import __version__
 from lzero_kv.cache.manager import KVCacheManager
-from lzero_kv.cache.window import Window
-from lzero_kv.config import KVCacheConfig, validation_mode_of
+from lzero_kv.config import KVCacheConfig
 from lzero_kv.lightzero.host import check_supported, simulations_of
-from lzero_kv.lightzero.inference.budget import limiting_budget
-from lzero_kv.lightzero.inference.session import make_manager
-from lzero_kv.lightzero.inputs import check_world_model_config
-from lzero_kv.lightzero.install import FLAG, PLACE
+from lzero_kv.lightzero.inference.resources import make_manager
+from lzero_kv.lightzero.settings import FLAG, PLACE, choices_of
 from lzero_kv.mistakes import close_name
 
 logger = logging.getLogger(__name__)
@@ -66,9 +63,7 @@ def planned(policy_cfg: Any) -> Plan:
         ValueError, TypeError: they are impossible; says what to write.
     """
     model = policy_cfg['model']['world_model_cfg']
-    config, mode = KVCacheConfig.from_world_model_cfg(model), validation_mode_of(model)
-    check_world_model_config(model)
-    refuse_validated_budget(config, model, mode)
+    config, mode = choices_of(model)
     environments = int(policy_cfg['collector_env_num']) + int(policy_cfg['evaluator_env_num'])
     device, simulations = torch.device(device_of(policy_cfg)), simulations_of(policy_cfg)
     manager = make_manager(model, config, torch.float32, device, environments, simulations)
@@ -78,20 +73,6 @@ def planned(policy_cfg: Any) -> Plan:
 def device_of(policy_cfg: Mapping[str, Any]) -> str:
     """The device that the host takes for a policy: its own default is a GPU where there is one."""
     return 'cuda' if policy_cfg.get('cuda', True) and torch.cuda.is_available() else 'cpu'
-
-
-def refuse_validated_budget(config: KVCacheConfig, model: Any, mode: str | None) -> None:
-    """Refuse validation of a cache that drops tokens.
-
-    Raises:
-        ValueError: both are asked for, or the budget does not hold what is always kept.
-    """
-    kept = Window(int(model.context_length)).kept
-    if limiting_budget(config, int(model.num_layers), kept) is not None and mode is not None:
-        raise ValueError(
-            f'cache_validation_mode={mode!r} compares whole histories, and kv_cache.budget keeps a part of '
-            f'them: the differences would be its own; leave one of the two out'
-        )
 
 
 def misplaced_options(policy: Any, known: Mapping[str, Collection[str]] | None = None) -> list[str]:

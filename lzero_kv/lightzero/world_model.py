@@ -13,12 +13,12 @@ from lzero.model.unizero_world_models.world_model import WorldModel
 
 from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
-from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.lightzero.inference.events import Observer
 from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
-from lzero_kv.lightzero.inference.session import InferenceSession, make_manager
-from lzero_kv.lightzero.inputs import check_world_model_config, timesteps_of
-from lzero_kv.lightzero.start import refuse_validated_budget
+from lzero_kv.lightzero.inference.inputs import timesteps_of
+from lzero_kv.lightzero.inference.resources import make_manager
+from lzero_kv.lightzero.inference.session import InferenceSession
+from lzero_kv.lightzero.settings import choices_of
 from lzero_kv.telemetry.counters import Timings
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ class KVWorldModel(WorldModel):
     """
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        self.cache_config = KVCacheConfig.from_world_model_cfg(config)
-        check_world_model_config(config)
-        self._validation_mode = validation_mode_of(config)
-        refuse_validated_budget(self.cache_config, config, self._validation_mode)
+        self.cache_config, self._validation_mode = choices_of(config)
         self._session: InferenceSession | None = None
         self._validator: Any = None
         self.timings = Timings()

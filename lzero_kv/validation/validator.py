@@ -11,7 +11,7 @@ import torch
 
 from lzero_kv.config import KVCacheConfig
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer, RootsInferred, SearchBegun
-from lzero_kv.lightzero.inputs import timesteps_of
+from lzero_kv.lightzero.inference.inputs import timesteps_of
 from lzero_kv.telemetry.counters import Counters, ValidationCounters
 from lzero_kv.validation.causes import StepReplay
 from lzero_kv.validation.compare import Comparison

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not precision.available(), reason='this torch ha
 def test_each_precision_is_compared_with_float32_at_the_same_roots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for owner in ('lzero_kv.lightzero.inference.precision', 'lzero_kv.lightzero.inputs'):
+    for owner in ('lzero_kv.lightzero.inference.precision', 'lzero_kv.lightzero.settings'):
         monkeypatch.setattr(f'{owner}.ELEMENTS', dict(float16=1, int8=1))
     monkeypatch.setattr(study, 'SIZES', dict(embed_dim=32, num_simulations=5, env_manager='base'))
     monkeypatch.setattr(study, 'EPISODES', 4)
@@ -32,4 +32,5 @@ def test_each_precision_is_compared_with_float32_at_the_same_roots(
     assert all(line['roots'] == 4 * 3 for line in lines)
     assert [len(line['returns'] or '') for line in lines] == [4, 0, 4, 4]
     errors = [line['value_error'] for line in lines]
-    assert errors[0] == 0 and errors[1] < 0.01 < min(errors[2:]), errors  # another batch rounds alone
+    # rounding alone may tip a simulation over to another action, so its error has no small bound of its own
+    assert errors[0] == 0 < min(errors[1:3]) and max(errors[1:3]) < errors[3], errors

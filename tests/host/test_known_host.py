@@ -22,7 +22,7 @@ import lzero_kv
 from lzero_kv.cli.checks import Check, Mark, host_check
 from lzero_kv.lightzero import host
 from lzero_kv.lightzero.fingerprints import changed
-from lzero_kv.lightzero.inputs import POLICIES, check_policy
+from lzero_kv.lightzero.settings import POLICIES, check_policy
 from testing.families import FAMILIES, policy_config
 from testing.models import buildable_memory_model, make_policy
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lzero_kv.lightzero.inference import precision
 from lzero_kv.lightzero.inference.precision import reduced
-from lzero_kv.lightzero.inputs import check_world_model_config
+from lzero_kv.lightzero.settings import check_world_model_config
 from lzero_kv.validation.findings import ValidationError
 from lzero_kv.validation.oracle import Oracle
 from testing import judging
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.skipif(not precision.available(), reason='this torch ha
 def everything_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models of these tests are narrower than those whose weights are reduced by default."""
     monkeypatch.setattr(precision, 'ELEMENTS', dict(float16=1, int8=1))
-    monkeypatch.setattr('lzero_kv.lightzero.inputs.ELEMENTS', dict(float16=1, int8=1))
+    monkeypatch.setattr('lzero_kv.lightzero.settings.ELEMENTS', dict(float16=1, int8=1))
 
 
 def reduced_policy(family: str, name: str, window: str = 'rebuild', **options: Any) -> Any:

@@ -17,7 +17,7 @@ from lzero_kv.cli.checks import Check, Mark, host_check
 from lzero_kv.cli.engagement import PLUGIN, call_checks
 from lzero_kv.cli.training_call import ConfigError, training_call
 from lzero_kv.lightzero.host import MAIN, check_supported
-from lzero_kv.lightzero.inputs import POLICIES, check_policy
+from lzero_kv.lightzero.settings import POLICIES, check_policy
 from testing.episodes import Episodes, Root
 from testing.families import FAMILIES, policy_config
 from testing.judging import judge_nodes, judge_reanalysis, judge_roots

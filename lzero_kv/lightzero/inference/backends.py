@@ -6,12 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-
-if TYPE_CHECKING:
-    from .compiled import StepInputs
 
 Function = Callable[['StepInputs'], torch.Tensor]
 """A bound method that reads and writes tensors of its inputs, and returns a new one."""
@@ -23,6 +20,35 @@ WARM_UPS = 3
 """Runs before a capture, so that libraries take their workspaces outside of it."""
 
 logger = logging.getLogger(__name__)
+
+
+class StepInputs(NamedTuple):
+    """Where a step reads and writes. Tensors keep their place from step to step; only numbers in them change.
+
+    Attributes:
+        storage: ``[slots, 2 * layers, heads, kept, head_dim]``, windows by slot. Written in place.
+        steps: ``[nodes, layers, 2, heads, 2, head_dim]``, the two tokens of each node. Written in place.
+        tokens: ``[B * columns, embed]``, every raw token of every row's tree. Written in place where windows
+            are exact.
+        numbers: int64 ``[B, 10 + kept + path]``: slot of the window; tokens of it that are visible; tokens
+            that it holds; visible tokens of the path; tokens of the parent's history; the slot that the
+            window is written to, if it is pending, that is not computed yet (0 or 1); the place in ``steps``
+            that the child is written to; the row of ``tokens`` where its action goes, its observation behind
+            it; the action; the rows of ``tokens`` that the window shows; the path's places in ``steps``.
+        actions: ``[B, action_space_size]`` where actions are continuous, else empty.
+        rotation: ``[B, kept + 2, head_dim / 2, 2]`` rotary factors (cosine, sine) of the window's tokens, the
+            action and the observation; empty where positions are learned.
+        shift: ``[places, layers, 2, heads, head_dim]``, what positions add to keys and values, with which
+            windows shift; empty where nothing has to be corrected.
+    """
+
+    storage: torch.Tensor
+    steps: torch.Tensor
+    tokens: torch.Tensor
+    numbers: torch.Tensor
+    actions: torch.Tensor
+    rotation: torch.Tensor
+    shift: torch.Tensor
 
 
 def compiled(function: Function, inputs: StepInputs) -> Run:

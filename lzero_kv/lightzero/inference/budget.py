@@ -10,7 +10,7 @@ Searches append to their windows and drop nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +28,13 @@ from lzero_kv.budget import (
 from lzero_kv.cache.keys import NO_SLOT, RootKey
 from lzero_kv.cache.transfer import to_device
 from lzero_kv.cache.window import TOKENS_PER_STEP
-from lzero_kv.config import KVCacheConfig, NodeBudget
+from lzero_kv.config import NodeBudget
 
 from .attention import Columns, additive_mask, attention_probabilities, decode, prefill
+from .resources import InferenceResources
 from .rows import Geometry, ResidentRows
 
-if TYPE_CHECKING:
-    from .session import InferenceSession
-
 NOT_SHOWN = 'observers compare whole histories, and kv_cache.budget keeps a part of them; leave budget out'
-
-
-def limiting_budget(config: KVCacheConfig, layers: int, kept: int) -> NodeBudget | None:
-    """The budget, if it holds less than the ``kept`` tokens of a full window in every layer.
-
-    Raises:
-        ValueError: it does not hold what is always kept.
-    """
-    budget = config.budget
-    if budget is None or budget.sizes(layers, kept).total >= layers * kept:
-        return None
-    return budget
 
 
 class WindowBudget:
@@ -58,7 +44,7 @@ class WindowBudget:
     themselves. Positions and attention of a root's tokens lie in tensors of their own in the same order.
 
     Args:
-        session: of the world model.
+        resources: of the world model.
         budget: what was chosen.
 
     Attributes:
@@ -66,17 +52,16 @@ class WindowBudget:
         counters: what was dropped.
     """
 
-    def __init__(self, session: InferenceSession, budget: NodeBudget) -> None:
-        self._session = session
-        manager, layers = session.manager, session.world_model.num_layers
+    def __init__(self, resources: InferenceResources, budget: NodeBudget) -> None:
+        self._resources = resources
+        manager, layers = resources.manager, resources.world_model.num_layers
         layout, config = manager.layout, manager.cache_config
         self._selection = budget.selector()
-        self.tracker = BudgetTracker(budget, layers, session.window.kept)
+        self.tracker = BudgetTracker(budget, layers, resources.window.kept)
         self.counters = BudgetCounters(layers)
         sizes = self._sizes = self.tracker.sizes
         self._groups = groups = layout.heads if budget.per_head else 1
         self._reads = self._selection.reads | ({'recent'} if self.tracker.needs_preference else set())
-        self._widths = self.tracker.slots  # of what is stored
         self._roots = roots = manager.env_num * config.root_slots
         device: Any = dict(device=layout.device)
         scores: Any = dict(dtype=torch.promote_types(layout.dtype, torch.float32), **device)
@@ -90,12 +75,12 @@ class WindowBudget:
         self._held = np.zeros((roots, layers), np.int64)
         self._lengths = np.zeros(roots, np.int64)  # before anything was dropped
         manager.record_bytes = self.record_bytes
+        self._take_widths()
 
-    @property
-    def geometry(self) -> Geometry:
-        """How the windows lie in their slots now."""
-        layout = self._session.manager.layout
-        return Geometry(layout.heads, layout.head_dim, self._widths)
+    def _take_widths(self) -> None:
+        """Let windows lie in their slots as the budgets are now."""
+        layout, self._widths = self._resources.manager.layout, self.tracker.slots
+        self._resources.geometry = Geometry(layout.heads, layout.head_dim, self._widths)
 
     @property
     def record_bytes(self) -> int:
@@ -114,16 +99,16 @@ class WindowBudget:
             return
         slots = np.arange(self._roots)
         layers = self.load(slots)
-        self._widths = self.tracker.slots
+        self._take_widths()
         for number, layer in enumerate(layers):
             self.narrow(layer, number)
-        self._session.manager.storage.store(slots, self._packed(layers))
+        self._resources.manager.storage.store(slots, self._packed(layers))
         self._note(slots, layers, self._lengths)
 
     def snapshot(self) -> BudgetSnapshot:
         """The budgets of this moment, and what the latest roots hold."""
         roots = np.flatnonzero(self._lengths)
-        oldest = self._session.manager.next_positions(roots) - self._lengths[roots]
+        oldest = self._resources.manager.next_positions(roots) - self._lengths[roots]
         positions = self._positions[to_device(roots, self._positions.device), 0].cpu().numpy()
         ends = np.cumsum(self._widths)
         kept = [
@@ -135,7 +120,7 @@ class WindowBudget:
         ]
         nothing = np.empty(0, np.int64)
         return BudgetSnapshot(
-            self._session.window.kept,
+            self._resources.window.kept,
             self.tracker.slots,
             self.tracker.preferences,
             self.counters.losses(),
@@ -156,7 +141,7 @@ class WindowBudget:
         present, slots = slots != NO_SLOT, np.maximum(slots, 0)
         at, known = to_device(slots, device), to_device(present, device)
         held = to_device(np.where(present[:, None], self._held[slots], 0), device)
-        storage = self._session.manager.storage.tensor
+        storage = self._resources.manager.storage.tensor
         layers, begin = [], 0
         for number, width in enumerate(self._widths):
             part = slice(begin, begin + width)
@@ -176,15 +161,15 @@ class WindowBudget:
         self, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
     ) -> list[LayerCache]:
         """What the layers keep of whole histories, from their raw embeddings alone; arguments as of
-        :meth:`InferenceSession.prefilled`. Each layer is cut to its budget before the next one is
+        :meth:`InferenceResources.prefilled`. Each layer is cut to its budget before the next one is
         computed."""
-        session, (rows, width, _) = self._session, tokens.shape
+        resources, (rows, width, _) = self._resources, tokens.shape
         device, window = tokens.device, self._sizes.window
         first = to_device(next_positions, device)[:, None] - width
         positions = (first + torch.arange(width, device=device)).clamp(min=0)
         positions = positions[:, None].expand(rows, self._groups, width)
         held, layers = to_device(lengths, device), list[LayerCache]()
-        for seen in prefill(session.weights, *session.placed(tokens, lengths, next_positions)):
+        for seen in prefill(resources.weights, *resources.placed(tokens, lengths, next_positions)):
             kv = torch.stack([seen.keys, seen.values], dim=1)
             layer = self._layer(kv, positions, held, self._record())
             if self._reads:
@@ -219,7 +204,7 @@ class WindowBudget:
     ) -> None:
         """Store roots (``lengths`` before anything was dropped, int64 ``[B]``) under their keys."""
         most = held_by(layers).max(axis=1)
-        slots = self._session.manager.store(keys, self._packed(layers), most, next_positions)
+        slots = self._resources.manager.store(keys, self._packed(layers), most, next_positions)
         self._note(slots, layers, lengths)
 
     def derive(
@@ -255,7 +240,7 @@ class WindowBudget:
         if len(slots):
             kept = to_device(np.flatnonzero(stays), tokens.device)
             packed = self._packed(layers).index_select(0, kept)
-            storage = self._session.manager.storage
+            storage = self._resources.manager.storage
             storage.write(slots, packed, held[stays].max(axis=1), next_positions[stays])
         return held
 
@@ -276,7 +261,7 @@ class WindowBudget:
             [torch.cat([getattr(layer, name) for layer in layers], dim=2) for name in ('keys', 'values')],
             dim=1,
         )
-        return F.pad(kv, (0, 0, 0, self._session.manager.layout.tokens - kv.shape[3]))
+        return F.pad(kv, (0, 0, 0, self._resources.manager.layout.tokens - kv.shape[3]))
 
     def _note(self, slots: np.ndarray, layers: Sequence[LayerCache], lengths: np.ndarray) -> None:
         """Remember what is known of roots that were stored in ``slots`` (int64 ``[B]``)."""
@@ -321,8 +306,8 @@ class WindowBudget:
 class BudgetedRootStep:
     """Histories of a batch of environments under a budget, from load to store: as :class:`RootStep`."""
 
-    def __init__(self, session: InferenceSession, budget: WindowBudget, slots: np.ndarray) -> None:
-        self._session = session
+    def __init__(self, resources: InferenceResources, budget: WindowBudget, slots: np.ndarray) -> None:
+        self._resources = resources
         self._budget = budget
         self._layers = budget.load(slots)
         self._newest: list[torch.Tensor] = []  # attention of the newest token, [B, heads, n_l]
@@ -330,7 +315,7 @@ class BudgetedRootStep:
         self.next_positions = np.zeros(len(slots), np.int64)
         present = slots != NO_SLOT
         if present.any():
-            self.next_positions[present] = session.manager.next_positions(slots[present])
+            self.next_positions[present] = resources.manager.next_positions(slots[present])
 
     def restore(
         self, rows: np.ndarray, tokens: torch.Tensor, lengths: np.ndarray, next_positions: np.ndarray
@@ -356,7 +341,7 @@ class BudgetedRootStep:
         ahead = self.next_positions
         logical = np.stack([ahead, np.where(first, positions, ahead + 1)], axis=1)
         places = np.stack([before, before + ~first], axis=1)
-        placed = self._session.positions.at(places, logical)
+        placed = self._resources.positions.at(places, logical)
         own, grown = to_device(logical, device), to_device(1 + ~first, device)
         blocks = [self._widened(layer, own, grown) for layer in self._layers]
         hidden = observations
@@ -366,13 +351,13 @@ class BudgetedRootStep:
             added, rotation = placed
             now = slice(token, token + 1)
             hidden = decode(
-                self._session.weights,
+                self._resources.weights,
                 self._columns(blocks, token, grown),
                 x[:, None] if added is None else x[:, None] + added[:, now],
                 None if rotation is None else rotation[:, now],
                 watch=self._watch() if self._budget.reads_attention else None,
             )
-        self.lengths, moved = self._session.window.advance(places[:, 1] + 1)
+        self.lengths, moved = self._resources.window.advance(places[:, 1] + 1)
         self.next_positions = logical[:, 1] + 1
         self._budget.observe_preferences(self._layers)
         for number, layer in enumerate(self._layers):

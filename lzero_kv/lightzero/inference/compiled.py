@@ -10,7 +10,7 @@ the steps.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from lzero_kv.cache.transfer import refill
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
 from .attention import MASK_ROW
-from .backends import RUNNERS, Function, Run
+from .backends import RUNNERS, Function, Run, StepInputs
 from .expand import NOWHERE, Search
 from .heads import StepOutputs, predict_policy_value, predict_reward_latent
+from .resources import InferenceResources
+from .roots import RootBatch
 from .tree import ROOT, Parents, SearchTree
 from .weights import InferenceWeights
-
-if TYPE_CHECKING:
-    from .roots import RootBatch
-    from .session import InferenceSession
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Largest difference between a runner's first answer and that of the plain function, in parts of the largest
@@ -41,35 +39,6 @@ LONGEST_PATH = 8
 WINDOW, VISIBLE, HELD, PATH, LENGTH, OWN, PENDING, STEP, TOKEN, ACTION = range(10)
 """Columns of :attr:`StepInputs.numbers` in front of the tokens and the path."""
 NUMBERS = ACTION + 1
-
-
-class StepInputs(NamedTuple):
-    """Where a step reads and writes. Tensors keep their place from step to step; only numbers in them change.
-
-    Attributes:
-        storage: ``[slots, 2 * layers, heads, kept, head_dim]``, windows by slot. Written in place.
-        steps: ``[nodes, layers, 2, heads, 2, head_dim]``, the two tokens of each node. Written in place.
-        tokens: ``[B * columns, embed]``, every raw token of every row's tree. Written in place where windows
-            are exact.
-        numbers: int64 ``[B, 10 + kept + path]``: slot of the window; tokens of it that are visible; tokens
-            that it holds; visible tokens of the path; tokens of the parent's history; the slot that the
-            window is written to, if it is pending, that is not computed yet (0 or 1); the place in ``steps``
-            that the child is written to; the row of ``tokens`` where its action goes, its observation behind
-            it; the action; the rows of ``tokens`` that the window shows; the path's places in ``steps``.
-        actions: ``[B, action_space_size]`` where actions are continuous, else empty.
-        rotation: ``[B, kept + 2, head_dim / 2, 2]`` rotary factors (cosine, sine) of the window's tokens, the
-            action and the observation; empty where positions are learned.
-        shift: ``[places, layers, 2, heads, head_dim]``, what positions add to keys and values, with which
-            windows shift; empty where nothing has to be corrected.
-    """
-
-    storage: torch.Tensor
-    steps: torch.Tensor
-    tokens: torch.Tensor
-    numbers: torch.Tensor
-    actions: torch.Tensor
-    rotation: torch.Tensor
-    shift: torch.Tensor
 
 
 class StepFunction:
@@ -239,7 +208,7 @@ class StaticStep:
     The first failure switches it off, with one warning; then every search is served without it.
 
     Args:
-        session: of the world model.
+        resources: of the world model.
         backend: 'compile' or 'cudagraph'.
         rows: rows of a batch.
 
@@ -248,10 +217,10 @@ class StaticStep:
             :class:`StepInputs`.
     """
 
-    def __init__(self, session: InferenceSession, backend: str, rows: int) -> None:
+    def __init__(self, resources: InferenceResources, backend: str, rows: int) -> None:
         self.rows = rows
         self.numbers = np.zeros((rows, 0), np.int64)
-        self._session = session
+        self._resources = resources
         self._backend = backend
         self._failed = False
         self._simulations = 0
@@ -273,7 +242,7 @@ class StaticStep:
 
     def elements(self, simulations: int) -> int:
         """Numbers of memory that a search takes: steps and raw tokens, then what :class:`Search` needs."""
-        return sum(self._sizes(simulations)) + Search.elements(self._session, self.rows, simulations, 0)
+        return sum(self._sizes(simulations)) + Search.elements(self._resources, self.rows, simulations, 0)
 
     def holds(self, storage: torch.Tensor) -> bool:
         """Whether the running search reads and writes this storage."""
@@ -289,10 +258,10 @@ class StaticStep:
         Returns:
             Where steps read and write, and the memory that is left for :class:`Search`.
         """
-        if self._session.weights is not self._seen:
+        if self._resources.weights is not self._seen:
             self._take_weights()
-        session, shift = self._session, self._session.shift_table()
-        storage, inputs = session.manager.storage.tensor, self._inputs
+        resources, shift = self._resources, self._resources.shift_table()
+        storage, inputs = resources.manager.storage.tensor, self._inputs
         self._simulations = max(self._simulations, simulations)
         sizes = self._sizes(self._simulations)
         if (
@@ -307,19 +276,19 @@ class StaticStep:
             inputs.shift.copy_(shift)
         # what a row without an environment reads and writes
         self.numbers[:] = 0
-        self.numbers[:, [WINDOW, OWN]] = session.manager.storage.slots
+        self.numbers[:, [WINDOW, OWN]] = resources.manager.storage.slots
         self.numbers[:, STEP] = len(inputs.steps) - 1
         begins = np.arange(self.rows) * (len(inputs.tokens) // self.rows)
         self.numbers[:, TOKEN] = begins
-        self.numbers[:, NUMBERS : NUMBERS + session.window.kept] = begins[:, None]
+        self.numbers[:, NUMBERS : NUMBERS + resources.window.kept] = begins[:, None]
         return inputs, memory[sum(sizes) :]
 
     def _sizes(self, simulations: int) -> tuple[int, int]:
         """Numbers of steps and of raw tokens; as many as the largest search before this one took."""
-        session, simulations = self._session, max(simulations, self._simulations)
-        columns = session.window.kept + (TOKENS_PER_STEP * simulations if session.exact else 0)
-        step = TOKENS_PER_STEP * session.geometry.column
-        return (self.rows * simulations + 1) * step, self.rows * columns * session.manager.layout.embed_dim
+        resources, simulations = self._resources, max(simulations, self._simulations)
+        columns = resources.window.kept + (TOKENS_PER_STEP * simulations if resources.exact else 0)
+        step = TOKENS_PER_STEP * resources.geometry.column
+        return (self.rows * simulations + 1) * step, self.rows * columns * resources.manager.layout.embed_dim
 
     @torch.no_grad()
     def run(self, actions: torch.Tensor, next_positions: np.ndarray, pending: bool) -> torch.Tensor | None:
@@ -347,8 +316,8 @@ class StaticStep:
 
     def outputs(self, answers: torch.Tensor) -> StepOutputs:
         """The parts of what :meth:`run` gave, ``[B, 1, ...]`` each."""
-        world_model = self._session.world_model
-        embed, support = self._session.manager.layout.embed_dim, world_model.support_size
+        world_model = self._resources.world_model
+        embed, support = self._resources.manager.layout.embed_dim, world_model.support_size
         actions = answers.shape[1] - 2 * embed - 2 * support
         hidden, latent, reward, policy, value = answers[:, None].split(
             [embed, embed, support, actions, support], dim=-1
@@ -381,21 +350,23 @@ class StaticStep:
 
     def _take_weights(self) -> None:
         """Weights that changed in place leave the runners valid; weights in other memory do not."""
-        self._seen = self._session.weights
+        self._seen = self._resources.weights
         if self._weights is not None and self._weights.in_place():
             self._weights.refresh()
             return
-        session = self._session
-        self._weights = InferenceWeights(session.world_model, precision=None)
-        self._step = StepFunction(session.world_model, self._weights, session.window.kept, session.exact)
+        resources = self._resources
+        self._weights = InferenceWeights(resources.world_model, precision=None)
+        self._step = StepFunction(
+            resources.world_model, self._weights, resources.window.kept, resources.exact
+        )
         self._runs = {}
 
     def _make_inputs(
         self, storage: torch.Tensor, memory: torch.Tensor, shift: torch.Tensor | None
     ) -> StepInputs:
-        session, kept, simulations = self._session, self._session.window.kept, self._simulations
-        world_model, geometry = session.world_model, session.geometry
-        longest = SearchTree.longest_path(simulations, kept - 1 if session.exact else kept)
+        resources, kept, simulations = self._resources, self._resources.window.kept, self._simulations
+        world_model, geometry = resources.world_model, resources.geometry
+        longest = SearchTree.longest_path(simulations, kept - 1 if resources.exact else kept)
         self.numbers = np.zeros((self.rows, NUMBERS + kept + min(longest, LONGEST_PATH)), np.int64)
         shape = geometry.layers, 2, geometry.heads, TOKENS_PER_STEP, geometry.head_dim
         sizes = self._sizes(simulations)
@@ -404,13 +375,13 @@ class StaticStep:
             host = torch.from_numpy(self.numbers)
             continuous = world_model.action_space_size if world_model.continuous_action_space else 0
             rotation = storage.new_zeros(0)
-            if session.positions.rotary:
-                like = session.positions.factors(np.zeros(1, np.int64))
+            if resources.positions.rotary:
+                like = resources.positions.factors(np.zeros(1, np.int64))
                 rotation = like.new_zeros(self.rows, kept + TOKENS_PER_STEP, geometry.head_dim // 2, 2)
             return StepInputs(
                 storage,
                 steps.view(-1, *shape),
-                tokens.view(-1, session.manager.layout.embed_dim),
+                tokens.view(-1, resources.manager.layout.embed_dim),
                 host if storage.device.type == 'cpu' else torch.empty_like(host, device=storage.device),
                 storage.new_zeros(self.rows, continuous),
                 rotation,
@@ -425,7 +396,7 @@ class StaticStep:
             inputs.actions[:rows] = actions.to(inputs.actions)
         else:
             inputs.numbers[:rows, ACTION] = actions.reshape(-1)
-        positions, kept = self._session.positions, self._session.window.kept
+        positions, kept = self._resources.positions, self._resources.window.kept
         if positions.rotary:
             shown = next_positions[:, None] + np.arange(-kept, TOKENS_PER_STEP)
             inputs.rotation[:rows] = positions.factors(shown)
@@ -445,14 +416,14 @@ class CompiledSearch(Search):
     def __init__(
         self,
         static: StaticStep,
-        session: InferenceSession,
+        resources: InferenceResources,
         roots: RootBatch,
         simulations: int,
         memory: torch.Tensor,
         stored_steps: int,
     ) -> None:
         inputs, memory = static.begin(simulations, memory)
-        super().__init__(session, roots, simulations, memory, 0)
+        super().__init__(resources, roots, simulations, memory, 0)
         self._static = static
         # nothing is written there while the search runs, even where the roots are cleared
         self._roots_at = super()._root_slots(self._rows) if roots.stored else None
@@ -490,7 +461,7 @@ class CompiledSearch(Search):
         if self._by_priority:
             self._visit(self.tree.expanded)
         outputs = self._static.outputs(answers)
-        if self._session.observers:
+        if self._resources.observers:
             self._tell(of, actions, found, derived, outputs, self._show(of))
         return outputs
 
@@ -500,8 +471,8 @@ class CompiledSearch(Search):
         pool = self._manager.recur_pool
         slots = self._slots(of)
         pending = slots == NO_SLOT
-        longest = self._static.numbers.shape[1] - NUMBERS - self._session.window.kept
-        deep = int(of.below.max()) > longest if self._session.exact else int(of.on_path.max()) > 2 * longest
+        longest = self._static.numbers.shape[1] - NUMBERS - self._resources.window.kept
+        deep = int(of.below.max()) > longest if self._resources.exact else int(of.on_path.max()) > 2 * longest
         lost = pending & (of.below > 0)
         if self._roots.stored:
             lost |= pending & (of.windows == ROOT)
@@ -538,7 +509,7 @@ class CompiledSearch(Search):
         if pending.any():
             keys = self._keys(of, pending)
             numbers[pending, OWN] = manager.reserve(keys, of.lengths[pending], of.next_positions[pending])
-            kept = self._session.window.kept
+            kept = self._resources.window.kept
             numbers[:, NUMBERS : NUMBERS + kept] = self.tree.shown(of)
         path = self.tree.path(of)
         numbers[:, PENDING] = pending
@@ -547,7 +518,7 @@ class CompiledSearch(Search):
         numbers[:, VISIBLE] = of.lengths - of.on_path
         held = self._held[of.windows, rows, 0]
         numbers[:, HELD] = np.where(pending, of.lengths, held)
-        at = numbers[:, NUMBERS + self._session.window.kept :]
+        at = numbers[:, NUMBERS + self._resources.window.kept :]
         depth = min(path.shape[1], at.shape[1])
         if depth:
             at[:, at.shape[1] - depth :] = (
@@ -556,14 +527,14 @@ class CompiledSearch(Search):
         stored = ~self.tree.will_derive(of)
         begin = self.tree.expanded * len(rows)
         numbers[:, STEP] = np.where(stored, begin + rows, len(self._static.steps) - 1)
-        if self._session.exact:
+        if self._resources.exact:
             numbers[:, TOKEN] = rows * self.tree.tokens.shape[1] + self.tree.next_column
         return pending
 
     def _show(self, of: Parents) -> int:
         """Bring beside the rows what the step read and wrote, for observers; returns the column behind."""
         rows = self._rows
-        self._resident.load(rows, self._slots(of), self._session.window.kept)
+        self._resident.load(rows, self._slots(of), self._resources.window.kept)
         depth = self._place_path(of) if of.below.any() else 0
         begins, _, end = self._look(of, depth)
         correction = None

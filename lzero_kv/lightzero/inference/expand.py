@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,20 +13,19 @@ from lzero_kv.cache.transfer import sender
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
 from .attention import WindowsBeside, additive_mask, decode
+from .budget import WindowBudget
 from .events import NO_HISTORIES, Histories, NodesExpanded
 from .heads import (
     StepOutputs,
     action_embeddings,
-    check_actions,
     predict_policy_value,
     predict_reward_latent,
 )
+from .inputs import check_actions
+from .resources import InferenceResources
+from .roots import RootBatch
 from .rows import ResidentRows, visible_columns
 from .tree import ROOT, Parents, SearchTree
-
-if TYPE_CHECKING:
-    from .roots import RootBatch
-    from .session import InferenceSession
 
 NOWHERE = -1
 """No node: what stands beside a row before anything was placed there."""
@@ -36,29 +35,32 @@ class Search:
     """Expands nodes of a batch of search trees, one for each row and simulation.
 
     Args:
-        session: of the world model.
+        resources: of the world model.
         roots: where the trees begin.
         simulations: children each row will get at most.
         memory: flat, at least :meth:`elements` finite numbers of no meaning.
         stored_steps: simulations whose steps have a place in it.
+        budget: layer budgets of the windows; None where all tokens are kept.
     """
 
     def __init__(
         self,
-        session: InferenceSession,
+        resources: InferenceResources,
         roots: RootBatch,
         simulations: int,
         memory: torch.Tensor,
         stored_steps: int,
+        budget: WindowBudget | None = None,
     ) -> None:
-        rows, geometry = len(roots.lengths), session.geometry
-        self._session = session
-        self._manager = session.manager
-        self._positions, self._observers = session.positions, session.observers
-        self._exact = session.exact
+        rows, geometry = len(roots.lengths), resources.geometry
+        self._resources = resources
+        self._budget = budget
+        self._manager = resources.manager
+        self._positions, self._observers = resources.positions, resources.observers
+        self._exact = resources.exact
         self._window = geometry.window
         self._send = sender(memory.device)
-        self._weights = session.weights
+        self._weights = resources.weights
         self._roots = roots
         self._rows = np.arange(rows)
         self.tree = SearchTree(
@@ -66,14 +68,14 @@ class Search:
             roots.lengths,
             roots.next_positions,
             simulations,
-            session.window.kept,
-            session.exact,
+            resources.window.kept,
+            resources.exact,
             stored_steps,
         )
-        room = self.columns_behind(simulations, session.window.kept)
+        room = self.columns_behind(simulations, resources.window.kept)
         size = ResidentRows.elements(geometry, rows, room)
         self._resident = ResidentRows(geometry, self._manager, memory, rows, room)
-        self._shift = session.shift_table()
+        self._shift = resources.shift_table()
         self._shown = self._resident.buffer
         if self._shift is not None:
             self._shown = memory[size : 2 * size].view_as(self._shown)
@@ -98,11 +100,11 @@ class Search:
         return TOKENS_PER_STEP * (SearchTree.longest_path(simulations, kept) + 1)
 
     @classmethod
-    def elements(cls, session: InferenceSession, rows: int, simulations: int, stored_steps: int) -> int:
+    def elements(cls, resources: InferenceResources, rows: int, simulations: int, stored_steps: int) -> int:
         """Numbers of memory that a search takes."""
-        geometry = session.geometry
-        room = cls.columns_behind(simulations, session.window.kept)
-        beside = ResidentRows.elements(geometry, rows, room) * (1 if session.shift_table() is None else 2)
+        geometry = resources.geometry
+        room = cls.columns_behind(simulations, resources.window.kept)
+        beside = ResidentRows.elements(geometry, rows, room) * (1 if resources.shift_table() is None else 2)
         return beside + stored_steps * rows * TOKENS_PER_STEP * geometry.column
 
     @property
@@ -121,7 +123,7 @@ class Search:
             ValueError: a parent that does not exist yet, or too many simulations. Nothing is stored.
         """
         of = self.tree.of(parents)
-        action = action_embeddings(self._session.world_model, actions)
+        action = action_embeddings(self._resources.world_model, actions)
         found, windows, slots = self._place_windows(of)
         depth = self._place_path(of) if of.below.any() else 0
         begins, masks, end = self._look(of, depth)
@@ -196,15 +198,14 @@ class Search:
         tokens = self.tree.window_tokens(at, nodes, width)
         found = ~missing
         found[at[~before]] = True
-        budget = self._session.budget
-        if budget is not None:
-            self._held[nodes, at] = budget.derive(
+        if self._budget is not None:
+            self._held[nodes, at] = self._budget.derive(
                 self._resident, at, tokens, lengths, next_positions, stays, slots
             )
             return found, None, None
         self._held[nodes, at] = lengths[:, None]
         if not self._exact:  # roots that are not stored, computed by themselves: no other window moves
-            kv = self._session.prefilled(tokens, lengths, next_positions)
+            kv = self._resources.prefilled(tokens, lengths, next_positions)
             window = self._window
             place = self._resident.buffer[..., window - width : window, :]
             place.index_copy_(0, self._send(at), kv)
@@ -216,7 +217,7 @@ class Search:
         index = None if len(at) == len(rows) else self._send(at)
         window = self._window
         out = self._resident.buffer[..., window - width : window, :]
-        beside = self._session.windows_beside(tokens, lengths, next_positions, out, index)
+        beside = self._resources.windows_beside(tokens, lengths, next_positions, out, index)
         return found, beside, (at[stays], slots, width)
 
     def _root_slots(self, rows: np.ndarray) -> np.ndarray:
@@ -345,7 +346,7 @@ class Search:
     def _histories(self, of: Parents, end: int, new: int) -> list[torch.Tensor]:
         """Copies of what stands beside the rows in front of column ``end``, ``new`` tokens of the children
         among them, as the next step is handed it."""
-        window, kept = self._window, self._session.window.kept
+        window, kept = self._window, self._resources.window.kept
         histories = []
         for row, (length, path) in enumerate(zip(of.lengths.tolist(), of.on_path.tolist(), strict=True)):
             beside = self._shown[row].flatten(0, 1)

@@ -74,7 +74,7 @@ def action_embeddings(
 
     Raises:
         ValueError: an action of a sequence is none of the action space. A tensor is not looked at: see
-            :func:`check_actions`.
+            :func:`~.inputs.check_actions`.
     """
     weight = world_model.transformer.ln_f.weight
     size = world_model.action_space_size
@@ -99,30 +99,6 @@ def action_embeddings(
             raise ValueError(f'expected actions in [0, {size}), got {outside.tolist()}')
         actions = to_device(integers, weight.device)
     return world_model.act_embedding_table(actions.reshape(-1).to(weight.device))
-
-
-def check_actions(world_model: Any, actions: torch.Tensor, rows: int) -> None:
-    """Refuse actions that are not one of the action space for each of ``rows`` rows; reads them back from
-    their device.
-
-    Args:
-        actions: integers ``[B]`` or ``[B, 1]``, or ``[B, action_space_size]`` where actions are continuous.
-
-    Raises:
-        ValueError: says what came.
-    """
-    size = world_model.action_space_size
-    numbers = size if world_model.continuous_action_space else 1
-    if actions.numel() != rows * numbers:
-        each = f' of {numbers} numbers' if world_model.continuous_action_space else ''
-        raise ValueError(f'expected {rows} actions{each}, got {actions.numel()} numbers')
-    if world_model.continuous_action_space:
-        if not torch.isfinite(actions).all():
-            raise ValueError(f'expected actions of {size} finite numbers, got {actions.tolist()}')
-        return
-    outside = actions[(actions < 0) | (actions >= size)].tolist()
-    if outside:
-        raise ValueError(f'expected actions in [0, {size}), got {outside}')
 
 
 def expected_scalars(

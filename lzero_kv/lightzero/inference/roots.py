@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,12 @@ from lzero_kv.cache.transfer import to_device
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
 from .attention import WindowsBeside, additive_mask, decode
+from .budget import BudgetedRootStep, WindowBudget
 from .contexts import RootContext, RootContexts
 from .events import NO_HISTORIES, Histories, RootsInferred
 from .heads import StepOutputs, action_embeddings, predict_policy_value
+from .resources import InferenceResources
 from .rows import ResidentRows
-
-if TYPE_CHECKING:
-    from .session import InferenceSession
 
 NO_ACTION = -1
 
@@ -54,7 +53,7 @@ class RootStep:
     """Histories of a batch of environments, from load to store.
 
     Args:
-        session: of the world model.
+        resources: of the world model.
         slots: int64 ``[B]``, where the histories are stored; ``NO_SLOT`` for none, or to be restored.
 
     Attributes:
@@ -62,12 +61,12 @@ class RootStep:
         next_positions: int64 ``[B]``, logical position of each history's next token.
     """
 
-    def __init__(self, session: InferenceSession, slots: np.ndarray) -> None:
-        self._session = session
-        self._manager = session.manager
+    def __init__(self, resources: InferenceResources, slots: np.ndarray) -> None:
+        self._resources = resources
+        self._manager = resources.manager
         self._moved: tuple[np.ndarray, torch.Tensor] | None = None
-        geometry, rows = session.geometry, len(slots)
-        memory = session.memory(ResidentRows.elements(geometry, rows, TOKENS_PER_STEP))
+        geometry, rows = resources.geometry, len(slots)
+        memory = resources.memory(ResidentRows.elements(geometry, rows, TOKENS_PER_STEP))
         self._resident = ResidentRows(geometry, self._manager, memory, rows, TOKENS_PER_STEP)
         self.lengths = np.zeros(rows, np.int64)
         self.next_positions = np.zeros(rows, np.int64)
@@ -87,8 +86,8 @@ class RootStep:
             tokens: ``[N, kept, embed]`` raw embeddings, right-aligned.
             lengths, next_positions: int64 ``[N]``.
         """
-        kv = self._session.prefilled(tokens, lengths, next_positions)
-        window = self._resident.buffer[..., : self._session.window.kept, :]
+        kv = self._resources.prefilled(tokens, lengths, next_positions)
+        window = self._resident.buffer[..., : self._resources.window.kept, :]
         window.index_copy_(0, to_device(rows, kv.device), kv)
         self.lengths[rows], self.next_positions[rows] = lengths, next_positions
 
@@ -113,7 +112,7 @@ class RootStep:
         Returns:
             ``[B, embed]``, the transformer's output of the observations.
         """
-        session = self._session
+        resources = self._resources
         places = np.stack([self.lengths, self.lengths + ~first], axis=1)
         ahead = self.next_positions
         logical = np.stack([ahead, np.where(first, positions, ahead + 1)], axis=1)
@@ -130,22 +129,22 @@ class RootStep:
         visible = (behind >= 0) & (behind <= places[:, :, None])
         mask = additive_mask(visible[:, None], x)
         end = self._resident.buffer.shape[4]
-        placed = session.positions.at(places, logical)
+        placed = resources.positions.at(places, logical)
         beside = self._windows_that_move(first, logical[:, -1] + 1, windows)
         hidden = decode(
-            session.weights,
+            resources.weights,
             self._resident.columns(self._resident.buffer, [end - new - held], end, new, mask),
             placed.add_to(x),
             placed.rotation,
             windows=beside,
         )
-        self.lengths, moved = session.window.advance(places[:, -1] + 1)
+        self.lengths, moved = resources.window.advance(places[:, -1] + 1)
         self.next_positions = logical[:, -1] + 1
-        shift = session.shift_table()
+        shift = resources.shift_table()
         if beside is not None:
             self._moved = np.flatnonzero(moved), beside.out
         elif shift is not None and moved.any():
-            kept = session.window.kept
+            kept = resources.window.kept
             added = (shift[:kept] - shift[TOKENS_PER_STEP : kept + TOKENS_PER_STEP]).permute(1, 2, 3, 0, 4)
             rows = np.flatnonzero(moved)
             kv = self._resident.buffer.index_select(0, to_device(rows, added.device))
@@ -156,14 +155,16 @@ class RootStep:
         self, first: np.ndarray, next_positions: np.ndarray, windows: torch.Tensor
     ) -> WindowsBeside | None:
         """The windows that this step overflows, where they are exact; computed in a tensor of their own."""
-        session = self._session
-        moving = np.flatnonzero(session.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))[1])
-        if not session.exact or not len(moving):
+        resources = self._resources
+        moving = np.flatnonzero(
+            resources.window.advance(self.lengths + np.where(first, 1, TOKENS_PER_STEP))[1]
+        )
+        if not resources.exact or not len(moving):
             return None
         tokens = windows.index_select(0, to_device(moving, windows.device))
         out = torch.empty_like(self._resident.buffer[: len(moving), ..., TOKENS_PER_STEP:, :])
         lengths = np.full(len(moving), tokens.shape[1])
-        return session.windows_beside(tokens, lengths, next_positions[moving], out, None)
+        return resources.windows_beside(tokens, lengths, next_positions[moving], out, None)
 
     @property
     def held(self) -> np.ndarray:
@@ -190,14 +191,20 @@ class RootStep:
 
 
 class RootInference:
-    """Serves ``forward_initial_inference`` of collection and evaluation."""
+    """Serves ``forward_initial_inference`` of collection and evaluation.
 
-    def __init__(self, session: InferenceSession) -> None:
-        self._session = session
-        self._world_model = session.world_model
-        self._manager = session.manager
-        self._several = session.manager.cache_config.root_slots > 1
-        self.contexts = RootContexts(session.window.observations, session.manager.cache_config.root_slots)
+    Args:
+        resources: of the world model.
+        budget: layer budgets of the windows; None where all tokens are kept.
+    """
+
+    def __init__(self, resources: InferenceResources, budget: WindowBudget | None) -> None:
+        self._resources = resources
+        self._budget = budget
+        self._world_model = resources.world_model
+        self._manager = resources.manager
+        self._several = resources.manager.cache_config.root_slots > 1
+        self.contexts = RootContexts(resources.window.observations, resources.manager.cache_config.root_slots)
 
     def infer(
         self,
@@ -225,21 +232,23 @@ class RootInference:
         observations, last_actions = observations.clone(), copy.deepcopy(list(last_actions))
         first = np.array([is_first_step(action) for action in last_actions])
         self._check(env_ids, last_observations, last_actions, observations, first)
-        self._session.begin_roots()
+        self._resources.take_weights()
+        if self._budget is not None:
+            self._budget.advance()
         latents = self._encode(observations, env_ids)
         digests = digest_rows(observations)
         last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[: len(first)])
         actions = None if first.all() else action_embeddings(self._world_model, last_actions, first)
         step, found = self._load(env_ids, last_digests, first, last_observations, timesteps)
-        observers = self._session.observers
+        observers = self._resources.observers
         copied = any(observer.needs_histories for observer in observers)
         served = Histories(step.histories(TOKENS_PER_STEP), found) if copied else NO_HISTORIES
         windows = self._grown_windows(env_ids, last_digests, first, actions, latents)
-        moved = step.lengths + np.where(first, 1, TOKENS_PER_STEP) > self._session.window.kept
+        moved = step.lengths + np.where(first, 1, TOKENS_PER_STEP) > self._resources.window.kept
         before = np.where(found, step.lengths, 0)
         hidden = step.append(actions, latents[:, 0], first, 2 * np.maximum(timesteps, 0), windows)
         self._check_finite(hidden, env_ids)
-        outputs = predict_policy_value(self._session.weights, hidden)
+        outputs = predict_policy_value(self._resources.weights, hidden)
         self._remember(
             env_ids, first, last_digests, last_actions, observations, digests, step, actions, latents
         )
@@ -247,7 +256,7 @@ class RootInference:
         for row, env_id in enumerate(env_ids):
             if first[row] or not self._several:
                 self._manager.init_pools[env_id].clear()  # what came before is not asked for again
-            if moved[row] and self._session.exact:
+            if moved[row] and self._resources.exact:
                 self._manager.count_window(int(step.lengths[row]), env_id=env_id)
             else:
                 new = 1 if first[row] else TOKENS_PER_STEP
@@ -256,7 +265,7 @@ class RootInference:
         if observers:
             stored = NO_HISTORIES
             if copied:
-                rounded = self._session.shift_table() is not None
+                rounded = self._resources.shift_table() is not None
                 stored = Histories(step.histories(0), np.ones(len(first), dtype=bool), rounded)
             event = RootsInferred(
                 env_ids,
@@ -339,14 +348,14 @@ class RootInference:
         if len(known):
             slots[known] = self._manager.lookup([RootKey(env_ids[row], last_digests[row]) for row in known])
         missed = [int(row) for row in known if slots[row] == NO_SLOT]
-        step = self._session.root_step(slots)
+        step = self._step(slots)
         if missed:
             contexts = [
                 self._context(env_ids[row], last_digests[row], last_observations[row], int(timesteps[row]))
                 for row in missed
             ]
             self._restore_tokens(contexts)
-            kept = self._session.window.kept
+            kept = self._resources.window.kept
             lengths = np.array([len(context.tokens) for context in contexts], dtype=np.int64)
             positions = np.array([context.next_position for context in contexts], dtype=np.int64)
             tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
@@ -354,6 +363,12 @@ class RootInference:
             for row, length in zip(missed, lengths.tolist(), strict=True):
                 self._manager.count_rebuilt(length, roots=True, env_id=env_ids[row])
         return step, slots != NO_SLOT
+
+    def _step(self, slots: np.ndarray) -> RootStep | BudgetedRootStep:
+        """The histories in ``slots`` (int64 ``[B]``)."""
+        if self._budget is None:
+            return RootStep(self._resources, slots)
+        return BudgetedRootStep(self._resources, self._budget, slots)
 
     def _context(self, env_id: int, digest: int, observation: torch.Tensor, timestep: int) -> RootContext:
         """The window that a missing root is computed from: the environment's, or the last observation
@@ -388,7 +403,7 @@ class RootInference:
     ) -> torch.Tensor:
         """Raw embeddings ``[B, kept, embed]`` of every row's window after this step, right-aligned, zero in
         front."""
-        kept, windows = self._session.window.kept, []
+        kept, windows = self._resources.window.kept, []
         for row, env_id in enumerate(env_ids):
             tokens = [latents[row, 0]]
             context = None if first[row] else self.contexts.get(env_id, last_digests[row])

@@ -1,16 +1,47 @@
-"""What the host passes in: checked, and in one form."""
+"""What the adapter reads of the host's configuration, and what it refuses."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from lzero_kv.cache.window import Window
-from lzero_kv.config import Precision, option_of, validation_mode_of
+from lzero_kv.config import KVCacheConfig, Precision, ValidationMode, option_of, validation_mode_of
 from lzero_kv.lightzero.host import RELEASE, faults, is_release
 from lzero_kv.lightzero.inference.precision import ELEMENTS, available, largest_matrix
+
+FLAG = 'use_new_cache_manager'
+PLACE = 'policy.model.world_model_cfg'
+
+
+def flag_of(world_model_cfg: Any) -> bool:
+    """The value of ``use_new_cache_manager``.
+
+    Raises:
+        TypeError: it is not a bool.
+    """
+    flag = world_model_cfg.get(FLAG, False)
+    if not isinstance(flag, bool):
+        raise TypeError(f'expected {FLAG}=True or False in world_model_cfg, got {flag!r}')
+    return flag
+
+
+def choices_of(world_model_cfg: Any) -> tuple[KVCacheConfig, ValidationMode | None]:
+    """The user's choices and what validation compares.
+
+    Raises:
+        ValueError, TypeError: they are impossible, or do not fit the world model; says what to write.
+    """
+    config, mode = KVCacheConfig.from_world_model_cfg(world_model_cfg), validation_mode_of(world_model_cfg)
+    check_world_model_config(world_model_cfg)
+    kept = Window(int(world_model_cfg.context_length)).kept
+    if config.limiting_budget(int(world_model_cfg.num_layers), kept) is not None and mode is not None:
+        raise ValueError(
+            f'cache_validation_mode={mode!r} compares whole histories, and kv_cache.budget keeps a part of '
+            f'them: the differences would be its own; leave one of the two out'
+        )
+    return config, mode
 
 
 def check_world_model_config(config: Any) -> None:
@@ -133,51 +164,3 @@ def check_policy(model: str, config: Any) -> None:
     problems += faults(model, config)
     if problems:
         raise ValueError('the policy does not fit use_new_cache_manager=True:\n  ' + '\n  '.join(problems))
-
-
-def timesteps_of(start_pos: Any, rows: int) -> np.ndarray:
-    """The host's ``timestep`` or ``start_pos`` (a number, a list, an array, tensors in a list) as int64
-    ``[rows]``.
-
-    Reanalysis gives ``[sequences, unrolled steps]`` and leaves out the last step of each sequence, which
-    follows the one before it.
-    """
-    if start_pos is None:
-        return np.full(rows, -1, dtype=np.int64)
-    values = np.asarray(
-        [np.asarray(value, dtype=np.float64) for value in start_pos] if np.ndim(start_pos) else start_pos
-    )
-    values = values.astype(np.int64)
-    if values.ndim >= 2 and values.size != rows:
-        values = values.reshape(values.shape[0], -1)
-        values = np.concatenate([values, values[:, -1:] + 1], axis=1)
-    values = values.reshape(-1)
-    if len(values) == 1:
-        values = np.repeat(values, rows)
-    if len(values) != rows:
-        raise ValueError(f'expected a timestep for each of {rows} rows, got {len(values)}')
-    return values
-
-
-def check_finite_latents(latents: np.ndarray | torch.Tensor) -> None:
-    """Refuse latent states ``[B, 1, embed]`` that are nan or infinite.
-
-    Raises:
-        ValueError: names the rows.
-    """
-    finite = torch.isfinite(torch.as_tensor(latents)).flatten(1).all(dim=1)
-    if not finite.all():
-        raise ValueError(
-            f'expected finite latent states, got nan or inf in rows '
-            f'{(~finite).nonzero().flatten().tolist()}; check the observations and the weights of the '
-            f'encoder. Nothing was stored'
-        )
-
-
-def same_latents(latents: torch.Tensor, given: np.ndarray) -> bool:
-    """Whether the host passes back the latent states of the latest root inference."""
-    return latents.shape[0] == len(given) and bool(
-        np.array_equal(
-            latents.detach().cpu().numpy().reshape(len(given), -1), np.asarray(given).reshape(len(given), -1)
-        )
-    )
