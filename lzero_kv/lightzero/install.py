@@ -57,7 +57,7 @@ def install() -> None:
 
     for module in (unizero_model, sampled_unizero_model):
         _seams.set(module, 'WorldModel', _world_model_factory(module.WorldModel))
-    model = unizero_model.UniZeroModel
+    model: Any = unizero_model.UniZeroModel
     if hasattr(model, 'world_model_cls'):  # a subclass with a world model of its own keeps it
         _seams.set(model, 'world_model_cls', staticmethod(_world_model_factory(model.world_model_cls)))
     _seams.set(UniZeroPolicy, '__init__', _engaging(UniZeroPolicy.__init__))

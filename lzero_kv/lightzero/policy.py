@@ -170,8 +170,9 @@ class KVPolicy(UniZeroPolicy):
 
     def _ready(self, ready_env_id: Any, rows: int) -> list[int]:
         """Environment ids in the order of the rows, as the host reads them."""
-        if hasattr(self, '_normalize_ready_env_id'):
-            return self._normalize_ready_env_id(ready_env_id, rows)
+        normalize = getattr(self, '_normalize_ready_env_id', None)
+        if normalize is not None:
+            return normalize(ready_env_id, rows)
         return [int(env_id) for env_id in (range(rows) if ready_env_id is None else ready_env_id)]
 
     def _last_inputs(self, phase: str) -> tuple[torch.Tensor, list[Any]]:
@@ -213,7 +214,7 @@ class KVPolicy(UniZeroPolicy):
         if not isinstance(env_id, (int, np.integer)):
             self._end(phase, env_id)
         elif current_steps is None:
-            self._end(phase, [env_id])
+            self._end(phase, [int(env_id)])
 
     def _reset_host(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
         """What the host alone would do: wipe its one batch of last inputs, and now and then its caches."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,34 +21,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
 import tyro
 
-import lzero_kv.plugin  # noqa: F401
-from lzero_kv.configs.cartpole_unizero_kv_config import FULL, make_config
+from studies.planning import cartpole
 from testing.episodes import Episodes, Root
 from testing.recorder import replaced
 
 EPISODES = 8
 SIZES = dict(embed_dim=384, batch_size=64, env_manager='base', eval_freq=100)
 """What differs from LightZero's settings."""
-Recorded = list[tuple[list[np.ndarray], list[int]]]
-"""For each episode its observations and actions."""
 
 
-def config_of(precision: str) -> tuple[Any, Any]:
-    """The two configs of the host, for a CPU."""
-    sizes = FULL | SIZES | dict(evaluator_env_num=EPISODES)
-    main_config, create_config = make_config('CartPole-v0', seed=0, size=type(FULL)(sizes))
-    model = main_config.policy.model.world_model_cfg
-    model.kv_cache = dict(precision=precision)
-    main_config.policy.device = model.device = 'cpu'
-    main_config.policy.cuda = False
-    return main_config, create_config
+def configs_of(precision: str) -> cartpole.Configs:
+    """The two configs of the host for planning in this precision."""
+    return cartpole.configs_of(SIZES | dict(evaluator_env_num=EPISODES), dict(precision=precision))
 
 
 def train(
@@ -61,11 +50,7 @@ def train(
         folder: of checkpoints and logs, relative.
         precision: of planning, from the first step on.
     """
-    from lzero.entry import train_unizero
-
-    configs = config_of(precision)
-    configs[0].exp_name = str(folder)
-    train_unizero([*configs], seed=0, max_env_step=6000)
+    cartpole.train(configs_of(precision), folder, env_steps=6000)
 
 
 def compare(checkpoint: tyro.conf.Positional[Path], steps: int = 100) -> None:
@@ -75,70 +60,22 @@ def compare(checkpoint: tyro.conf.Positional[Path], steps: int = 100) -> None:
         checkpoint: of a training by ``train``.
         steps: roots of each episode, from its first on.
     """
-    policy = policy_of(checkpoint, 'float32')
-    recorded, returns = play(policy)
+    policy = cartpole.policy_of(configs_of('float32'), checkpoint)
+    recorded, returns = cartpole.play(policy, range(EPISODES))
     expected = searched(policy, recorded, steps, [range(EPISODES)])
     report('float32', expected, expected, returns)
     halves = [range(3), range(3, EPISODES)]
     report('float32, other batches', expected, searched(policy, recorded, steps, halves), None)
     for precision in ('float16', 'int8'):
-        policy = policy_of(checkpoint, precision)
+        policy = cartpole.policy_of(configs_of(precision), checkpoint)
         found = searched(policy, recorded, steps, [range(EPISODES)])
-        report(precision, expected, found, play(policy)[1])
-
-
-def policy_of(checkpoint: Path, precision: str) -> Any:
-    """The trained policy, planning in this precision."""
-    policy = new_policy(precision)
-    policy.learn_mode.load_state_dict(torch.load(checkpoint, map_location='cpu', weights_only=True))
-    return policy
-
-
-def new_policy(precision: str) -> Any:
-    """The policy with new weights."""
-    from ding.config import compile_config
-    from ding.policy import create_policy
-
-    main_config, create_config = config_of(precision)
-    config = compile_config(main_config, seed=0, auto=True, create_cfg=create_config, save_cfg=False)
-    policy = create_policy(config.policy, enable_field=['learn', 'collect', 'eval'])
-    policy.env_config = config.env
-    return policy
-
-
-def play(policy: Any) -> tuple[Recorded, list[int]]:
-    """Episodes of the real environment, evaluated; what was seen and done in each, and the returns."""
-    from zoo.classic_control.cartpole.envs.cartpole_lightzero_env import CartPoleEnv
-
-    environments = [CartPoleEnv(policy.env_config) for _ in range(EPISODES)]
-    seen = {number: environment.reset() for number, environment in enumerate(environments)}
-    recorded: Recorded = [([], []) for _ in environments]
-    policy.eval_mode.reset()
-    while seen:
-        ready = list(seen)
-        rows = [seen[number] for number in ready]
-        output = policy.eval_mode.forward(
-            torch.from_numpy(np.stack([row['observation'] for row in rows])).float(),
-            *[[row[name] for row in rows] for name in ('action_mask', 'to_play')],
-            ready_env_id=set(ready),
-            timestep=[row['timestep'] for row in rows],
-        )
-        for number in ready:
-            action = int(output[number]['action'])
-            recorded[number][0].append(np.array(seen[number]['observation']))
-            recorded[number][1].append(action)
-            step = environments[number].step(action)
-            seen[number] = step.obs
-            if step.done:
-                policy.eval_mode.reset([number])
-                del seen[number]
-    return recorded, [len(actions) for _, actions in recorded]
+        report(precision, expected, found, cartpole.play(policy, range(EPISODES))[1])
 
 
 class Replayed(Episodes):
     """Recorded episodes, searched anew: histories are those of the record, whatever the search would do."""
 
-    def __init__(self, policy: Any, recorded: Recorded, numbers: Sequence[int]) -> None:
+    def __init__(self, policy: Any, recorded: cartpole.Recorded, numbers: Sequence[int]) -> None:
         self.recorded = recorded
         super().__init__(policy, numbers, mode='eval', record=False)
 
@@ -156,7 +93,7 @@ class Replayed(Episodes):
 
 
 def searched(
-    policy: Any, recorded: Recorded, steps: int, groups: Sequence[Sequence[int]]
+    policy: Any, recorded: cartpole.Recorded, steps: int, groups: Sequence[Sequence[int]]
 ) -> dict[tuple[int, int], Root]:
     """Roots by episode and step; the episodes of a group are searched together."""
     found = {}

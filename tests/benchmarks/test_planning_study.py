@@ -1,4 +1,4 @@
-"""The study of planning in fewer bits, with a narrow model that was not trained."""
+"""The studies of planning, with narrow models that were not trained."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lzero_kv.lightzero.inference import precision
+from studies.planning import cartpole, wrong_entries
 from studies.planning import precision as study
 from testing.models import collect_model, random_weights
 
-pytestmark = pytest.mark.skipif(not precision.available(), reason='this torch has no FBGEMM')
 
-
+@pytest.mark.skipif(not precision.available(), reason='this torch has no FBGEMM')
 def test_each_precision_is_compared_with_float32_at_the_same_roots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -22,7 +22,7 @@ def test_each_precision_is_compared_with_float32_at_the_same_roots(
         monkeypatch.setattr(f'{owner}.ELEMENTS', dict(float16=1, int8=1))
     monkeypatch.setattr(study, 'SIZES', dict(embed_dim=32, num_simulations=5, env_manager='base'))
     monkeypatch.setattr(study, 'EPISODES', 4)
-    policy, checkpoint = study.new_policy('float32'), tmp_path / 'checkpoint'
+    policy, checkpoint = cartpole.new_policy(study.configs_of('float32')), tmp_path / 'checkpoint'
     model = collect_model(policy)
     model.load_state_dict(random_weights(model, seed=3))
     torch.save(policy.learn_mode.state_dict(), checkpoint)
@@ -34,3 +34,35 @@ def test_each_precision_is_compared_with_float32_at_the_same_roots(
     errors = [line['value_error'] for line in lines]
     # rounding alone may tip a simulation over to another action, so its error has no small bound of its own
     assert errors[0] == 0 < min(errors[1:3]) and max(errors[1:3]) < errors[3], errors
+
+
+def test_both_caches_play_from_the_same_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = dict(embed_dim=16, env_manager='base')
+    monkeypatch.setattr(wrong_entries, 'SIZES', sizes)
+    monkeypatch.setattr(wrong_entries, 'ROWS', 3)
+    played, play = [], cartpole.play
+    monkeypatch.setattr(
+        cartpole, 'play', lambda *given: played.append((given[0], play(*given))) or played[-1][1]
+    )
+    checkpoint = tmp_path / 'iteration_7.pth.tar'
+    torch.save(cartpole.new_policy(cartpole.configs_of(sizes, {})).learn_mode.state_dict(), checkpoint)
+    wrong_entries.play(checkpoint, simulations=(4, 5), episodes=6)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{')]
+    assert [(line['checkpoint'], line['simulations']) for line in lines] == [
+        (checkpoint.name, 4),
+        (checkpoint.name, 5),
+    ]
+    kinds = [type(collect_model(policy).world_model).__name__ for policy, _ in played]
+    assert kinds == ['WorldModel', 'KVWorldModel'] * 4
+    starts = [[episode[0][0].tolist() for episode in recorded] for _, (recorded, _) in played]
+    assert starts[0::2] == starts[1::2] and starts[0] == starts[4] != starts[2]
+    for line, first in zip(lines, (0, 4), strict=True):
+        own = {
+            name: [*played[first + row][1][1], *played[first + 2 + row][1][1]]
+            for row, name in enumerate(line['returns'])
+        }
+        assert line['returns'] == own and list(own) == ['stock', 'lzero_kv']
+        assert line['difference'] == pytest.approx(line['lzero_kv'] - line['stock'])
+        assert line['interval'][0] <= line['difference'] <= line['interval'][1]

@@ -24,6 +24,7 @@ from .attention import MASK_ROW
 from .backends import RUNNERS, Function, Run, StepInputs
 from .expand import NOWHERE, Search
 from .heads import StepOutputs, predict_policy_value, predict_reward_latent
+from .positions import RotaryPositions
 from .resources import InferenceResources
 from .roots import RootBatch
 from .tree import ROOT, Parents, SearchTree
@@ -375,7 +376,7 @@ class StaticStep:
             host = torch.from_numpy(self.numbers)
             continuous = world_model.action_space_size if world_model.continuous_action_space else 0
             rotation = storage.new_zeros(0)
-            if resources.positions.rotary:
+            if isinstance(resources.positions, RotaryPositions):
                 like = resources.positions.factors(np.zeros(1, np.int64))
                 rotation = like.new_zeros(self.rows, kept + TOKENS_PER_STEP, geometry.head_dim // 2, 2)
             return StepInputs(
@@ -397,7 +398,7 @@ class StaticStep:
         else:
             inputs.numbers[:rows, ACTION] = actions.reshape(-1)
         positions, kept = self._resources.positions, self._resources.window.kept
-        if positions.rotary:
+        if isinstance(positions, RotaryPositions):
             shown = next_positions[:, None] + np.arange(-kept, TOKENS_PER_STEP)
             inputs.rotation[:rows] = positions.factors(shown)
 
@@ -439,14 +440,13 @@ class CompiledSearch(Search):
         """Add one child to every row's tree: :meth:`Search.expand`."""
         of = self.tree.of(parents)
         slots = self._plan(of)
-        answers = None
-        if slots is not None:
-            pending = self._address(of, slots)
-            answers = self._static.run(actions, of.next_positions, bool(pending.any()))
-            if answers is None:  # slots that nothing was written to
-                self._manager.recur_pool.discard(self._keys(of, pending))
         self._placed = np.full(len(parents), NOWHERE)
-        if answers is None:
+        if slots is None:
+            return super().expand(parents, actions)
+        pending = self._address(of, slots)
+        answers = self._static.run(actions, of.next_positions, bool(pending.any()))
+        if answers is None:  # slots that nothing was written to
+            self._manager.recur_pool.discard(self._keys(of, pending))
             return super().expand(parents, actions)
         nodes, rows = of.windows[pending], self._rows[pending]
         self._manager.count_step(TOKENS_PER_STEP * len(parents), int(of.lengths[~pending].sum()))

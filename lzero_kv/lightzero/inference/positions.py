@@ -31,8 +31,6 @@ class Placed(NamedTuple):
 class LearnedPositions:
     """Learned absolute positions: a token's position is its place in the window, 0 for the oldest."""
 
-    rotary = False
-
     def __init__(self, world_model: Any) -> None:
         self._embedding = world_model.pos_emb
         self._transformer = world_model.transformer
@@ -61,8 +59,6 @@ class LearnedPositions:
 
 class RotaryPositions:
     """Rotary positions: a token's position is counted from the start of its episode and never changes."""
-
-    rotary = True
 
     def __init__(self, world_model: Any) -> None:
         self._config = world_model.config

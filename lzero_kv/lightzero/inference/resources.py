@@ -14,7 +14,7 @@ from lzero_kv.config import KVCacheConfig
 
 from .attention import WindowsBeside, causal_mask, prefilled
 from .events import Observer
-from .positions import positions_of
+from .positions import RotaryPositions, positions_of
 from .rows import Geometry
 from .weights import InferenceWeights
 
@@ -116,7 +116,7 @@ class InferenceResources:
     def shift_table(self) -> torch.Tensor | None:
         """What each place adds to keys and values (:meth:`LearnedPositions.projected`), by the present
         weights; None where windows are exact or positions rotary."""
-        if self.exact or self.positions.rotary:
+        if self.exact or isinstance(self.positions, RotaryPositions):
             return None
         if self._shift is None:
             self._shift = self.positions.projected(self.window.in_flight)

@@ -337,7 +337,7 @@ class RootInference:
         first: np.ndarray,
         last_observations: torch.Tensor,
         timesteps: np.ndarray,
-    ) -> tuple[RootStep, np.ndarray]:
+    ) -> tuple[RootStep | BudgetedRootStep, np.ndarray]:
         """The rows' stored histories, computed again where they are gone; and which were found (bool
         ``[B]``)."""
         slots = np.full(len(first), NO_SLOT, dtype=np.int64)
@@ -420,7 +420,7 @@ class RootInference:
         last_actions: Sequence[Any],
         observations: torch.Tensor,
         digests: list[int],
-        step: RootStep,
+        step: RootStep | BudgetedRootStep,
         actions: torch.Tensor | None,
         latents: torch.Tensor,
     ) -> None:

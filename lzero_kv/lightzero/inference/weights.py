@@ -162,9 +162,10 @@ def layers_of(
         if not is_plain(module):
             layers.append(module)
             continue
-        gelu = None
-        if precision and packs(module.weight) and rest and isinstance(rest[0], nn.GELU):
-            gelu = rest.pop(0).approximate
+        gelu, behind = None, rest[0] if rest else None
+        if precision and packs(module.weight) and isinstance(behind, nn.GELU):
+            gelu = behind.approximate
+            rest.pop(0)
         layers.append(affine(module.weight, module.bias, gelu, precision=precision))
     return tuple(layers)
 
