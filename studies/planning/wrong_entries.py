@@ -4,13 +4,14 @@
     python studies/planning/wrong_entries.py play data_lz/cartpole/ckpt/iteration_600.pth.tar
 
 ``train`` takes LightZero's own settings for CartPole, with this cache, and keeps a checkpoint every 100
-updates. ``play`` plays episodes from the same starts with LightZero's cache and with this one, in turn, and
-prints a line of JSON for each number of simulations: both returns, and the mean of their differences with a
-bootstrap interval of 95 % over the starts.
+updates. ``play`` plays episodes from the same starts with each cache of :data:`CACHES`, in turn, and prints a
+line of JSON for each number of simulations: the returns, and the means of their differences from LightZero's
+with bootstrap intervals of 95 % over the starts.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -27,6 +28,8 @@ from studies.planning import cartpole
 
 SIZES = dict(env_manager='base', eval_freq=100)
 """What differs from LightZero's settings."""
+CACHES = {'stock': None, 'shift': dict(window='shift'), 'default': {}}
+"""LightZero's own; this one with LightZero's windows: wrong entries alone differ; with exact windows."""
 ROWS = 8
 """Episodes that are searched at once."""
 
@@ -48,7 +51,7 @@ def play(
     simulations: tuple[int, ...] = (25, 100, 200),
     episodes: int = 32,
 ) -> None:
-    """Print the returns of both caches for each number of simulations.
+    """Print the returns of each cache for each number of simulations.
 
     Args:
         checkpoint: of a training by ``train``.
@@ -57,22 +60,20 @@ def play(
     """
     for number in simulations:
         sizes = SIZES | dict(num_simulations=number, evaluator_env_num=ROWS)
-        policies = [
-            cartpole.policy_of(cartpole.configs_of(sizes, kv_cache), checkpoint) for kv_cache in (None, {})
-        ]
-        returns: list[list[int]] = [[], []]
+        configs = {name: cartpole.configs_of(sizes, options) for name, options in CACHES.items()}
+        policies = {name: cartpole.policy_of(own, checkpoint) for name, own in configs.items()}
+        returns: dict[str, list[int]] = {name: [] for name in CACHES}
         for first in range(0, episodes, ROWS):
-            for own, policy in zip(returns, policies, strict=True):
-                own += cartpole.play(policy, range(first, first + ROWS))[1]
-        difference = Bootstrap().difference(returns[1], returns[0])
+            for name, policy in policies.items():
+                returns[name] += cartpole.play(policy, range(first, first + ROWS))[1]
+        others = [name for name in CACHES if name != 'stock']
+        differences = {name: Bootstrap().difference(returns[name], returns['stock']) for name in others}
         line = dict(
             checkpoint=checkpoint.name,
             simulations=number,
-            stock=float(np.mean(returns[0])),
-            lzero_kv=float(np.mean(returns[1])),
-            difference=difference.value,
-            interval=[difference.low, difference.high],
-            returns=dict(stock=returns[0], lzero_kv=returns[1]),
+            means={name: float(np.mean(own)) for name, own in returns.items()},
+            differences={name: dataclasses.astuple(found) for name, found in differences.items()},
+            returns=returns,
         )
         print(json.dumps(line), flush=True)
 

@@ -36,7 +36,7 @@ def test_each_precision_is_compared_with_float32_at_the_same_roots(
     assert errors[0] == 0 < min(errors[1:3]) and max(errors[1:3]) < errors[3], errors
 
 
-def test_both_caches_play_from_the_same_starts(
+def test_all_caches_play_from_the_same_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = dict(embed_dim=16, env_manager='base')
@@ -54,15 +54,21 @@ def test_both_caches_play_from_the_same_starts(
         (checkpoint.name, 4),
         (checkpoint.name, 5),
     ]
-    kinds = [type(collect_model(policy).world_model).__name__ for policy, _ in played]
-    assert kinds == ['WorldModel', 'KVWorldModel'] * 4
+    models = [collect_model(policy).world_model for policy, _ in played]
+    assert [type(model).__name__ for model in models] == ['WorldModel', 'KVWorldModel', 'KVWorldModel'] * 4
+    assert [model.cache_config.window for model in models if hasattr(model, 'cache_config')] == [
+        'shift',
+        'rebuild',
+    ] * 4
     starts = [[episode[0][0].tolist() for episode in recorded] for _, (recorded, _) in played]
-    assert starts[0::2] == starts[1::2] and starts[0] == starts[4] != starts[2]
-    for line, first in zip(lines, (0, 4), strict=True):
+    assert starts[0:12:3] == starts[1:12:3] == starts[2:12:3] and starts[0] == starts[6] != starts[3]
+    for line, first in zip(lines, (0, 6), strict=True):
         own = {
-            name: [*played[first + row][1][1], *played[first + 2 + row][1][1]]
-            for row, name in enumerate(line['returns'])
+            name: [*played[first + row][1][1], *played[first + 3 + row][1][1]]
+            for row, name in enumerate(wrong_entries.CACHES)
         }
-        assert line['returns'] == own and list(own) == ['stock', 'lzero_kv']
-        assert line['difference'] == pytest.approx(line['lzero_kv'] - line['stock'])
-        assert line['interval'][0] <= line['difference'] <= line['interval'][1]
+        assert line['returns'] == own
+        for name in ('shift', 'default'):
+            mean, low, high = line['differences'][name]
+            assert mean == pytest.approx(line['means'][name] - line['means']['stock'])
+            assert low <= mean <= high
