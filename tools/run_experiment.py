@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lzero_kv.cli.llm import llm
+from lzero_kv.cli import main
 
 if __name__ == '__main__':
-    sys.exit(llm(['run', *sys.argv[1:]]))
+    sys.exit(main(['llm', 'run', *sys.argv[1:]]))

@@ -7,38 +7,56 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import tyro
 
 from lzero_kv import __version__
-from lzero_kv.cli.compare import compare_with
+from lzero_kv.cli.compare import compare
 from lzero_kv.cli.config import config
 from lzero_kv.cli.console import show_error, show_line
-from lzero_kv.cli.doctor import doctor_with
+from lzero_kv.cli.doctor import doctor
 from lzero_kv.cli.explain import explain
 from lzero_kv.cli.llm import llm
 from lzero_kv.cli.report import report
-from lzero_kv.cli.validate import validate_with
+from lzero_kv.cli.validate import validate
 
 __all__ = ['main']
 
 TAKE_ARGUMENTS = ('doctor', 'compare', 'validate')
+INTERRUPTED = 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code.
+    """Run the command line and return its exit code: of an error 1, and its text is on standard error.
 
     Args:
         args: the arguments after the command's name; None takes those of the process. What follows `--` is
             the command line of the config that `doctor`, `compare` or `validate` runs.
     """
-    own, of_config = _parted(list(sys.argv[1:] if args is None else args))
-    if of_config and own[:1] not in ([name] for name in TAKE_ARGUMENTS):
-        show_error(
-            f'only {", ".join(TAKE_ARGUMENTS)} take arguments of a config after --, got {" ".join(of_config)}'
+    given = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        later = (
+            'no report was written' if given[0] == 'validate' else 'the same command goes on where it stopped'
         )
+        show_error(f'interrupted; {later}')
+        return INTERRUPTED
+    except (ImportError, OSError, ValueError) as error:
+        show_error(str(error))
+        return 1
+
+
+def _run(given: list[str]) -> int:
+    place = given.index('--') if '--' in given else len(given)
+    own, arguments = given[:place], tuple(given[place + 1 :])
+    if arguments and own[:1] not in ([name] for name in TAKE_ARGUMENTS):
+        names = ', '.join(TAKE_ARGUMENTS)
+        show_error(f'only {names} take arguments of a config after --, got {" ".join(arguments)}')
         return 2
     if own == ['--version']:
         show_line(f'lzero-kv {__version__}')
@@ -48,9 +66,9 @@ def main(args: Sequence[str] | None = None) -> int:
     commands = {
         'config': config,
         'report': report,
-        'doctor': doctor_with(of_config),
-        'compare': compare_with(of_config),
-        'validate': validate_with(of_config),
+        'doctor': partial(doctor, arguments=arguments),
+        'compare': partial(compare, arguments=arguments),
+        'validate': partial(validate, arguments=arguments, command=shlex.join(['lzero-kv', *given])),
         'explain': explain,
         'llm': _llm_help,
     }
@@ -65,11 +83,3 @@ def main(args: Sequence[str] | None = None) -> int:
 def _llm_help() -> int:
     """Measure layer budgets of language models beside the full cache, and report: run, report."""
     return llm(['--help'])
-
-
-def _parted(args: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and what after it."""
-    if '--' not in args:
-        return args, []
-    place = args.index('--')
-    return args[:place], args[place + 1 :]

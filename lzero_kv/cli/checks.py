@@ -10,10 +10,11 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 
-from lzero_kv.lightzero import host as versions
+from lzero_kv.lightzero import host
 from lzero_kv.lightzero.fingerprints import changed
 
 TRAINED_PYTHON = '3.11'
+TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy')
 ROM_RELEASE = 'ale-py==0.12.1'
 PAGE_MODULES = (
     'pkg_resources',
@@ -104,9 +105,9 @@ def tensorboard_check() -> Check:
 
 def host_check() -> Check:
     """Return which host was found, and whether its functions are those that were tested."""
-    version = versions.installed_version()
+    version = host.installed_version()
     try:
-        profile = versions.check_supported()
+        profile = host.check_supported()
     except RuntimeError as error:
         return Check(Mark.FAIL, 'host', f'LightZero {version}' if version else 'no LightZero', str(error))
     newer = changed(profile)
@@ -142,7 +143,7 @@ def ale_check() -> Check:
             Mark.WARN, 'ale-py', 'not installed', 'needed by Atari only: pip install "ale-py==0.8.1"'
         )
     release = tuple(int(part) for part in version.split('.')[:3])
-    if not versions.is_release():
+    if not host.is_release():
         if release >= (0, 10, 1):
             return Check(Mark.OK, 'ale-py', version)
         return Check(Mark.WARN, 'ale-py', version, 'needed by Atari only: pip install "ale-py>=0.10.1"')
@@ -180,6 +181,13 @@ def installed_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a training's numbers depend on."""
+    found = {name: installed_version(name) or 'not installed' for name in TOLD}
+    found['lzero_kv'] = installed_version('lzero_kv') or 'a checkout, not installed'
+    return {**found, 'Python': platform.python_version(), 'machine': platform.platform()}
 
 
 def package_folder(name: str) -> Path:

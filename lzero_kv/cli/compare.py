@@ -4,105 +4,100 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
-from collections.abc import Callable, Sequence
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lzero_kv.cli.checks import Mark
-from lzero_kv.cli.child import answer_of
-from lzero_kv.cli.compare_run import PLUGIN, STOCK, Request
-from lzero_kv.cli.console import show_error, show_line, show_table
-from lzero_kv.cli.engagement import alone, call_checks
-from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
-from lzero_kv.cli.validate import versions
+from lzero_kv.cli.checks import Mark, versions
+from lzero_kv.cli.comparison import LEARNING, PLUGIN, ROOTS, SAMPLING, SEARCH, STOCK, WHOLE, Comparison
+from lzero_kv.cli.console import Bar, show_line, show_table
+from lzero_kv.cli.doctor import call_checks
+from lzero_kv.cli.training import UNBOUNDED, Hear, Progress, Request, answer_of, around, bounded
+from lzero_kv.cli.training_call import ConfigError, OfConfig, TrainingCall, alone, training_call
 from lzero_kv.sweep.rows import ROWS, Row
 from lzero_kv.sweep.sweep import Sweep
 
 PICTURE = 'compare.png'
-METHODS = ('training',)
+
+
+def compare(
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='CONFIG')],
+    env_steps: int = 2000,
+    seeds: int = 3,
+    out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/compare'),
+    arguments: OfConfig = (),
+) -> int:
+    """Train a config with LightZero's own cache and with this one, and compare time, memory and returns.
+
+    CONFIG is a config in LightZero's form, with or without the plugin in it. Its code is executed: give
+    only files that you trust. What follows `--` is its own command line:
+    lzero-kv compare CONFIG.py --env-steps 500 -- --smoke. Each training is a process of its own; flag off
+    and on take turns (off, on, on, off, ...). A training ends as LightZero ends it: after the collection
+    and the learning in which --env-steps was reached. Evaluations are left out. Where it was stopped, the
+    same command goes on, and --seeds may grow.
+
+    Args:
+        config: a config file that LightZero can run.
+        env_steps: environment steps that each training collects, at least.
+        seeds: number of seeds, from 0 on; each is trained twice.
+        out: the folder of the rows (rows.jsonl), the picture (compare.png) and what LightZero writes.
+        arguments: of the config.
+
+    Returns:
+        0, 1 when something is wrong (the reason goes to standard error), 130 when interrupted.
+    """
+    numbers = {'--env-steps': env_steps, '--seeds': seeds}
+    if problems := [f'{name}: expected 1 or more, got {n}' for name, n in numbers.items() if n < 1]:
+        raise ValueError('; '.join(problems))
+    call = _checked(training_call(config, arguments), out)
+    rows = _measure(call, Request(str(config), arguments, '', env_steps, str(out)), seeds)
+    found = Comparison.of([row for row in rows if row['seed'] < seeds])
+    show_table(found.table())
+    show_line(found.sentence())
+    show_line(f'rows: {out / ROWS}, picture: {found.draw(out / PICTURE)}')
+    return 0
+
+
+def _checked(given: TrainingCall, out: Path) -> TrainingCall:
+    """The training that the plugin would run.
+
+    Raises:
+        ConfigError: something cannot be; nothing was trained or written.
+    """
+    call, _ = alone(given, out / 'training', flag=True)
+    if given.options.get('model') is not None:
+        raise ConfigError(
+            f'{call.path} builds its model itself, one for both; leave model out of {call.entry}'
+        )
+    if call.config['policy'].get('multi_gpu'):
+        raise ConfigError(f'{call.path} has multi_gpu=True; a comparison is of one process: write False')
+    if failed := [check for check in call_checks(call) if check.mark is Mark.FAIL]:
+        raise ConfigError(f'{call.path}: ' + '; '.join(' '.join(check.remedy.split()) for check in failed))
+    return call
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of the comparison, a document of the sweep."""
+    """One training of the comparison, a document of the sweep: its arm (``task``) and environment steps."""
 
     task: str
-    """``STOCK`` or ``PLUGIN``."""
     seed: int
     size: float
-    """Environment steps."""
 
     @property
     def id(self) -> str:
         """Name of the seed."""
         return f'seed {self.seed}'
-
-
-def compare_with(arguments: Sequence[str]) -> Callable[..., int]:
-    """The command, for a config that is itself given `arguments`."""
-
-    def compare(
-        config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='CONFIG')],
-        env_steps: int = 2000,
-        seeds: int = 3,
-        out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/compare'),
-    ) -> int:
-        """Train a config with LightZero's own cache and with this one, and compare time, memory and returns.
-
-        CONFIG is a config in LightZero's form, with or without the plugin in it. Its code is executed: give
-        only files that you trust. What follows `--` is its own command line:
-        lzero-kv compare CONFIG.py --env-steps 500 -- --smoke. Each training is a process of its own; flag off
-        and on take turns (off, on, on, off, ...). A training ends as LightZero ends it: after the collection
-        and the learning in which --env-steps was reached. Evaluations are left out. Where it was stopped, the
-        same command goes on, and --seeds may grow.
-
-        Args:
-            config: a config file that LightZero can run.
-            env_steps: environment steps that each training collects, at least.
-            seeds: number of seeds, from 0 on; each is trained twice.
-            out: the folder of the rows (rows.jsonl), the picture (compare.png) and what LightZero writes.
-
-        Returns:
-            0, 1 when something is wrong (the reason goes to standard error), 130 when interrupted.
-        """
-        try:
-            call = _checked(config, arguments, env_steps, seeds, out)
-            rows = _measure(call, Request(str(config), tuple(arguments), '', 0, env_steps, str(out)), seeds)
-        except KeyboardInterrupt:
-            show_error('interrupted; the same command goes on where it stopped')
-            return 130
-        except (OSError, ValueError) as error:
-            show_error(str(error))
-            return 1
-        return _show(rows, seeds, out)
-
-    return compare
-
-
-def _checked(config: Path, arguments: Sequence[str], env_steps: int, seeds: int, out: Path) -> TrainingCall:
-    """The training that the plugin would run.
-
-    Raises:
-        ValueError: something cannot be; nothing was trained or written.
-    """
-    numbers = {'--env-steps': env_steps, '--seeds': seeds}
-    if problems := [f'{name}: expected 1 or more, got {n}' for name, n in numbers.items() if n < 1]:
-        raise ValueError('; '.join(problems))
-    given = training_call(config, arguments)
-    call, _ = alone(given, str(config), out / 'training', flag=True)
-    if given.options.get('model') is not None:
-        raise ConfigError(f'{config} builds its model itself, one for both; leave model out of {call.entry}')
-    if call.config['policy'].get('multi_gpu'):
-        raise ConfigError(f'{config} has multi_gpu=True; a comparison is of one process: write False')
-    if failed := [check for check in call_checks(call) if check.mark is Mark.FAIL]:
-        raise ConfigError(f'{config}: ' + '; '.join(' '.join(check.remedy.split()) for check in failed))
-    return call
 
 
 def _measure(call: TrainingCall, request: Request, seeds: int) -> list[Row]:
@@ -113,50 +108,142 @@ def _measure(call: TrainingCall, request: Request, seeds: int) -> list[Row]:
         'env_steps': request.env_steps,
         'settings': hashlib.sha256(settings.encode()).hexdigest()[:16],
         'versions': versions(),
-        'methods': METHODS,
+        'methods': ('training',),
     }
     trainings = [
         Training(arm, seed, request.env_steps)
         for seed in range(seeds)
         for arm in ((PLUGIN, STOCK) if seed % 2 else (STOCK, PLUGIN))
     ]
-    sweep, console = Sweep(Path(request.folder), header), Console()
-    with Progress(
-        TextColumn('{task.description:<18}'),
-        BarColumn(24),
-        TextColumn('{task.fields[state]}'),
-        TimeElapsedColumn(),
-        TextColumn('left'),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bars:
-        task = bars.add_task('', total=len(trainings) * request.env_steps, state='')
+    sweep, whole = Sweep(Path(request.folder), header), len(trainings) * request.env_steps
+    with Bar() as bar:
 
-        def train(training: Training) -> list[Row]:
+        def measure(training: Training) -> list[Row]:
             name = f'{training.task}, {training.id}'
-            done = request.env_steps * (len(trainings) - len(sweep.left(trainings)))
-            if not console.is_terminal:
-                show_line(f'{name}: training for {request.env_steps:,} environment steps')
+            done = whole - request.env_steps * len(sweep.left(trainings))
+            bar.say(f'{name}: training for {request.env_steps:,} environment steps')
 
             def hear(numbers: dict[str, Any]) -> None:
-                steps = min(numbers['steps'], request.env_steps)
-                state = f'{numbers["steps"]:,} environment steps, {numbers["iterations"]:,} iterations'
-                bars.update(task, completed=done + steps, description=name, state=state)
+                state = (
+                    f'{name}: {numbers["steps"]:,} environment steps, {numbers["iterations"]:,} iterations'
+                )
+                bar.show(done + min(numbers['steps'], request.env_steps), whole, state)
 
-            asked = dataclasses.replace(request, arm=training.task, seed=training.seed)
-            log = sweep.folder / f'{training.task}_{training.seed}.log'
-            return [answer_of('lzero_kv.cli.compare_run', dataclasses.asdict(asked), log, hear)]
+            asked = dataclasses.replace(request, name=training.task, seed=training.seed)
+            return [answer_of('compare', asked, sweep.folder / f'{training.task}_{training.seed}.log', hear)]
 
-        return sweep.run(trainings, train)
+        return sweep.run(trainings, measure)
 
 
-def _show(rows: Sequence[Row], seeds: int, out: Path) -> int:
-    # Imported here so that a broken plotting library does not take the other commands with it.
-    from lzero_kv.cli.comparison import Comparison
+class Clock:
+    """Processor and wall seconds of the parts of a training.
 
-    found = Comparison.of([row for row in rows if row['seed'] < seeds])
-    show_table(found.table())
-    show_line(found.sentence())
-    show_line(f'rows: {out / ROWS}, picture: {found.draw(out / PICTURE)}')
-    return 0
+    On a GPU a part ends when the host's call returns: a search reads its answers and has waited for all of
+    its work, other parts may leave work behind that the next one waits for.
+    """
+
+    def __init__(self) -> None:
+        self.processor: Counter[str] = Counter()
+        self.wall: Counter[str] = Counter()
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        """Count the seconds of the block under ``part``."""
+        begun = time.process_time(), time.perf_counter()
+        try:
+            yield
+        finally:
+            self.processor[part] += time.process_time() - begun[0]
+            self.wall[part] += time.perf_counter() - begun[1]
+
+    def timed(self, part: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function under the clock."""
+        with self.timing(part):
+            return original(*args, **kwargs)
+
+    def watch_acting(self, policy: Any) -> None:
+        """Put the clock around the searches and root inferences of a policy that collects, stock or not."""
+        policy._mcts_collect.search = partial(self.timed, SEARCH, policy._mcts_collect.search)
+        model = policy._collect_model
+        model.initial_inference = partial(self.timed, ROOTS, model.initial_inference)
+
+
+def train(request: Request, hear: Hear) -> dict[str, Any]:
+    """Train one arm with one seed, and return the row of the comparison."""
+    folder = Path(request.folder) / 'training' / f'{request.name}_{request.seed}'
+    given = training_call(Path(request.config), request.arguments)
+    call, _ = alone(given, folder, flag=request.name == PLUGIN)
+    call.config['policy']['model']['world_model_cfg'].pop('cache_validation_mode', None)
+    progress = Progress(UNBOUNDED, lambda progress: hear(progress.counts), evaluates=False)
+    clock, returns, whole = Clock(), [], ExitStack()
+    with whole, _watched(call, progress, clock, whole, returns):
+        call.run(seed=request.seed, max_env_step=request.env_steps, max_train_iter=UNBOUNDED)
+    return {
+        'task': request.name,
+        'document': f'seed {request.seed}',
+        'method': 'training',
+        'seed': request.seed,
+        'env_steps': progress.collected,
+        'iterations': progress.iterations,
+        'device': str(progress.policy._cfg.device),
+        'processor': dict(clock.processor),
+        'wall': dict(clock.wall),
+        'peak_bytes': _peak_bytes(),
+        'returns': returns,
+    }
+
+
+@contextmanager
+def _watched(
+    call: TrainingCall, progress: Progress, clock: Clock, whole: ExitStack, returns: list[tuple[int, float]]
+) -> Iterator[None]:
+    """Within the block a training is counted and timed; ``whole`` is timed from the first action on."""
+    from ding.worker import BaseLearner
+    from lzero.mcts import SampledUniZeroGameBuffer, UniZeroGameBuffer
+    from lzero.worker import MuZeroCollector, MuZeroSegmentCollector
+
+    owner, known = _acting_class(call), 0
+
+    def act(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
+        if progress.policy is None:
+            clock.watch_acting(policy)
+            whole.enter_context(clock.timing(WHOLE))
+        return original(policy, *args, **kwargs)
+
+    def log(original: Any, collector: Any, *args: Any, **kwargs: Any) -> None:
+        nonlocal known
+        ended = collector._episode_info[known:]
+        returns.extend((progress.collected, float(info['reward'])) for info in ended)
+        original(collector, *args, **kwargs)
+        known = len(collector._episode_info)  # the host forgets them where it logs them
+
+    with ExitStack() as stack, bounded(progress, owner):
+        stack.enter_context(around(owner, '_forward_collect', act))
+        stack.enter_context(around(BaseLearner, 'train', partial(clock.timed, LEARNING)))
+        for buffer in (UniZeroGameBuffer, SampledUniZeroGameBuffer):
+            stack.enter_context(around(buffer, 'sample', partial(clock.timed, SAMPLING)))
+        for collector in (MuZeroCollector, MuZeroSegmentCollector):
+            stack.enter_context(around(collector, '_output_log', log))
+        yield
+
+
+def _acting_class(call: TrainingCall) -> type:
+    """The class whose ``_forward_collect`` is the outermost: the plugin's where the flag is on."""
+    from ding.utils import POLICY_REGISTRY
+
+    kind = call.create_config['policy']['type']
+    importlib.import_module(f'lzero.policy.{kind}')
+    if not call.config['policy']['model']['world_model_cfg']['use_new_cache_manager']:
+        return POLICY_REGISTRY.get(kind)
+    from lzero_kv.lightzero.policy import KVPolicy
+
+    return KVPolicy
+
+
+def _peak_bytes() -> int:
+    """Most resident memory of this process, or, with a GPU, most memory of tensors there."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

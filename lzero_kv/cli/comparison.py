@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from lzero_kv.cli.compare_run import LEARNING, PARTS, PLUGIN, ROOTS, SAMPLING, SEARCH, STOCK, WHOLE
 from lzero_kv.sweep.intervals import Bootstrap, Estimate
 from lzero_kv.sweep.rows import Row
 
+STOCK, PLUGIN = 'stock', 'lzero_kv'
+SEARCH, ROOTS, SAMPLING, LEARNING = 'search', 'root inference', 'sampling', 'learning'
+WHOLE = 'whole training'
+PARTS = (SEARCH, ROOTS, SAMPLING, LEARNING)
+"""Parts that are timed; they do not overlap. A search inside sampling (reanalysis) counts as sampling."""
 REST = 'environments and the rest'
 RETURN = 'mean return of the episodes'
 COLOURS = {SEARCH: '#0072b2', ROOTS: '#56b4e9', SAMPLING: '#e69f00', LEARNING: '#d55e00', REST: '#999999'}
@@ -119,6 +123,7 @@ class Comparison:
 
     def draw(self, path: Path) -> Path:
         """Write the picture: time by part, and returns over environment steps."""
+        # Imported here so that a broken plotting library does not take the other commands with it.
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

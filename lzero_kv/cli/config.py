@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from lzero_kv.cli.console import show_error, show_line
+from lzero_kv.cli.console import show_line
 from lzero_kv.mistakes import did_you_mean
 
 COMMON = {'unizero', 'sampled', 'kv', 'config'}  # words of a file's name that tell no config from another
@@ -34,8 +34,7 @@ def config(
             show_line(f'{each:<15} {(ast.get_docstring(ast.parse(text)) or "").splitlines()[0]}')
         return 0
     if name not in texts:
-        show_error(f'there is no config {name!r}{did_you_mean(name, list(texts))}')
-        return 1
+        raise ValueError(f'there is no config {name!r}{did_you_mean(name, list(texts))}')
     sys.stdout.write(texts[name])
     return 0
 

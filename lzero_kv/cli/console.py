@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from typing import Self
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.segment import Segments
 from rich.table import Table
 
@@ -24,7 +27,16 @@ def printable(text: str) -> str:
 
 def show_line(text: str) -> None:
     """Write one line to standard output; a path in it stays in one piece."""
-    Console().print(printable(text), soft_wrap=True, markup=False, highlight=False)
+    _write(Console(), text)
+
+
+def show_error(text: str) -> None:
+    """Write one line to standard error."""
+    _write(Console(stderr=True), f'lzero-kv: {text}')
+
+
+def _write(console: Console, text: str) -> None:
+    console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def show_table(table: Table, width: int = TABLE_WIDTH) -> None:
@@ -34,6 +46,41 @@ def show_table(table: Table, width: int = TABLE_WIDTH) -> None:
     console.print(Segments(list(segments)), end='')
 
 
-def show_error(text: str) -> None:
-    """Write one line to standard error."""
-    Console(stderr=True).print(f'lzero-kv: {printable(text)}', soft_wrap=True, markup=False, highlight=False)
+class Bar:
+    """Bar of progress on a terminal; elsewhere nothing but the lines that :meth:`say` is given.
+
+    Arguments:
+        quiet: whether it writes nothing at all.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(quiet=quiet)
+        self.drawn = self._console.is_terminal
+        self._bar = Progress(
+            BarColumn(24),
+            TextColumn('{task.description}'),
+            TimeElapsedColumn(),
+            TextColumn('left'),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self.drawn,
+            speed_estimate_period=math.inf,  # a document may take longer than rich remembers
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Write a line."""
+        _write(self._console, text)
+
+    def show(self, done: float, total: float, state: str) -> Task:
+        """Show where the work stands, in any unit; the speed is that of what is done after the first call."""
+        if not self._bar.tasks:
+            self._bar.add_task(state, completed=done)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=state)
+        return self._bar.tasks[0]

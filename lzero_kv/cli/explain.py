@@ -11,7 +11,7 @@ import torch
 import tyro
 from rich.table import Table
 
-from lzero_kv.cli.console import show_error, show_line, show_table
+from lzero_kv.cli.console import show_line, show_table
 from lzero_kv.validation.findings import Finding, load_finding, recomputed
 from lzero_kv.validation.tolerance import Deviation, Tolerance
 
@@ -33,20 +33,14 @@ def explain(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='F
     Returns:
         0 when the recomputation confirms the truth in the file, else 1.
     """
-    try:
-        finding = load_finding(file)
-    except OSError as error:
-        show_error(f'cannot read {file}: {error.strerror or error}; give a file that a validation saved')
-        return 1
-    except ValueError as error:
-        show_error(str(error))
-        return 1
+    finding = load_finding(file)
     try:
         parts, (confirmed, sentence) = _explained(finding)
     except Exception as error:  # the file holds a model's configuration and weights, which may be anything
         why = f'{type(error).__name__}: {" ".join(str(error).split())}'
-        show_error(f'{file} cannot be computed again ({why}); give a file that a validation saved')
-        return 1
+        raise ValueError(
+            f'{file} cannot be computed again ({why}); give a file that a validation saved'
+        ) from error
     for part in [*parts, sentence]:
         show_table(part) if isinstance(part, Table) else show_line(part)
     return 0 if confirmed else 1

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lzero_kv.cli.console import show_error, show_line, show_table
+from lzero_kv.cli.console import Bar, show_line, show_table
 
 if TYPE_CHECKING:
     from lzero_kv.llm.experiment import experiment
-    from lzero_kv.sweep import sweep
+    from lzero_kv.sweep.sweep import Progress, Watch
 
 LINE_SECONDS = 15.0  # between two lines of progress where there is no terminal
 TABLE_WIDTH = 132  # of a method's name and nine numbers, where no terminal says how wide it is
-INTERRUPTED = 130
 
 Names = tuple[str, ...]
 
@@ -95,16 +92,9 @@ def run(
     flags = dict(
         algorithm=algorithm, model=model, ratios=ratios, allocation=allocation, methods=methods, tasks=tasks,
         data=data, documents=documents, length=length, speed=speed, seed=seed, family=family, dtype=dtype,
+        parameters=_parsed(parameters),
     )  # fmt: skip
-    try:
-        given = {name: value for name, value in flags.items() if value not in (None, ())}
-        _measure(given, parameters, grid, out, device)
-    except KeyboardInterrupt:
-        show_error('interrupted; the same command goes on where it stopped')
-        return INTERRUPTED
-    except (ImportError, OSError, ValueError) as error:
-        show_error(str(error))
-        return 1
+    _measure({name: value for name, value in flags.items() if value not in (None, (), {})}, grid, out, device)
     return report(out) if is_first() else 0
 
 
@@ -122,11 +112,7 @@ def report(folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='
     """
     from lzero_kv.llm.experiment.report import tables, write_report
 
-    try:
-        page, found = write_report(folder)
-    except (OSError, ValueError) as error:
-        show_error(str(error))
-        return 1
+    page, found = write_report(folder)
     for table in tables(found):
         show_table(table, TABLE_WIDTH)
     show_line(f'report: {page}')
@@ -138,22 +124,17 @@ def is_first() -> bool:
     return os.environ.get('RANK', '0') == '0'
 
 
-def _measure(
-    given: dict[str, Any], parameters: Names, grid: Path | None, out: Path, device: str | None
-) -> None:
+def _measure(given: dict[str, Any], grid: Path | None, out: Path, device: str | None) -> None:
     # Imported here: torch and the model's libraries take seconds to load, and --help needs none of them.
     from lzero_kv.llm.experiment.plan import Plan, plan_from_file
 
-    of_file = {} if grid is None else plan_from_file(grid)
-    if parameters:
-        given = {**given, 'parameters': _parsed(parameters)}
-    plan = Plan.read({**of_file, **given})
+    plan = Plan.read({**({} if grid is None else plan_from_file(grid)), **given})
     from lzero_kv.llm.experiment.experiment import run_sweep
 
     chosen = own_device() if device is None else checked_device(device)
-    with Display() as display:
-        display.say(f'loading {plan.model}')
-        run_sweep(plan, out, device=chosen, begun=display.begin, watch=display.show)
+    with Bar(quiet=not is_first()) as bar:
+        bar.say(f'loading {plan.model}')
+        run_sweep(plan, out, device=chosen, begun=lambda begun: bar.say(_to_do(begun)), watch=_shown_on(bar))
 
 
 def own_device() -> str:
@@ -191,62 +172,29 @@ def _parsed(parameters: Names) -> dict[str, list[Any]]:
     return {name: [value_of(text) for text in values.split(',')] for name, _, values in pairs.values()}
 
 
-class Display:
-    """A sweep on the screen: a bar on a terminal, lines elsewhere; of a torchrun only the first process's."""
+def _to_do(begun: experiment.Begun) -> str:
+    rows = begun.documents * begun.methods
+    there = f', {begun.done} documents are there already' if begun.done else ''
+    return (
+        f'{begun.documents} documents x {begun.methods} methods, {rows:,} rows{there}; '
+        f'about {duration(begun.seconds)} left in one process'
+    )
 
-    def __init__(self) -> None:
-        self._console = Console(quiet=not is_first())
-        self._bar = Progress(
-            BarColumn(24),
-            TextColumn('{task.fields[documents]}, {task.fields[current]}'),
-            TimeElapsedColumn(),
-            TextColumn('left'),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task: Any = None
-        self._begun = (0.0, 0.0)
-        self._line = 0.0
 
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
+def _shown_on(bar: Bar) -> Watch:
+    """Shows where a sweep stands; where there is no terminal, as a line now and then."""
+    line = 0.0
 
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """Write a line."""
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-    def begin(self, begun: experiment.Begun) -> None:
-        """Say how much there is to do."""
-        rows = begun.documents * begun.methods
-        there = f', {begun.done} documents are there already' if begun.done else ''
-        self.say(
-            f'{begun.documents} documents x {begun.methods} methods, {rows:,} rows{there}; '
-            f'about {duration(begun.seconds)} left in one process'
-        )
-
-    def show(self, progress: sweep.Progress) -> None:
-        """Show where the sweep stands."""
+    def show(progress: Progress) -> None:
+        nonlocal line
         documents = f'{progress.done}/{progress.documents} documents'
         current = f'waiting for {progress.current}' if progress.waiting else progress.current
-        now = time.monotonic()
-        if self._task is None:
-            self._task = self._bar.add_task('', total=progress.work, documents=documents, current=current)
-            self._begun = now, progress.work_done
-        self._bar.update(self._task, completed=progress.work_done, documents=documents, current=current)
-        if not self._console.is_terminal and now - self._line > LINE_SECONDS:
-            self._line = now
-            self.say(', '.join(filter(None, (documents, self._left(progress, now), current))))
+        left = bar.show(progress.work_done, progress.work, f'{documents}, {current}').time_remaining
+        if not bar.drawn and time.monotonic() - line > LINE_SECONDS:
+            line = time.monotonic()
+            bar.say(', '.join(filter(None, (documents, left and f'about {duration(left)} left', current))))
 
-    def _left(self, progress: sweep.Progress, now: float) -> str:
-        """What is left, from what was done since this process began; empty where nothing was or is."""
-        begun, before = self._begun
-        done, left = progress.work_done - before, progress.work - progress.work_done
-        return f'about {duration((now - begun) * left / done)} left' if done > 0 and left > 0 else ''
+    return show
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from lzero_kv.cli.console import show_error, show_line, show_table
+from lzero_kv.cli.console import show_line, show_table
 from lzero_kv.telemetry.budget import budget_table
 from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run, runs_in
 from lzero_kv.telemetry.table import speed_table, statistics_table
@@ -44,26 +44,20 @@ def report(
     Returns:
         0, or 1 when there is nothing to report; the reason goes to standard error.
     """
-    try:
-        runs, silent = _engaged_runs(logdir)
-        if not runs:
-            raise LogError(f'{logdir}: {NOT_ENGAGED}')
-        if out is not None and len(runs) > 1:
-            folders = ', '.join(str(run.folder if run.file is None else run.file) for run in runs)
-            raise LogError(
-                f'--out is for one run, but {logdir} holds {len(runs)}: {folders}. Give one of them'
-            )
-        for run in runs:
-            beside = [other for other in runs if other.folder == run.folder]
-            path = _plot_path(run, logdir, out, alone=len(beside) == len(runs))
-            if len(beside) > 1:
-                number = beside.index(run) + 1
-                path = path.with_stem(f'{path.stem}_{number}')
-                show_line(f'run {number} of {len(beside)} in its folder, told apart by file: {run.file.name}')
-            _show(run, path)
-    except ValueError as error:
-        show_error(str(error))
-        return 1
+    runs, silent = _engaged_runs(logdir)
+    if not runs:
+        raise LogError(f'{logdir}: {NOT_ENGAGED}')
+    if out is not None and len(runs) > 1:
+        folders = ', '.join(str(run.folder if run.file is None else run.file) for run in runs)
+        raise LogError(f'--out is for one run, but {logdir} holds {len(runs)}: {folders}. Give one of them')
+    for run in runs:
+        beside = [other for other in runs if other.folder == run.folder]
+        path = _plot_path(run, logdir, out, alone=len(beside) == len(runs))
+        if len(beside) > 1:
+            number = beside.index(run) + 1
+            path = path.with_stem(f'{path.stem}_{number}')
+            show_line(f'run {number} of {len(beside)} in its folder, told apart by file: {run.file.name}')
+        _show(run, path)
     for folder in silent:
         show_line(f'{folder}: no chart of the KV cache, left out')
     return 0

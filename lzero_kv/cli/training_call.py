@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import inspect
 import io
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
+
+import tyro
 
 from lzero_kv.lightzero.install import installed
+from lzero_kv.lightzero.settings import FLAG, POLICIES
+
+PLUGIN = 'lzero_kv.plugin'
+ENTRIES = ('train_unizero', 'train_unizero_segment')
+OfConfig = Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress]
+"""Arguments of a config, which its command takes behind `--`."""
 
 
 class ConfigError(ValueError):
@@ -29,6 +40,7 @@ class TrainingCall:
         create_config: the create config.
         options: every other argument that was given, by the name of its parameter (seed, max_env_step, ...).
         plugin_imported: whether the config installed the plugin itself.
+        path: the config file.
     """
 
     entry: str
@@ -36,6 +48,15 @@ class TrainingCall:
     create_config: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
     plugin_imported: bool = False
+    path: Path = Path()
+
+    def run(self, **options: Any) -> None:
+        """Train, with ``options`` in the place of the config's own."""
+        sys.path.insert(0, str(self.path.resolve().parent))  # as `python CONFIG` has it
+        import lzero.entry
+
+        entry = getattr(lzero.entry, self.entry)
+        entry([self.config, self.create_config], **{**self.options, **options})
 
 
 class _Reached(BaseException):
@@ -67,7 +88,7 @@ def training_call(path: Path, arguments: Sequence[str] = ()) -> TrainingCall:
         with _entries_replaced(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             runpy.run_path(str(path), run_name='__main__')
     except _Reached as reached:
-        return reached.call
+        return dataclasses.replace(reached.call, path=path)
     except SystemExit as end:
         raise ConfigError(
             f'{path} exited with code {end.code} before it called a training entry{_last_words(sink)}'
@@ -130,3 +151,43 @@ def _reporter(entry: str, original: Callable[..., Any]) -> Callable[..., NoRetur
         raise _Reached(TrainingCall(entry, given[0], given[1], options, installed()))
 
     return report
+
+
+def alone(call: TrainingCall, folder: Path, *, flag: bool) -> tuple[TrainingCall, list[str]]:
+    """The call in one process and with a log folder of its own, with the plugin or without; and what had to
+    be changed for that, in words.
+
+    Raises:
+        ConfigError: the entry or the policy is none that the plugin knows.
+    """
+    kind = at(call.create_config, 'policy', 'type')
+    if call.entry not in ENTRIES or kind not in POLICIES:
+        raise ConfigError(
+            f'{call.path} calls {call.entry} with the policy {kind!r}, for which there is no plugin; '
+            f'give a config of {" or ".join(ENTRIES)} with {" or ".join(POLICIES)}'
+        )
+    config: Any = copy.deepcopy(call.config)
+    create_config: Any = copy.deepcopy(call.create_config)
+    notes = []
+    config['policy']['model']['world_model_cfg'][FLAG] = flag
+    names = list(create_config['policy'].get('import_names') or [f'lzero.policy.{kind}'])
+    if flag and PLUGIN not in names:
+        notes.append(f"'{PLUGIN}' is not in the config's import_names and was added for this run")
+    names = [name for name in names if name != PLUGIN]
+    create_config['policy']['import_names'] = [*names, PLUGIN] if flag else names
+    if create_config['env_manager'].get('type') != 'base':
+        notes.append("the environments ran in the training's process: env_manager.type='base'")
+    create_config['env_manager'] = {'type': 'base'}
+    config['policy']['use_wandb'] = False
+    # relative: the host puts './' in front of it
+    config['exp_name'] = os.path.relpath(folder)
+    return dataclasses.replace(call, config=config, create_config=create_config), notes
+
+
+def at(tree: Any, *names: str) -> Any:
+    """The value at a path of nested mappings, None where the path ends early."""
+    for name in names:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree

@@ -3,197 +3,132 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-import shlex
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lzero_kv.cli.checks import installed_version
-from lzero_kv.cli.child import ChildFailed, answer_of
-from lzero_kv.cli.console import show_error, show_line, show_table
-from lzero_kv.cli.validation_run import Request
+from lzero_kv.cli.checks import versions
+from lzero_kv.cli.console import Bar, show_line, show_table
+from lzero_kv.cli.training import UNBOUNDED, EnoughSteps, Hear, Progress, Request, answer_of, bounded
+from lzero_kv.cli.training_call import ConfigError, OfConfig, TrainingCall, alone, training_call
+from lzero_kv.config import KVCacheConfig
+from lzero_kv.lightzero.settings import FLAG
+from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.telemetry.validation import columns_of, validation_table
-from lzero_kv.validation.report import ModeRun, ValidationReport
+from lzero_kv.validation.findings import load_finding
+from lzero_kv.validation.report import MODE_RUN, Failure, ModeRun, ValidationReport
 
 MODES = ('store', 'model')
 PAGE, PICTURE, NUMBERS = 'validation.md', 'validation.png', 'validation.json'
-TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy')
 
 
-class ValidationFailed(ValueError):
-    """There is nothing to report; the message says why and what to write."""
+def validate(
+    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='CONFIG')],
+    env_steps: int = 400,
+    modes: tuple[Literal['recompute', 'store', 'model'], ...] = MODES,
+    rate: float = 1.0,
+    simulations: int | None = None,
+    out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/validation'),
+    arguments: OfConfig = (),
+    command: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = '',
+) -> int:
+    """Train with this cache and LightZero's own side by side, and account for each difference.
+
+    CONFIG is a config in LightZero's form, with or without the plugin in it. Its code is executed: give
+    only files that you trust. What follows `--` is its own
+    command line: lzero-kv validate CONFIG.py --env-steps 200 -- --smoke. Each mode is a training of its
+    own, in one process, that ends after --env-steps. DIR gets a page (validation.md, validation.png) that
+    can go into a bug report, the same as validation.json, findings, and what LightZero wrote.
+
+    Args:
+        config: a config file that LightZero can run.
+        env_steps: environment steps in each mode, collected and evaluated together; evaluation takes a
+            quarter of them at most.
+        modes: 'store' compares what each lookup is handed; 'model' also what a stock world model over the
+            same weights makes of it: latent states, rewards, policies and values. 'recompute' compares
+            with a computation without a cache alone, on LightZero's development branch too.
+        rate: fraction of searches whose nodes are compared, above 0; roots always are.
+        simulations: of a search; the config's own number if it is not given.
+        out: the folder of the report.
+        arguments: of the config.
+        command: the whole command line.
+
+    Returns:
+        0 when every difference has a proven cause and the cache was never wrong, else 1.
+    """
+    request = Request(str(config), arguments, '', env_steps, str(out), rate=rate, simulations=simulations)
+    _check(request, modes)
+    runs = tuple(_run_modes(request, modes))
+    report = ValidationReport(str(config), arguments, command, versions(), runs)
+    _write(report, out)
+    _show(report, out)
+    return 0 if report.passed else 1
 
 
-def validate_with(arguments: Sequence[str]) -> Callable[..., int]:
-    """The command, for a config that is itself given `arguments`."""
-
-    def validate(
-        config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='CONFIG')],
-        env_steps: int = 400,
-        modes: tuple[Literal['recompute', 'store', 'model'], ...] = MODES,
-        rate: float = 1.0,
-        simulations: int | None = None,
-        out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/validation'),
-    ) -> int:
-        """Train with this cache and LightZero's own side by side, and account for each difference.
-
-        CONFIG is a config in LightZero's form, with or without the plugin in it. Its code is executed: give
-        only files that you trust. What follows `--` is its own
-        command line: lzero-kv validate CONFIG.py --env-steps 200 -- --smoke. Each mode is a training of its
-        own, in one process, that ends after --env-steps. DIR gets a page (validation.md, validation.png) that
-        can go into a bug report, the same as validation.json, findings, and what LightZero wrote.
-
-        Args:
-            config: a config file that LightZero can run.
-            env_steps: environment steps in each mode, collected and evaluated together; evaluation takes a
-                quarter of them at most.
-            modes: 'store' compares what each lookup is handed; 'model' also what a stock world model over the
-                same weights makes of it: latent states, rewards, policies and values. 'recompute' compares
-                with a computation without a cache alone, on LightZero's development branch too.
-            rate: fraction of searches whose nodes are compared, above 0; roots always are.
-            simulations: of a search; the config's own number if it is not given.
-            out: the folder of the report.
-
-        Returns:
-            0 when every difference has a proven cause and the cache was never wrong, else 1.
-        """
-        asked = [
-            *('lzero-kv', 'validate', str(config), '--env-steps', str(env_steps)),
-            *('--modes', *modes, '--rate', f'{rate:g}'),
-            *([] if simulations is None else ['--simulations', str(simulations)]),
-            *('--out', str(out)),
-            *(['--', *arguments] if arguments else []),
-        ]
-        try:
-            _check(env_steps, modes, rate, simulations, config, out)
-            request = Request(str(config), tuple(arguments), '', env_steps, rate, simulations, str(out))
-            report = ValidationReport(
-                str(config),
-                tuple(arguments),
-                shlex.join(asked),
-                versions(),
-                tuple(_run_modes(request, modes)),
-            )
-            write(report, out)
-        except ValueError as error:
-            show_error(str(error))
-            return 1
-        except KeyboardInterrupt:
-            show_error('interrupted; no report was written')
-            return 130
-        show(report, out)
-        return 0 if report.passed else 1
-
-    return validate
-
-
-def _check(
-    env_steps: int,
-    modes: Sequence[str],
-    rate: float,
-    simulations: int | None,
-    config: Path,
-    out: Path,
-) -> None:
+def _check(request: Request, modes: Sequence[str]) -> None:
+    """Refuse what cannot be, before anything runs."""
     problems = []
-    if env_steps < 1:
-        problems.append(f'--env-steps: expected 1 or more, got {env_steps}')
+    for name, number in (('env-steps', request.env_steps), ('simulations', request.simulations)):
+        if number is not None and number < 1:
+            problems.append(f'--{name}: expected 1 or more, got {number}')
     if not modes or len(set(modes)) < len(modes):
-        problems.append(
-            f'--modes: expected some of recompute, store and model, got {" ".join(modes) or "none"}'
-        )
-    if not 0 < rate <= 1:
-        problems.append(f'--rate: expected a fraction above 0 and up to 1, got {rate:g}')
-    if simulations is not None and simulations < 1:
-        problems.append(f'--simulations: expected 1 or more, got {simulations}')
-    if not config.is_file():
-        problems.append(f'{config} is no file; give a config file that LightZero can run')
+        given = ' '.join(modes) or 'none'
+        problems.append(f'--modes: expected some of recompute, store and model, got {given}')
+    if not 0 < request.rate <= 1:
+        problems.append(f'--rate: expected a fraction above 0 and up to 1, got {request.rate:g}')
+    if not Path(request.config).is_file():
+        problems.append(f'{request.config} is no file; give a config file that LightZero can run')
     if problems:
-        raise ValidationFailed('; '.join(problems))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / PAGE).open('a', encoding='utf-8').close()
-    except OSError as error:
-        raise ValidationFailed(
-            f'cannot write into {out}: {error.strerror}; choose another folder with --out'
-        ) from error
+        raise ValueError('; '.join(problems))
+    _write_page(Path(request.folder), '', 'a')
 
 
 def _run_modes(request: Request, modes: Sequence[str]) -> list[ModeRun]:
     runs = []
-    console = Console()
-    with Progress(
-        TextColumn('{task.description:<11}'),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TextColumn('environment steps, {task.fields[state]}'),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bars:
-        for mode in modes:
-            task = bars.add_task(f'mode {mode}', total=request.env_steps, state='loading LightZero')
+    with Bar() as bar:
+        for number, mode in enumerate(modes):
 
-            def show_progress(numbers: dict[str, int], task: Any = task) -> None:
+            def hear(numbers: dict[str, int], mode: str = mode, number: int = number) -> None:
                 state = (
-                    f'{numbers["iterations"]} training iterations, {numbers["compared"]:,} rows compared, '
-                    f'{numbers["different"]:,} explained, {numbers["failures"]:,} not'
+                    f'mode {mode}: {numbers["steps"]:,} environment steps, {numbers["iterations"]:,} '
+                    f'iterations, {numbers["compared"]:,} rows compared, {numbers["different"]:,} explained, '
+                    f'{numbers["failures"]:,} not'
                 )
-                bars.update(task, completed=min(numbers['steps'], request.env_steps), state=state)
+                done = number * request.env_steps + min(numbers['steps'], request.env_steps)
+                bar.show(done, len(modes) * request.env_steps, state)
 
-            if not console.is_terminal:
-                show_line(f'mode {mode}: training for {request.env_steps:,} environment steps')
-            runs.append(_run_mode(dataclasses.replace(request, mode=mode), show_progress))
-            bars.update(task, completed=request.env_steps)
+            bar.say(f'mode {mode}: training for {request.env_steps:,} environment steps')
+            asked, log = dataclasses.replace(request, name=mode), Path(request.folder) / f'{mode}.log'
+            try:
+                runs.append(MODE_RUN.validate_python(answer_of('validate', asked, log, hear)))
+            except ValueError as error:
+                raise ValueError(f'mode {mode}: {error}') from error
     return runs
 
 
-def _run_mode(request: Request, show_progress: Callable[[dict[str, int]], None]) -> ModeRun:
-    """Run one mode in a process of its own.
-
-    Raises:
-        ValidationFailed: it ended without a result.
-    """
-    log = Path(request.folder) / f'{request.mode}.log'
-    try:
-        run = answer_of('lzero_kv.cli.validation_run', dataclasses.asdict(request), log, show_progress)
-    except ChildFailed as error:
-        raise ValidationFailed(f'mode {request.mode}: {error}') from error
-    return ModeRun.from_dict(run)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a difference may depend on."""
-    found = {name: installed_version(name) or 'not installed' for name in TOLD}
-    found['lzero_kv'] = installed_version('lzero_kv') or 'a checkout, not installed'
-    return {**found, 'Python': platform.python_version(), 'machine': platform.platform()}
-
-
-def write(report: ValidationReport, out: Path) -> None:
-    """Write the page, its picture and the numbers.
-
-    Raises:
-        ValidationFailed: one of them cannot be written.
-    """
+def _write(report: ValidationReport, out: Path) -> None:
+    """Write the page, its picture and the numbers."""
     # Imported here so that a broken plotting library does not take the other commands with it.
     from lzero_kv.validation.page import plot_validation, validation_page
 
-    try:
-        (out / PAGE).write_text(validation_page(report, PICTURE), encoding='utf-8')
-        (out / NUMBERS).write_text(report.as_json() + '\n', encoding='utf-8')
-    except OSError as error:
-        raise ValidationFailed(
-            f'cannot write into {out}: {error.strerror}; choose another with --out'
-        ) from error
+    _write_page(out, validation_page(report, PICTURE))
+    (out / NUMBERS).write_text(report.as_json() + '\n', encoding='utf-8')
     plot_validation(report, out / PICTURE)
 
 
-def show(report: ValidationReport, out: Path) -> None:
+def _write_page(out: Path, text: str, how: str = 'w') -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / PAGE).open(how, encoding='utf-8') as file:
+            file.write(text)
+    except OSError as error:
+        raise ValueError(f'cannot write into {out}: {error.strerror}; choose another with --out') from error
+
+
+def _show(report: ValidationReport, out: Path) -> None:
     """Print the tables, the verdict and where the page is."""
     for run in report.runs:
         title = (
@@ -209,3 +144,116 @@ def show(report: ValidationReport, out: Path) -> None:
             show_line(f'  lzero-kv explain {failure.file}')
     show_line(report.verdict)
     show_line(f'report: {out / PAGE}')
+
+
+def train(request: Request, hear: Hear) -> dict[str, Any]:
+    """Train in one mode, and return the fields of its :class:`ModeRun`.
+
+    Raises:
+        ConfigError: the config is none that can be validated.
+        RuntimeError: the training ran, and validation did not engage or compared nothing.
+    """
+    call, notes = prepared(training_call(Path(request.config), request.arguments), request)
+    progress = Progress(request.env_steps, lambda progress: hear(_numbers(progress)))
+    begun, wall = time.monotonic(), time.time()
+    with bounded(progress):
+        try:
+            call.run(max_env_step=UNBOUNDED, max_train_iter=UNBOUNDED)
+        except EnoughSteps:
+            pass
+        else:
+            notes.append(f'the training ended by itself after {progress.steps:,} environment steps')
+    run = ModeRun(
+        mode=request.name,
+        counters=compared(counters_of(progress), progress, request),
+        collected=progress.collected,
+        evaluated=progress.evaluated,
+        iterations=progress.iterations,
+        simulations=int(progress.policy._cfg.num_simulations),
+        seconds=time.monotonic() - begun,
+        failures=failures_in(_findings_of(request), since=wall),
+        notes=tuple(notes),
+    )
+    return MODE_RUN.dump_python(run, mode='json')
+
+
+def compared(counters: ValidationCounters | None, progress: Progress, request: Request) -> ValidationCounters:
+    """Counters, where rows were compared.
+
+    Raises:
+        RuntimeError: validation did not engage, or nothing was compared.
+    """
+    if counters is None:
+        raise RuntimeError(
+            f'validation did not engage: the training ended after {progress.steps:,} environment steps and '
+            'no policy with the cache manager acted; look at the config with lzero-kv doctor'
+        )
+    if not counters.total.compared:
+        raise RuntimeError(
+            f'nothing was compared in {progress.steps:,} environment steps and {counters.searches:,} '
+            f'searches; write a larger --env-steps than {request.env_steps:,} or a --rate above '
+            f'{request.rate:g}'
+        )
+    return counters
+
+
+def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[str]]:
+    """The call with the plugin and validation on, one process, and a log folder of its own; and what had to
+    be changed for that, in words.
+
+    Raises:
+        ConfigError: the entry or the policy is none that the plugin knows, or `kv_cache` is impossible.
+    """
+    given = call.config.get('policy', {}).get('model', {}).get('world_model_cfg', {})
+    call, notes = alone(call, Path(request.folder) / 'training' / request.name, flag=True)
+    if given.get(FLAG) is not True:
+        notes.insert(0, f'{FLAG} is not True in the config and was switched on for this run')
+    policy = call.config['policy']
+    world_model = policy['model']['world_model_cfg']
+    world_model['cache_validation_mode'] = request.name
+    world_model['kv_cache'] = {
+        **_cache_choices(world_model),
+        'validation_rate': request.rate,
+        'validation_on_failure': 'log',
+        'validation_folder': str(_findings_of(request)),
+    }
+    if request.simulations is not None:
+        policy['num_simulations'] = request.simulations
+        if 'num_simulations' in world_model:  # where it is not, the host's own caches are made for 50
+            world_model['num_simulations'] = request.simulations
+    try:
+        KVCacheConfig.from_world_model_cfg(world_model)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f'{request.config}: {error}') from error
+    return call, notes
+
+
+def _cache_choices(world_model: Mapping[str, Any]) -> dict[str, Any]:
+    given = world_model.get('kv_cache') or {}
+    return given.model_dump(exclude_unset=True) if isinstance(given, KVCacheConfig) else dict(given)
+
+
+def _findings_of(request: Request) -> Path:
+    """Where a run in this mode saves its findings."""
+    return Path(request.folder) / 'findings' / request.name
+
+
+def failures_in(folder: Path, since: float) -> tuple[Failure, ...]:
+    """The findings that were saved in ``folder`` at ``since`` (seconds of the epoch) or later."""
+    files = [
+        path for path in sorted(folder.rglob('*')) if path.is_file() and path.stat().st_mtime >= since - 1
+    ]
+    return tuple(Failure(str(path), str(load_finding(path)).splitlines()[0]) for path in files)
+
+
+def counters_of(progress: Progress) -> ValidationCounters | None:
+    """What validation counted so far; None where it did not engage."""
+    from lzero_kv.lightzero.reporting import run_counters
+
+    return None if progress.policy is None else run_counters(progress.policy.kv_world_models)
+
+
+def _numbers(progress: Progress) -> dict[str, int]:
+    total = (counters_of(progress) or ValidationCounters()).total
+    shown = {name: getattr(total, name) for name in ('compared', 'different', 'failures')}
+    return {**progress.counts, **shown}

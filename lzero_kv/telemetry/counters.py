@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Self
+
+from pydantic import ConfigDict
 
 
 class _Named(Enum):
@@ -61,6 +63,8 @@ class Fault(_Named):
 class _Additive:
     """Arithmetic of dataclasses field by field; of fields named ``largest...`` the maximum is taken."""
 
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan='strings')  # JSON has no such numbers
+
     def __add__(self, other: Self) -> Self:
         return self._combined(other, max, lambda one, two: one + two)
 
@@ -82,31 +86,6 @@ class _Additive:
     def snapshot(self) -> Self:
         """A copy that later counts do not change."""
         return copy.deepcopy(self)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; :meth:`from_dict` reads it back."""
-        return {name: _plain(value) for name, value in vars(self).items()}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """Counters from what :meth:`as_dict` gave; an infinite number may be a string, as in JSON."""
-        empty = cls()
-        return cls(**{f.name: _read(f.name, getattr(empty, f.name), plain[f.name]) for f in fields(cls)})  # type: ignore[arg-type]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, _Additive):
-        return value.as_dict()
-    return {name.value: count for name, count in value.items()} if isinstance(value, Counter) else value
-
-
-def _read(name: str, empty: Any, plain: Any) -> Any:
-    if isinstance(empty, _Additive):
-        return empty.from_dict(plain)
-    if isinstance(empty, Counter):
-        names = Cause if name == 'causes' else Fault
-        return Counter({names(value): count for value, count in plain.items()})
-    return type(empty)(plain)
 
 
 @dataclass

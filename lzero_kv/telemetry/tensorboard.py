@@ -187,7 +187,7 @@ class TensorBoardSink:
     def _write_speed(self, timings: Timings, step: int, iteration: int) -> None:
         if timings.searches < self._timings.searches:  # of another model, which began anew
             self._timings = Timings()
-        counters = timings.since(self._timings).as_dict() if timings.root_inferences else {}
+        counters = dict(vars(timings.since(self._timings))) if timings.root_inferences else {}
         self._timings, now = timings.snapshot(), time.perf_counter()
         if self._latest is not None:
             counters |= {'env_steps': step - self._latest[0], 'seconds': now - self._latest[1]}

@@ -178,8 +178,9 @@ def load_finding(path: Path) -> Finding:
     wrong = f'{path} is no finding of a validation; give a file that cache_validation_mode saved'
     try:
         content = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
+    except OSError as error:
+        why = error.strerror or error
+        raise type(error)(f'cannot read {path}: {why}; give a file that a validation saved') from error
     except Exception as error:  # torch raises whatever its reader meets: zip, pickle and key errors
         raise ValueError(wrong) from error
     if not isinstance(content, dict) or content.get('format') != FORMAT:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from lzero_kv.telemetry.counters import KINDS, Cause, Counters, ValidationCounters
 
@@ -66,22 +65,9 @@ class ModeRun:
         searches = f'{self.counters.searches:,} searches'
         return f'mode {self.mode} compared no {" and no ".join(kinds)} in {searches}: {why}'
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; :meth:`from_dict` reads it back."""
-        plain = dataclasses.asdict(dataclasses.replace(self, counters=ValidationCounters()))
-        return {**plain, 'counters': self.counters.as_dict()}
 
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> ModeRun:
-        """The run that :meth:`as_dict` gave."""
-        return cls(
-            **{
-                **plain,
-                'counters': ValidationCounters.from_dict(plain['counters']),
-                'failures': tuple(Failure(**failure) for failure in plain['failures']),
-                'notes': tuple(plain['notes']),
-            }
-        )
+MODE_RUN = TypeAdapter(ModeRun)
+"""Reads and writes a run as plain numbers and strings, for JSON."""
 
 
 @dataclass(frozen=True)
@@ -146,33 +132,13 @@ class ValidationReport:
 
     def as_json(self) -> str:
         """One JSON document; a difference without a number (another shape, nothing there) is a string."""
-        plain = dataclasses.asdict(dataclasses.replace(self, runs=()))
-        plain |= {
-            'passed': self.passed,
-            'verdict': self.verdict,
-            'runs': [run.as_dict() for run in self.runs],
-        }
-        return json.dumps(_finite(plain), indent=2, allow_nan=False)
+        plain = json.loads(_REPORT.dump_json(self))
+        return json.dumps({**plain, 'passed': self.passed, 'verdict': self.verdict}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> ValidationReport:
         """The report that :meth:`as_json` wrote."""
-        plain = json.loads(text)
-        return cls(
-            config=plain['config'],
-            arguments=tuple(plain['arguments']),
-            command=plain['command'],
-            versions=plain['versions'],
-            runs=tuple(ModeRun.from_dict(run) for run in plain['runs']),
-        )
+        return _REPORT.validate_json(text)
 
 
-def _finite(tree: Any) -> Any:
-    """``tree`` with numbers that JSON does not have as strings, which ``float`` reads."""
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_finite(value) for value in tree]
-    if isinstance(tree, float) and not math.isfinite(tree):
-        return str(tree)
-    return tree
+_REPORT = TypeAdapter(ValidationReport)

@@ -12,7 +12,7 @@ import pytest
 
 import lzero_kv
 from lzero_kv.cli.checks import Check, Mark
-from lzero_kv.cli.engagement import config_checks
+from lzero_kv.cli.doctor import config_checks
 
 CONFIG = """
 import sys

@@ -15,7 +15,7 @@ from ding.envs import BaseEnvManager
 from ding.worker import BaseLearner
 from lzero.worker import MuZeroCollector, MuZeroEvaluator
 
-from lzero_kv.cli.bounded_training import around
+from lzero_kv.cli.training import around
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 SIZE = {'max_env_step': 40, 'replay_ratio': 0.1}

@@ -10,8 +10,21 @@ import pytest
 
 from lzero_kv.cli import main
 from lzero_kv.cli.compare import PICTURE
-from lzero_kv.cli.compare_run import LEARNING, PARTS, PLUGIN, ROOTS, SAMPLING, SEARCH, STOCK, WHOLE
-from lzero_kv.cli.comparison import REST, Comparison, by_collection, mean_return, seconds
+from lzero_kv.cli.comparison import (
+    LEARNING,
+    PARTS,
+    PLUGIN,
+    REST,
+    ROOTS,
+    SAMPLING,
+    SEARCH,
+    STOCK,
+    WHOLE,
+    Comparison,
+    by_collection,
+    mean_return,
+    seconds,
+)
 from lzero_kv.sweep.rows import ROWS, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]

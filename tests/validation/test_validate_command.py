@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.cli import main
-from lzero_kv.cli.bounded_training import EnoughSteps, Progress, bounded, every
 from lzero_kv.cli.checks import package_folder
+from lzero_kv.cli.training import TOLD_SECONDS, EnoughSteps, Progress, Request, bounded
 from lzero_kv.cli.training_call import ConfigError, training_call
-from lzero_kv.cli.validate import NUMBERS, PAGE, PICTURE
-from lzero_kv.cli.validation_run import Request, compared, failures_in, prepared
+from lzero_kv.cli.validate import NUMBERS, PAGE, PICTURE, compared, failures_in, prepared
 from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.validation.findings import save_finding
 from lzero_kv.validation.report import ValidationReport
@@ -26,7 +25,7 @@ from .drawn import a_finding, some_counters
 
 ROOT = Path(__file__).resolve().parents[2]
 CARTPOLE = ROOT / 'configs' / 'cartpole_unizero_kv_config.py'
-REQUEST = Request(str(CARTPOLE), ('--smoke',), 'model', 40, 0.25, None, 'somewhere')
+REQUEST = Request(str(CARTPOLE), ('--smoke',), 'model', 40, 'somewhere', rate=0.25)
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
 
 
@@ -248,7 +247,10 @@ def test_the_host_is_whole_again_after_a_bounded_training() -> None:
 
 def test_a_listener_acts_at_most_once_in_its_time() -> None:
     heard: list[Progress] = []
-    listener, progress = every(3600.0, heard.append), Progress(limit=1)
+    progress = Progress(limit=1, listener=heard.append)
     for _ in range(3):
-        listener(progress)
+        progress.tell()
     assert heard == [progress]
+    progress.told -= TOLD_SECONDS
+    progress.tell()
+    assert len(heard) == 2

@@ -12,7 +12,7 @@ from ding.worker import BaseLearner
 from lzero.worker import MuZeroCollector, MuZeroEvaluator
 
 from demonstration.progress import TrainingProgress
-from lzero_kv.cli.bounded_training import around
+from lzero_kv.cli.training import around
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from demonstration.progress import TrainingProgress
 from demonstration.watch import watching
 
-from lzero_kv.cli.bounded_training import around
+from lzero_kv.cli.training import around
 from soaking.memory import resident_bytes
 
 

@@ -1,15 +1,96 @@
-"""A training of the host that ends after a number of environment steps, in the middle of whatever it does."""
+"""Trainings of the host in processes of their own, bounded by a number of environment steps."""
 
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import lzero_kv
+
+PACKAGES = Path(lzero_kv.__file__).resolve().parents[1]
+UNBOUNDED = 10**10  # of the entry's own bounds
+TOLD_SECONDS = 0.25
 EVALUATION_SHARE = 4  # one of this many steps at most; LightZero evaluates whole episodes before it collects
+
+Hear = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One training to run.
+
+    Attributes:
+        config: the config file.
+        arguments: of the config file's command line.
+        name: of the training: an arm of a comparison, or a mode of validation.
+        env_steps: environment steps after which it ends.
+        folder: where the command's results and what the host writes go.
+        seed: of a training of a comparison.
+        rate: fraction of searches whose nodes are validated; roots always are.
+        simulations: of a search; None for the config's own number.
+    """
+
+    config: str
+    arguments: tuple[str, ...]
+    name: str
+    env_steps: int
+    folder: str
+    seed: int = 0
+    rate: float = 1.0
+    simulations: int | None = None
+
+
+def answer_of(command: str, request: Request, log: Path, hear: Hear) -> Any:
+    """What ``train`` of a command's module returns, run by :mod:`lzero_kv.cli.child`.
+
+    Args:
+        command: the name of the module.
+        request: what is trained.
+        log: file of what the process writes; an existing one is replaced.
+        hear: is given each report of progress.
+
+    Raises:
+        ValueError: it ended without an answer; the message says why and where its log is.
+    """
+    reader, writer = os.pipe()
+    arguments = [command, str(writer), json.dumps(asdict(request))]
+    # The same package as here, also where that is a checkout; and threads wait for each other on few cores.
+    path = os.pathsep.join([str(PACKAGES), *filter(None, [os.environ.get('PYTHONPATH')])])
+    environment = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONPATH': path}
+    with log.open('wb') as file, os.fdopen(reader, encoding='utf-8') as answers:
+        child = subprocess.Popen(
+            [sys.executable, '-m', 'lzero_kv.cli.child', *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            pass_fds=[writer],
+            env=environment,
+        )
+        os.close(writer)
+        answer: dict[str, Any] = {}
+        try:
+            for line in answers:
+                answer = json.loads(line)
+                if 'progress' in answer:
+                    hear(answer['progress'])
+            child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    if 'run' in answer:
+        return answer['run']
+    reason = answer.get('error', f'the process ended with code {child.returncode}')
+    raise ValueError(f'{reason} (what LightZero wrote: {log})')
 
 
 class EnoughSteps(BaseException):
@@ -26,11 +107,13 @@ class Progress:
 
     Attributes:
         limit: environment steps of collection and evaluation together.
-        listener: called after every inference of a batch of environments and every training iteration.
+        listener: called after an inference of a batch of environments or a training iteration, at most once
+            in TOLD_SECONDS.
         evaluates: whether a part of the steps may be evaluation's; else the host's evaluations are left out.
         collected, evaluated: environment steps so far.
         iterations: training iterations so far.
         policy: the policy, as soon as it acted.
+        told: when the listener was called.
     """
 
     limit: int
@@ -40,11 +123,23 @@ class Progress:
     evaluated: int = 0
     iterations: int = 0
     policy: Any = field(default=None, repr=False)
+    told: float = -TOLD_SECONDS
+
+    def tell(self) -> None:
+        """Call the listener where it is time."""
+        if (now := time.monotonic()) - self.told >= TOLD_SECONDS:
+            self.told = now
+            self.listener(self)
 
     @property
     def steps(self) -> int:
         """Environment steps so far."""
         return self.collected + self.evaluated
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps and iterations by name."""
+        return {'steps': self.steps, 'iterations': self.iterations}
 
     @property
     def evaluation_limit(self) -> int:
@@ -79,7 +174,7 @@ def bounded(progress: Progress, owner: type | None = None) -> Iterator[None]:
         progress.policy = policy
         output = original(policy, *args, **kwargs)
         setattr(progress, counter, getattr(progress, counter) + len(output))
-        progress.listener(progress)
+        progress.tell()
         return output
 
     def evaluation(original: Any, evaluator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +189,7 @@ def bounded(progress: Progress, owner: type | None = None) -> Iterator[None]:
     def train(original: Any, learner: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(learner, *args, **kwargs)
         progress.iterations += 1
-        progress.listener(progress)
+        progress.tell()
         return result
 
     with ExitStack() as stack:
@@ -124,16 +219,3 @@ def around(owner: type, name: str, call: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def every(seconds: float, act: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """A listener that acts at most once in ``seconds``."""
-    last = -seconds
-
-    def listener(progress: Progress) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= seconds:
-            last = now
-            act(progress)
-
-    return listener
