@@ -8,10 +8,8 @@ from typing import Annotated
 import tyro
 
 from lzero_kv.cli.console import show_line, show_table
-from lzero_kv.telemetry.budget import budget_table
 from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run, runs_in
-from lzero_kv.telemetry.table import speed_table, statistics_table
-from lzero_kv.telemetry.validation import validation_table
+from lzero_kv.telemetry.table import budget_table, speed_table, statistics_table, validation_table
 
 PLOT_NAME = 'kv_cache.png'
 NOT_ENGAGED = (

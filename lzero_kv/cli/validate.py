@@ -17,7 +17,8 @@ from lzero_kv.cli.training_call import ConfigError, OfConfig, TrainingCall, alon
 from lzero_kv.config import KVCacheConfig
 from lzero_kv.lightzero.settings import FLAG
 from lzero_kv.telemetry.counters import ValidationCounters
-from lzero_kv.telemetry.validation import columns_of, validation_table
+from lzero_kv.telemetry.reading import columns_of
+from lzero_kv.telemetry.table import validation_table
 from lzero_kv.validation.findings import load_finding
 from lzero_kv.validation.report import MODE_RUN, Failure, ModeRun, ValidationReport
 

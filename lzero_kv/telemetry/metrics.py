@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from lzero_kv.telemetry.counters import Cause, Fault
@@ -45,10 +46,13 @@ class Unit(Enum):
 class Metric:
     """One row of the table and one chart of each pool."""
 
-    name: str
     kind: Kind
+    name: str
     unit: Unit
     sentence: str
+
+
+_counter, _gauge, _ratio = (partial(Metric, kind) for kind in Kind)
 
 
 def named(*metrics: Metric) -> dict[str, Metric]:
@@ -57,76 +61,42 @@ def named(*metrics: Metric) -> dict[str, Metric]:
 
 
 METRICS = named(
-    Metric(
-        'queries',
-        Kind.COUNTER,
-        Unit.COUNT,
-        "Lookups of a history's KV; a root and its fallback count once.",
-    ),
-    Metric('hits', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was in the pool.'),
-    Metric('misses', Kind.COUNTER, Unit.COUNT, 'Queries whose KV was not in the pool.'),
-    Metric(
-        'hit_rate',
-        Kind.RATIO,
-        Unit.FRACTION,
-        'Hits divided by queries; no point where nothing was queried.',
-    ),
-    Metric('stores', Kind.COUNTER, Unit.COUNT, 'Histories whose KV was written into the pool.'),
-    Metric(
-        'overwrites',
-        Kind.COUNTER,
-        Unit.COUNT,
-        'Stores that renewed the slot of a key already in the pool.',
-    ),
-    Metric(
-        'evictions',
-        Kind.COUNTER,
-        Unit.ENTRIES,
-        'Entries removed by the policy because the pool was full.',
-    ),
-    Metric(
+    _counter('queries', Unit.COUNT, "Lookups of a history's KV; a root and its fallback count once."),
+    _counter('hits', Unit.COUNT, 'Queries whose KV was in the pool.'),
+    _counter('misses', Unit.COUNT, 'Queries whose KV was not in the pool.'),
+    _ratio('hit_rate', Unit.FRACTION, 'Hits divided by queries; no point where nothing was queried.'),
+    _counter('stores', Unit.COUNT, 'Histories whose KV was written into the pool.'),
+    _counter('overwrites', Unit.COUNT, 'Stores that renewed the slot of a key already in the pool.'),
+    _counter('evictions', Unit.ENTRIES, 'Entries removed by the policy because the pool was full.'),
+    _ratio(
         'saved_tokens',
-        Kind.RATIO,
         Unit.FRACTION,
         'Served tokens as a part of all that a pass without a cache would compute.',
     ),
-    Metric(
+    _counter(
         'computed_tokens',
-        Kind.COUNTER,
         Unit.TOKENS,
         'Tokens whose KV was computed: new ones, windows that moved, rebuilt ones.',
     ),
-    Metric(
-        'served_tokens',
-        Kind.COUNTER,
-        Unit.TOKENS,
-        'Tokens of the histories behind them whose KV was there.',
-    ),
-    Metric(
-        'rebuilt_tokens',
-        Kind.COUNTER,
-        Unit.TOKENS,
-        'Tokens whose KV was computed again after a miss.',
-    ),
-    Metric(
+    _counter('served_tokens', Unit.TOKENS, 'Tokens of the histories behind them whose KV was there.'),
+    _counter('rebuilt_tokens', Unit.TOKENS, 'Tokens whose KV was computed again after a miss.'),
+    _counter(
         'window_tokens',
-        Kind.COUNTER,
         Unit.TOKENS,
         'Tokens of derived windows, computed when a node was first expanded, and of roots that moved.',
     ),
-    Metric('entries', Kind.GAUGE, Unit.ENTRIES, 'Histories held at this moment.'),
-    Metric('occupancy', Kind.GAUGE, Unit.FRACTION, 'Entries divided by the capacity of the pool.'),
-    Metric('bytes', Kind.GAUGE, Unit.BYTES, 'Memory allocated for the tensors of the pool.'),
+    _gauge('entries', Unit.ENTRIES, 'Histories held at this moment.'),
+    _gauge('occupancy', Unit.FRACTION, 'Entries divided by the capacity of the pool.'),
+    _gauge('bytes', Unit.BYTES, 'Memory allocated for the tensors of the pool.'),
 )
 
 RANK_METRICS = named(
-    Metric(
+    _gauge(
         'ranks',
-        Kind.GAUGE,
         Unit.COUNT,
         'Processes: counters, entries and bytes are their sums, occupancy is the largest.',
     ),
-    Metric('most_bytes', Kind.GAUGE, Unit.BYTES, 'The bytes of the process that has most.'),
+    _gauge('most_bytes', Unit.BYTES, 'The bytes of the process that has most.'),
 )
 """Beside METRICS where the numbers stand for several processes."""
 
@@ -134,53 +104,43 @@ SPEED = 'speed'
 """Stands in a tag in the place of the pool: times and rates of the acting model, on the wall."""
 
 SPEED_METRICS = named(
-    Metric(
+    _ratio(
         'env_steps_per_second',
-        Kind.RATIO,
         Unit.RATE,
         'Environment steps by all seconds since the previous point: collection, learning, evaluation.',
     ),
-    Metric(
+    _ratio(
         'simulations_per_second',
-        Kind.RATIO,
         Unit.RATE,
         'Simulations of all rows by the seconds of the searches, in one process.',
     ),
-    Metric(
+    _ratio(
         'search_ms',
-        Kind.RATIO,
         Unit.MILLISECONDS,
         'Mean time of a search of one batch of environments. A search waits for its answers: true on a '
         'GPU too.',
     ),
-    Metric(
+    _ratio(
         'root_inference_ms',
-        Kind.RATIO,
         Unit.MILLISECONDS,
         'Mean time of a root inference of one batch. On a GPU without the heads and stores that are '
         'still queued when it returns.',
     ),
-    Metric(
+    _ratio(
         'planning_share',
-        Kind.RATIO,
         Unit.FRACTION,
         'Part of the seconds of collection that searches and root inferences took.',
     ),
-    Metric('train_iterations', Kind.GAUGE, Unit.COUNT, 'Training iterations so far.'),
-    Metric('env_steps', Kind.COUNTER, Unit.COUNT, 'Environment steps in `seconds`.'),
-    Metric('seconds', Kind.COUNTER, Unit.SECONDS, 'All seconds since the previous point.'),
-    Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches of a batch of environments.'),
-    Metric('simulations', Kind.COUNTER, Unit.COUNT, 'Simulations of all rows of the searches.'),
-    Metric('search_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the searches.'),
-    Metric('root_inferences', Kind.COUNTER, Unit.COUNT, 'Root inferences of a batch of environments.'),
-    Metric('root_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of the root inferences.'),
-    Metric('collect_seconds', Kind.COUNTER, Unit.SECONDS, 'Seconds of collection.'),
-    Metric(
-        'planning_seconds',
-        Kind.COUNTER,
-        Unit.SECONDS,
-        'Seconds of searches and root inferences in collection.',
-    ),
+    _gauge('train_iterations', Unit.COUNT, 'Training iterations so far.'),
+    _counter('env_steps', Unit.COUNT, 'Environment steps in `seconds`.'),
+    _counter('seconds', Unit.SECONDS, 'All seconds since the previous point.'),
+    _counter('searches', Unit.COUNT, 'Searches of a batch of environments.'),
+    _counter('simulations', Unit.COUNT, 'Simulations of all rows of the searches.'),
+    _counter('search_seconds', Unit.SECONDS, 'Seconds of the searches.'),
+    _counter('root_inferences', Unit.COUNT, 'Root inferences of a batch of environments.'),
+    _counter('root_seconds', Unit.SECONDS, 'Seconds of the root inferences.'),
+    _counter('collect_seconds', Unit.SECONDS, 'Seconds of collection.'),
+    _counter('planning_seconds', Unit.SECONDS, 'Seconds of searches and root inferences in collection.'),
 )
 
 SPEED_QUOTIENTS: dict[str, tuple[str, str, float]] = {
@@ -216,56 +176,49 @@ VALIDATION = 'validation'
 CAUSE_PREFIX, FAULT_PREFIX = 'cause_', 'fault_'
 
 VALIDATION_METRICS = named(
-    Metric('searches', Kind.COUNTER, Unit.COUNT, 'Searches begun.'),
-    Metric('validated', Kind.COUNTER, Unit.COUNT, 'Searches whose nodes were compared.'),
-    Metric('compared', Kind.COUNTER, Unit.COUNT, 'Rows of inferences that were compared.'),
-    Metric('equal', Kind.COUNTER, Unit.COUNT, 'Rows in which both caches gave the same.'),
-    Metric(
+    _counter('searches', Unit.COUNT, 'Searches begun.'),
+    _counter('validated', Unit.COUNT, 'Searches whose nodes were compared.'),
+    _counter('compared', Unit.COUNT, 'Rows of inferences that were compared.'),
+    _counter('equal', Unit.COUNT, 'Rows in which both caches gave the same.'),
+    _counter(
         'different',
-        Kind.COUNTER,
         Unit.COUNT,
         'Rows in which the stock cache was wrong, for a proven cause, and the cache right.',
     ),
-    Metric('unexplained', Kind.COUNTER, Unit.COUNT, 'Differences without a proven cause: must be 0.'),
-    Metric('cache_wrong', Kind.COUNTER, Unit.COUNT, 'Rows in which the cache was wrong: must be 0.'),
+    _counter('unexplained', Unit.COUNT, 'Differences without a proven cause: must be 0.'),
+    _counter('cache_wrong', Unit.COUNT, 'Rows in which the cache was wrong: must be 0.'),
     *(
-        Metric(f'{CAUSE_PREFIX}{cause.value}', Kind.COUNTER, Unit.COUNT, f'Different: {cause.sentence}.')
+        _counter(f'{CAUSE_PREFIX}{cause.value}', Unit.COUNT, f'Different: {cause.sentence}.')
         for cause in Cause
     ),
     *(
-        Metric(f'{FAULT_PREFIX}{fault.value}', Kind.COUNTER, Unit.COUNT, f'Cache wrong: {fault.sentence}.')
+        _counter(f'{FAULT_PREFIX}{fault.value}', Unit.COUNT, f'Cache wrong: {fault.sentence}.')
         for fault in Fault
     ),
-    Metric(
+    _gauge(
         'largest_stock',
-        Kind.GAUGE,
         Unit.DIFFERENCE,
         'Largest difference of the stock cache from the recomputation so far.',
     ),
-    Metric(
+    _gauge(
         'largest_cache',
-        Kind.GAUGE,
         Unit.DIFFERENCE,
         'Largest difference of the cache from the recomputation so far: rounding, where it is right.',
     ),
-    Metric(
-        'policy_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the policy moved.'
-    ),
-    Metric(
+    _counter('policy_rows', Unit.COUNT, 'Differences of which is known how far the policy moved.'),
+    _ratio(
         'policy_moved',
-        Kind.RATIO,
         Unit.DIFFERENCE,
         'Mean total variation distance of the stock policy from the right one, over those rows.',
     ),
-    Metric('policy_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those distances so far.'),
-    Metric('value_rows', Kind.COUNTER, Unit.COUNT, 'Differences of which is known how far the value moved.'),
-    Metric(
+    _gauge('policy_moved_most', Unit.DIFFERENCE, 'The largest of those distances so far.'),
+    _counter('value_rows', Unit.COUNT, 'Differences of which is known how far the value moved.'),
+    _ratio(
         'value_moved',
-        Kind.RATIO,
         Unit.DIFFERENCE,
         'Mean absolute difference of the stock value from the right one, over those rows.',
     ),
-    Metric('value_moved_most', Kind.GAUGE, Unit.DIFFERENCE, 'The largest of those differences so far.'),
+    _gauge('value_moved_most', Unit.DIFFERENCE, 'The largest of those differences so far.'),
 )
 """A fault has a chart only where it happened: such a chart is an alarm."""
 
@@ -277,118 +230,96 @@ HISTOGRAMS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart of the dashboard and one panel of the report's plot: a metric of some pools.
+    """One chart of the dashboard and one panel of the report's plot: a metric of several pools, or several
+    metrics of one section.
 
     Attributes:
         title: what is drawn, with its unit.
-        metric: a name of METRICS.
-        pools: one line each.
+        metrics: their names; one line each.
+        sections: where they stand in a tag; one line each.
         steady: whether the chart is constant in a healthy training.
-    """
-
-    title: str
-    metric: str
-    pools: tuple[str, ...] = ('roots', 'nodes', 'reanalysis')
-    steady: bool = False
-
-    @property
-    def heading(self) -> str:
-        """The title, with what a point of a counter counts."""
-        counter = METRICS[self.metric].kind is Kind.COUNTER
-        return f'{self.title} since the previous point' if counter else self.title
-
-
-CHARTS = (
-    Chart('tokens saved, part of all', 'saved_tokens'),
-    Chart('hit rate', 'hit_rate'),
-    Chart('memory in bytes', 'bytes', ('roots', 'nodes', 'reanalysis', 'total')),
-    Chart('computed tokens', 'computed_tokens'),
-    Chart('served tokens', 'served_tokens'),
-    Chart('tokens of moved windows', 'window_tokens'),
-    Chart('occupancy, part of the capacity', 'occupancy'),
-    Chart('rebuilt tokens', 'rebuilt_tokens', steady=True),
-    Chart('evictions, entries', 'evictions', steady=True),
-)
-"""In the order in which the dashboard and the plot show them, behind SPEED_CHARTS."""
-
-
-@dataclass(frozen=True)
-class LinesChart:
-    """One chart of the dashboard and one panel of the plot: metrics of the validation or of speed.
-
-    Attributes:
-        title: what is drawn.
-        metrics: names of VALIDATION_METRICS or of SPEED_METRICS, one line each.
         logarithmic: the plot's vertical axis; differences lie many powers of ten apart.
-        section: where the metrics stand in a tag.
-        steady: whether the chart is constant in a healthy training.
     """
 
     title: str
     metrics: tuple[str, ...]
-    logarithmic: bool = False
-    section: str = VALIDATION
+    sections: tuple[str, ...] = ('roots', 'nodes', 'reanalysis')
     steady: bool = False
+    logarithmic: bool = False
+
+    @property
+    def unit(self) -> Unit:
+        """Of all its metrics."""
+        return metric_of(self.sections[0], self.metrics[0]).unit
 
     @property
     def heading(self) -> str:
         """The title, with what a point of a counter counts."""
-        counters = all(self.metric(name).kind is Kind.COUNTER for name in self.metrics)
-        return f'{self.title} since the previous point' if counters else self.title
+        kinds = {metric_of(self.sections[0], name).kind for name in self.metrics}
+        return f'{self.title} since the previous point' if kinds == {Kind.COUNTER} else self.title
 
-    def metric(self, name: str) -> Metric:
-        """The metric of this name."""
-        return metric_of(self.section, name)
 
+CHARTS = (
+    Chart('tokens saved, part of all', ('saved_tokens',)),
+    Chart('hit rate', ('hit_rate',)),
+    Chart('memory in bytes', ('bytes',), ('roots', 'nodes', 'reanalysis', 'total')),
+    Chart('computed tokens', ('computed_tokens',)),
+    Chart('served tokens', ('served_tokens',)),
+    Chart('tokens of moved windows', ('window_tokens',)),
+    Chart('occupancy, part of the capacity', ('occupancy',)),
+    Chart('rebuilt tokens', ('rebuilt_tokens',), steady=True),
+    Chart('evictions, entries', ('evictions',), steady=True),
+)
+"""In the order in which the dashboard and the plot show them, behind SPEED_CHARTS."""
 
 SPEED_CHARTS = (
-    LinesChart('environment steps per second', ('env_steps_per_second',), section=SPEED),
-    LinesChart('simulations per second', ('simulations_per_second',), section=SPEED),
-    LinesChart(
-        'time of a search and of a root inference in ms', ('search_ms', 'root_inference_ms'), section=SPEED
-    ),
-    LinesChart('share of collection that is planning', ('planning_share',), section=SPEED),
+    Chart('environment steps per second', ('env_steps_per_second',), (SPEED,)),
+    Chart('simulations per second', ('simulations_per_second',), (SPEED,)),
+    Chart('time of a search and of a root inference in ms', ('search_ms', 'root_inference_ms'), (SPEED,)),
+    Chart('share of collection that is planning', ('planning_share',), (SPEED,)),
 )
 """What the dashboard and the plot open with."""
 
-
 VALIDATION_CHARTS = (
-    LinesChart('validation: rows compared', ('compared', 'equal', 'different')),
-    LinesChart('validation: failures, which must stay 0,', ('unexplained', 'cache_wrong'), steady=True),
-    LinesChart('validation: differences by cause', tuple(f'{CAUSE_PREFIX}{c.value}' for c in Cause)),
-    LinesChart(
+    Chart('validation: rows compared', ('compared', 'equal', 'different'), (VALIDATION,)),
+    Chart(
+        'validation: failures, which must stay 0,', ('unexplained', 'cache_wrong'), (VALIDATION,), steady=True
+    ),
+    Chart(
+        'validation: differences by cause', tuple(f'{CAUSE_PREFIX}{c.value}' for c in Cause), (VALIDATION,)
+    ),
+    Chart(
         'validation: largest difference from the recomputation so far',
         ('largest_stock', 'largest_cache'),
+        (VALIDATION,),
         logarithmic=True,
     ),
-    LinesChart(
-        'validation: policy and value moved, mean of the differences', ('policy_moved', 'value_moved')
+    Chart(
+        'validation: policy and value moved, mean of the differences',
+        ('policy_moved', 'value_moved'),
+        (VALIDATION,),
     ),
 )
 """Shown below CHARTS where validation is on."""
-
 
 LAYER_PREFIX = 'layer_'
 """Stands in a tag, with the layer's number, in the place of the pool: the budget of a layer."""
 
 BUDGET_METRICS = named(
-    Metric('slots', Kind.GAUGE, Unit.TOKENS, 'Tokens of a root that the layer may hold.'),
-    Metric(
+    _gauge('slots', Unit.TOKENS, 'Tokens of a root that the layer may hold.'),
+    _gauge(
         'dispersion',
-        Kind.GAUGE,
         Unit.DIFFERENCE,
         "Entropy of the newest tokens' attention over those that may be dropped, in nats; averaged.",
     ),
-    Metric(
+    _gauge(
         'shift',
-        Kind.GAUGE,
         Unit.DIFFERENCE,
         'Variance of that attention over the newest tokens, summed over heads and tokens; averaged.',
     ),
-    Metric('dropped_tokens', Kind.COUNTER, Unit.TOKENS, 'Tokens of roots that were dropped.'),
-    Metric(
+    _counter('dropped_tokens', Unit.TOKENS, 'Tokens of roots that were dropped.'),
+    _ratio(
         'lost_mass',
-        Kind.RATIO,
         Unit.FRACTION,
         "Part of the newest token's attention that went to tokens which were then dropped; no point "
         'where nothing was dropped or attention was not recorded.',
@@ -401,21 +332,16 @@ BUDGET_HISTOGRAMS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class BudgetChart:
-    """One chart of the dashboard: a metric of all layers."""
-
-    title: str
-    metric: str
-
-
-BUDGET_CHARTS = (
-    BudgetChart('layer budgets: tokens', 'slots'),
-    BudgetChart('layer budgets: attention lost', 'lost_mass'),
-    BudgetChart('layer budgets: dispersion', 'dispersion'),
-    BudgetChart('layer budgets: shift', 'shift'),
+BUDGET_CHARTS = tuple(
+    Chart(f'layer budgets: {title}', (metric,), (f'{LAYER_PREFIX}[0-9]+',))
+    for title, metric in (
+        ('tokens', 'slots'),
+        ('attention lost', 'lost_mass'),
+        ('dispersion', 'dispersion'),
+        ('shift', 'shift'),
+    )
 )
-"""Shown below the others where there are layer budgets."""
+"""Shown on the dashboard below the others where there are layer budgets; one line for each layer."""
 
 
 def layer_of(pool: str) -> int | None:

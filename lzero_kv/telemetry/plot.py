@@ -13,11 +13,9 @@ from lzero_kv.telemetry.metrics import (
     CAUSE_PREFIX,
     CHARTS,
     LAYER_PREFIX,
-    METRICS,
     SPEED_CHARTS,
     VALIDATION_CHARTS,
     Chart,
-    LinesChart,
     TagName,
     Unit,
 )
@@ -32,7 +30,7 @@ LINES = {
     'total': ('#aa3377', (0, (6, 2, 1, 2))),
 }
 BYTE_UNITS = (('B', 1), ('KiB', 2**10), ('MiB', 2**20), ('GiB', 2**30))
-VALIDATION_DASHES = ('solid', (0, (4, 2)), (0, (1, 1.5)))
+DASHES = ('solid', (0, (4, 2)), (0, (1, 1.5)))
 MARKED_POINTS = 60  # beyond this, markers hide the line
 MAPS = (
     ('slots', 'tokens of each layer', 1),
@@ -60,24 +58,19 @@ def plot_run(run: RunLog, path: Path) -> Path:
         )
     left_out = constant_charts(run)
     charts = [chart for chart in _charts(run) if chart.heading not in left_out]
-    maps = len(MAPS) if run.layers() else 0
-    rows = len(charts) + maps + (1 if maps else 0)
+    maps = MAPS if run.layers() else ()
+    rows = len(charts) + len(maps) + bool(maps)
     figure = Figure(figsize=(9, 2.1 * rows + 0.6), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(f'KV cache of {run.folder}', fontsize=10)
     panels: list[Axes] = []
-    for row in range(len(charts) + maps):
+    for row, one in enumerate((*charts, *maps)):
         panels.append(figure.add_subplot(rows, 1, row + 1, sharex=panels[0] if panels else None))
-        panels[-1].tick_params(labelbottom=row == len(charts) + maps - 1)
-    if maps:
-        _draw_budgets(panels[len(charts) :], run)
-        _draw_kept_tokens(figure.add_subplot(rows, 1, rows), run)
-    for panel, chart in zip(panels[: len(charts)], charts, strict=True):
-        if isinstance(chart, Chart):
-            _draw(panel, chart, _series(run, chart))
-        else:
-            _draw_lines(panel, chart, _series(run, chart))
+        panels[-1].tick_params(labelbottom=one is (*charts, *maps)[-1])
+        _draw(panels[-1], one, run) if isinstance(one, Chart) else _draw_map(panels[-1], run, *one)
     panels[-1].set_xlabel('environment steps')
+    if maps:
+        _draw_kept_tokens(figure.add_subplot(rows, 1, rows), run)
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
@@ -92,85 +85,66 @@ def constant_charts(run: RunLog) -> dict[str, str]:
     found: dict[str, str] = {}
     for chart in _charts(run):
         lines = _series(run, chart)
-        unit = METRICS[chart.metric].unit if isinstance(chart, Chart) else chart.metric(chart.metrics[0]).unit
         still = all((series.values == series.values[0]).all() for series in lines.values())
         if still and any(len(series.values) > 1 for series in lines.values()):
-            shown = {name: format_value(float(series.values[0]), unit) for name, series in lines.items()}
+            shown = {name: format_value(float(one.values[0]), chart.unit) for name, one in lines.items()}
             told = [f'{name} {text}' for name, text in shown.items()]
-            found[chart.heading] = (
-                ', '.join(told) if len(set(shown.values())) > 1 else next(iter(shown.values()))
-            )
+            one, *others = set(shown.values())
+            found[chart.heading] = ', '.join(told) if others else one
     return found
 
 
-def _charts(run: RunLog) -> list[Chart | LinesChart]:
+def _charts(run: RunLog) -> list[Chart]:
     """Charts that have points in the log."""
     charts = (*SPEED_CHARTS, *CHARTS, *VALIDATION_CHARTS)
     return [chart for chart in charts if _series(run, chart)]
 
 
-def _series(run: RunLog, chart: Chart | LinesChart) -> dict[str, Series]:
-    """The chart's lines by their labels."""
-    if isinstance(chart, Chart):
-        found = {pool: run.series(pool, chart.metric) for pool in chart.pools}
-    else:
-        found = {name: run.series(chart.section, name) for name in chart.metrics}
+def _series(run: RunLog, chart: Chart) -> dict[str, Series]:
+    """The chart's lines by what tells them apart, the pool or the metric."""
+    found = {
+        section if len(chart.metrics) == 1 and section in LINES else name: run.series(section, name)
+        for section in chart.sections
+        for name in chart.metrics
+    }
     return {name: series for name, series in found.items() if series is not None}
 
 
-def _draw(panel: Axes, chart: Chart, lines: dict[str, Series]) -> None:
-    highest = max((float(series.values.max()) for series in lines.values()), default=0.0)
-    label, divisor = _scale(METRICS[chart.metric].unit, highest)
-    for pool, series in lines.items():
-        colour, dashes = LINES[pool]
-        marker = '.' if len(series.steps) <= MARKED_POINTS else ''
-        panel.plot(
-            series.steps, series.values / divisor, label=pool, color=colour, linestyle=dashes, marker=marker
-        )
-    panel.set_title(chart.heading.removesuffix(' in bytes'), fontsize=10, loc='left')
-    panel.set_ylabel(label)
-    # A flat line at zero is the good result of three of the panels: keep it visible above the lower edge.
-    top = 100.0 if label == '%' else highest / divisor or 1.0
-    panel.set_ylim(-0.05 * top, 1.08 * top)
-    panel.ticklabel_format(axis='x', style='plain')
-    _finish(panel)
-
-
-def _draw_lines(panel: Axes, chart: LinesChart, found: dict[str, Series]) -> None:
+def _draw(panel: Axes, chart: Chart, run: RunLog) -> None:
     # A cause that never came would only lengthen the legend; the rows that must not be stay, at zero.
     several = len(chart.metrics) > 3
-    lines = {name: series for name, series in found.items() if not (several and not series.values.any())}
-    label, divisor = _scale(chart.metric(chart.metrics[0]).unit, 1.0)
+    lines = {name: one for name, one in _series(run, chart).items() if one.values.any() or not several}
+    highest = max((_highest_finite(series) for series in lines.values()), default=0.0)
+    label, divisor = _scale(chart.unit, highest)
     for number, (name, series) in enumerate(lines.items()):
+        colour, dashes = LINES.get(name, (f'C{number}', DASHES[number % len(DASHES)]))
         panel.plot(
             series.steps,
             series.values / divisor,
             label=name.removeprefix(CAUSE_PREFIX),
-            color=f'C{number}',
-            linestyle=VALIDATION_DASHES[number % len(VALIDATION_DASHES)],
+            color=colour,
+            linestyle=dashes,
             marker='.' if len(series.steps) <= MARKED_POINTS else '',
         )
-    panel.set_title(chart.heading, fontsize=10, loc='left')
+    panel.set_title(chart.heading.removesuffix(' in bytes'), fontsize=10, loc='left')
     panel.set_ylabel(label)
-    highest = max((_highest_finite(series) for series in lines.values()), default=0.0) / divisor
+    panel.ticklabel_format(axis='x', style='plain')
     if chart.logarithmic and highest > 0:
         panel.set_yscale('log', nonpositive='mask')
     else:
-        panel.set_ylim(-0.05 * (highest or 1.0), 1.08 * (highest or 1.0))
-    _finish(panel)
-
-
-def _highest_finite(series: Series) -> float:
-    """0.0 where none is: the stock answer can be infinitely far off, of another shape or not there."""
-    return float(series.values[np.isfinite(series.values)].max(initial=0.0))
-
-
-def _finish(panel: Axes) -> None:
+        # A flat line at zero is a good result of several panels: keep it visible above the lower edge.
+        top = 100.0 if label == '%' else highest / divisor or 1.0
+        panel.set_ylim(-0.05 * top, 1.08 * top)
     panel.grid(alpha=0.3)
     if panel.lines:
         panel.legend(
             loc='center left', bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, handlelength=3.5
         )
+
+
+def _highest_finite(series: Series) -> float:
+    """0.0 where none is: the stock answer can be infinitely far off, of another shape or not there."""
+    return float(series.values[np.isfinite(series.values)].max(initial=0.0))
 
 
 def _scale(unit: Unit, highest: float) -> tuple[str, float]:
@@ -182,14 +156,9 @@ def _scale(unit: Unit, highest: float) -> tuple[str, float]:
     return unit.value, 1.0
 
 
-def _draw_budgets(panels: list[Axes], run: RunLog) -> None:
-    """Draw the layer-by-time maps of MAPS, a panel for each; the horizontal axis is environment steps."""
-    for panel, (metric, title, factor) in zip(panels, MAPS, strict=True):
-        _draw_map(panel, run, metric, factor)
-        panel.set_title(f'layer budgets: {title}', fontsize=10, loc='left')
-
-
-def _draw_map(panel: Axes, run: RunLog, metric: str, factor: int) -> None:
+def _draw_map(panel: Axes, run: RunLog, metric: str, title: str, factor: int) -> None:
+    """Draw a layer-by-time map; the horizontal axis is environment steps."""
+    panel.set_title(f'layer budgets: {title}', fontsize=10, loc='left')
     layers = list(run.layers())
     series = [run.series(f'{LAYER_PREFIX}{layer}', metric) for layer in layers]
     steps = np.unique(np.concatenate([one.steps for one in series if one is not None] or [np.empty(0)]))

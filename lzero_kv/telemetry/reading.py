@@ -1,4 +1,4 @@
-"""Takes the numbers of one moment out of the managers: what every sink writes."""
+"""Takes the numbers of one moment out of managers, counters and layer budgets, by metric."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
+from typing import Any
+
+import numpy as np
 
 from lzero_kv.budget import BudgetSnapshot, LayerLoss
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.stats import CacheStats
-from lzero_kv.telemetry.counters import Timings, ValidationCounters
+from lzero_kv.telemetry.counters import KINDS, Cause, Counters, Timings, ValidationCounters
+from lzero_kv.telemetry.metrics import CAUSE_PREFIX, FAULT_PREFIX, VALIDATION_METRICS
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,34 @@ class PoolReading:
         entries: histories held.
         capacity: histories that fit.
         bytes: memory allocated for tensors.
+        ranks: of the same pool of so many processes the numbers are sums; None of one process.
+        fullest: occupancy of the fullest of their pools: full pools evict, however empty another is.
+        most_bytes: memory of the largest of them.
     """
 
     stats: CacheStats
     entries: int
     capacity: int
     bytes: int
+    ranks: int | None = None
+    fullest: float = 0.0
+    most_bytes: int = 0
+
+    @classmethod
+    def of_ranks(cls, readings: Sequence[PoolReading]) -> PoolReading:
+        """Combine one reading of each process."""
+        return replace(
+            reduce(add, readings),
+            ranks=len(readings),
+            fullest=max(reading.occupancy for reading in readings),
+            most_bytes=max(reading.bytes for reading in readings),
+        )
 
     @property
     def occupancy(self) -> float:
-        """Entries divided by capacity; 0.0 for a pool without capacity."""
+        """Entries divided by capacity, 0.0 without capacity; of several processes that of the fullest."""
+        if self.ranks is not None:
+            return self.fullest
         return self.entries / self.capacity if self.capacity else 0.0
 
     def with_stats(self, stats: CacheStats) -> PoolReading:
@@ -40,9 +62,10 @@ class PoolReading:
         return replace(self, stats=stats)
 
     def as_dict(self) -> dict[str, int | float]:
-        """Return every metric of METRICS by name, and the miss rate."""
+        """Return every metric of METRICS by name, and the miss rate; of several ranks RANK_METRICS too."""
         gauges = {'entries': self.entries, 'occupancy': self.occupancy, 'bytes': self.bytes}
-        return {**self.stats.as_dict(), **gauges}
+        ranks = {} if self.ranks is None else {'ranks': self.ranks, 'most_bytes': self.most_bytes}
+        return {**self.stats.as_dict(), **gauges, **ranks}
 
     def __add__(self, other: PoolReading) -> PoolReading:
         return PoolReading(
@@ -51,40 +74,6 @@ class PoolReading:
             capacity=self.capacity + other.capacity,
             bytes=self.bytes + other.bytes,
         )
-
-
-@dataclass(frozen=True)
-class RanksReading(PoolReading):
-    """The same pool of several processes (ranks): counters, entries, capacity and bytes are sums.
-
-    Attributes:
-        ranks: number of processes.
-        fullest: occupancy of the fullest of these pools.
-        most_bytes: memory of the largest of them.
-    """
-
-    ranks: int
-    fullest: float
-    most_bytes: int
-
-    @classmethod
-    def of(cls, readings: Sequence[PoolReading]) -> RanksReading:
-        """Combine one reading of each process."""
-        return cls(
-            **vars(reduce(add, readings)),
-            ranks=len(readings),
-            fullest=max(reading.occupancy for reading in readings),
-            most_bytes=max(reading.bytes for reading in readings),
-        )
-
-    @property
-    def occupancy(self) -> float:
-        """That of the fullest pool: full pools evict, however empty another is."""
-        return self.fullest
-
-    def as_dict(self) -> dict[str, int | float]:
-        """Every metric of METRICS and of RANK_METRICS by name, and the miss rate."""
-        return {**super().as_dict(), 'ranks': self.ranks, 'most_bytes': self.most_bytes}
 
 
 @dataclass(frozen=True)
@@ -125,7 +114,7 @@ class Moment:
         counters = [m.validation for m in moments if m.validation is not None]
         losses = zip(*(m.losses for m in moments if m.losses), strict=True)
         return Moment(
-            {name: RanksReading.of(readings) for name, readings in pools.items()},
+            {name: PoolReading.of_ranks(readings) for name, readings in pools.items()},
             reduce(add, counters) if counters else None,
             tuple(LayerLoss(*map(sum, zip(*layer, strict=True))) for layer in losses),
             reduce(add, (m.timings for m in moments)),
@@ -165,4 +154,75 @@ def _pools(manager: KVCacheManager) -> dict[str, PoolReading]:
             snapshot[pool], summary[pool]['entries'], summary[pool]['capacity'], summary[pool]['bytes']
         )
         for pool in ('roots', 'nodes')
+    }
+
+
+def validation_numbers(counters: ValidationCounters) -> dict[str, float]:
+    """Every metric of VALIDATION_METRICS, all kinds of inference together.
+
+    A mean is left out where nothing moved, and a fault where it did not happen.
+    """
+    return {'searches': counters.searches, 'validated': counters.validated, **counter_numbers(counters.total)}
+
+
+def counter_numbers(counters: Counters) -> dict[str, float]:
+    """The metrics of one kind of inference, as :func:`validation_numbers` has them."""
+    numbers: dict[str, float] = {
+        name: getattr(counters, name) for name in VALIDATION_METRICS if hasattr(counters, name)
+    }
+    numbers |= {f'{CAUSE_PREFIX}{cause.value}': counters.causes[cause] for cause in Cause}
+    numbers |= {f'{FAULT_PREFIX}{fault.value}': count for fault, count in counters.faults.items() if count}
+    for name, movement in (('policy', counters.policy), ('value', counters.value)):
+        numbers[f'{name}_rows'] = movement.count
+        numbers[f'{name}_moved_most'] = movement.largest
+        if movement.count:
+            numbers[f'{name}_moved'] = movement.mean
+    return numbers
+
+
+def columns_of(counters: ValidationCounters) -> dict[str, dict[str, float]]:
+    """Columns of a table: each kind of inference that was compared, and all together."""
+    kinds = {name: getattr(counters, name) for name in KINDS}
+    columns = {name: counter_numbers(kind) for name, kind in kinds.items() if kind.compared}
+    return {**columns, 'total': validation_numbers(counters)}
+
+
+def layer_numbers(snapshot: BudgetSnapshot) -> list[dict[str, float]]:
+    """For each layer every metric of BUDGET_METRICS that has a value."""
+    numbers: list[dict[str, float]] = []
+    for layer, (slots, loss) in enumerate(zip(snapshot.slots, snapshot.losses, strict=True)):
+        found: dict[str, float] = {'slots': slots, 'dropped_tokens': loss.dropped_tokens}
+        if snapshot.preferences:
+            found |= snapshot.preferences[layer]._asdict()
+        if loss.lost_mass is not None:
+            found['lost_mass'] = loss.lost_mass
+        numbers.append(found)
+    return numbers
+
+
+def layer_histograms(snapshot: BudgetSnapshot) -> list[dict[str, dict[str, Any]]]:
+    """For each layer the histograms of BUDGET_HISTOGRAMS that hold a value, as arguments of
+    `add_histogram_raw`; a bucket for each token of a window."""
+    parts = {'kept_positions': snapshot.kept, 'kept_tokens': snapshot.root}
+    return [
+        {
+            name: places_histogram(layers[layer], snapshot.context)
+            for name, layers in parts.items()
+            if layers[layer].size
+        }
+        for layer in range(len(snapshot.slots))
+    ]
+
+
+def places_histogram(places: np.ndarray, context: int) -> dict[str, Any]:
+    """Arguments of `add_histogram_raw` for places in `[0, context)` (int64, at least one)."""
+    counts = np.bincount(places, minlength=context)
+    return {
+        'min': int(places.min()),
+        'max': int(places.max()) + 1,
+        'num': len(places),
+        'sum': int(places.sum()),
+        'sum_squares': int((places * places).sum()),
+        'bucket_limits': list(range(1, len(counts) + 1)),
+        'bucket_counts': counts.tolist(),
     }

@@ -4,58 +4,50 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cache.stats import CacheStats, Log2Histogram
-from lzero_kv.telemetry.budget import layer_histograms, layer_numbers
 from lzero_kv.telemetry.counters import Timings, ValidationCounters
-from lzero_kv.telemetry.dashboard import dashboard_layout, explanation
 from lzero_kv.telemetry.metrics import (
+    BUDGET_CHARTS,
+    BUDGET_HISTOGRAMS,
+    BUDGET_METRICS,
+    CHARTS,
     HISTOGRAMS,
     LAYER_PREFIX,
     METRICS,
+    POOLS,
+    PREFIX,
     RANK_METRICS,
     SPEED,
+    SPEED_CHARTS,
+    SPEED_METRICS,
     VALIDATION,
+    VALIDATION_CHARTS,
+    VALIDATION_METRICS,
     Kind,
+    Metric,
     metric_of,
     speed_numbers,
     tag,
 )
-from lzero_kv.telemetry.reading import Moment, PoolReading
-from lzero_kv.telemetry.validation import validation_numbers
+from lzero_kv.telemetry.reading import (
+    Moment,
+    PoolReading,
+    layer_histograms,
+    layer_numbers,
+    validation_numbers,
+)
+from lzero_kv.telemetry.table import markdown_table
 
+MOVING, STEADY = 'KV cache', 'KV cache: constant in a healthy training'
+NOW, SINCE = 'at this moment', 'since the previous point'
 POOLS_OF = {'acting': ('roots', 'nodes'), 'reanalysis': ('reanalysis',)}
-
-
-class SummaryWriter(Protocol):
-    """The part of a writer that is used; torch.utils.tensorboard and tensorboardX both have it."""
-
-    def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None) -> Any: ...
-
-    def add_histogram_raw(
-        self,
-        tag: str,
-        min: Any,
-        max: Any,
-        num: Any,
-        sum: Any,
-        sum_squares: Any,
-        bucket_limits: Any,
-        bucket_counts: Any,
-        global_step: int | None = None,
-    ) -> Any: ...
-
-    def add_custom_scalars(self, layout: Any) -> Any: ...
-
-    def add_text(self, tag: str, text_string: str, global_step: int | None = None) -> Any: ...
-
-    def flush(self) -> Any: ...
 
 
 class TensorBoardSink:
@@ -86,7 +78,7 @@ class TensorBoardSink:
             never closes it.
     """
 
-    def __init__(self, writer: SummaryWriter) -> None:
+    def __init__(self, writer: Any) -> None:
         self.writer = writer
         self._previous: dict[str, CacheStats] = {}
         self._managers: dict[str, weakref.ref[KVCacheManager]] = {}
@@ -141,7 +133,7 @@ class TensorBoardSink:
             sections = dict(validation=validation is not None, budget=budget is not None)
             self.writer.add_custom_scalars(dashboard_layout(**sections))
             choices = managers['acting'].cache_config.model_dump()
-            text = explanation(**sections, ranks=bool(others), choices=choices)
+            text = explanation(choices=choices, ranks=bool(others), **sections)
             self.writer.add_text('kv_cache/metrics', text, 0)
         histograms = managers['acting'].cache_config.histograms
         self._write_speed(moment.timings, step, iteration)
@@ -286,3 +278,56 @@ def _step(name: str, value: int) -> int:
     if value < 0:
         raise ValueError(f'{name} must be 0 or more, got {value}; count it from the start of the training')
     return int(value)
+
+
+def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[str, dict[str, list[object]]]:
+    """Return the layout of the Custom Scalars page, as `SummaryWriter.add_custom_scalars` takes it: what
+    moves first, what is constant in a healthy training in a group of its own.
+
+    Args:
+        validation: whether the charts of the validation follow those of the pools.
+        budget: whether those of the layer budgets do.
+
+    TensorBoard matches an entry as a regular expression against the beginning of a tag. One closed expression
+    per chart draws whichever pools report, and a pool that never reports is no missing tag.
+    """
+    charts = (*SPEED_CHARTS, *CHARTS, *(VALIDATION_CHARTS if validation else ()))
+    headings = {chart.heading: chart for chart in charts}
+    headings |= {chart.title: chart for chart in BUDGET_CHARTS if budget}
+    layout: dict[str, dict[str, list[object]]] = {MOVING: {}, STEADY: {}}
+    for heading, chart in headings.items():
+        entry = f'{PREFIX}/{_any(chart.sections)}/{_any(chart.metrics)}$'
+        layout[STEADY if chart.steady else MOVING][heading] = ['Multiline', [entry]]
+    return layout
+
+
+def _any(names: Sequence[str]) -> str:
+    return f'({"|".join(names)})' if len(names) > 1 else names[0]
+
+
+def explanation(
+    *, choices: Mapping[str, object], validation: bool = False, budget: bool = False, ranks: bool = False
+) -> str:
+    """Return Markdown tables: the configuration of the cache (``choices``), what each metric, pool and
+    histogram means, and, with `validation` or `budget`, further metrics. With `ranks` RANK_METRICS too.
+    """
+    speed = [*SPEED_METRICS.values(), *METRICS.values(), *(RANK_METRICS.values() if ranks else ())]
+    tables: list[list[Sequence[str]]] = [
+        [('option of kv_cache', 'value'), *((name, str(value)) for name, value in choices.items())],
+        [*_meanings('metric', speed), *_drawn(HISTOGRAMS, SINCE)],
+        [('pool', 'meaning'), *POOLS.items()],
+    ]
+    if validation:
+        tables.append(_meanings(VALIDATION, VALIDATION_METRICS.values()))
+    if budget:
+        tables.append([*_meanings('each layer', BUDGET_METRICS.values()), *_drawn(BUDGET_HISTOGRAMS, NOW)])
+    return '\n\n'.join(map(markdown_table, tables))
+
+
+def _meanings(name: str, metrics: Iterable[Metric]) -> list[Sequence[str]]:
+    rows = [(m.name, m.unit.value, NOW if m.kind is Kind.GAUGE else SINCE, m.sentence) for m in metrics]
+    return [(name, 'unit', 'value', 'meaning'), *rows]
+
+
+def _drawn(histograms: Mapping[str, str], when: str) -> list[Sequence[str]]:
+    return [(name, 'histogram', when, text) for name, text in histograms.items()]

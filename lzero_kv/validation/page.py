@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lzero_kv.telemetry.counters import Cause
-from lzero_kv.telemetry.table import markdown_table
-from lzero_kv.telemetry.validation import columns_of, validation_rows
+from lzero_kv.telemetry.reading import columns_of
+from lzero_kv.telemetry.table import markdown_table, validation_rows
 from lzero_kv.validation.report import ModeRun, ValidationReport
 
 VERDICTS = {
@@ -71,7 +71,7 @@ def _what_ran(report: ValidationReport) -> str:
 
 def _found(run: ModeRun) -> str:
     columns = columns_of(run.counters)
-    table = markdown_table([('metric', *columns, 'meaning'), *validation_rows(columns)])
+    table = markdown_table(list(validation_rows(columns)))
     return f'## What mode {run.mode} found\n\n{table}\n\nA row with several causes counts under each.'
 
 

@@ -15,9 +15,10 @@ from lzero_kv.budget import BudgetSnapshot, LayerLoss, Preference
 from lzero_kv.cache.layout import KVLayout
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.cli.report import report
-from lzero_kv.telemetry.budget import budget_table, places_histogram
 from lzero_kv.telemetry.metrics import TagName, layer_of, parse_tag
 from lzero_kv.telemetry.read import read_run
+from lzero_kv.telemetry.reading import places_histogram
+from lzero_kv.telemetry.table import budget_table
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
 
 CONTEXT = 13

@@ -323,14 +323,14 @@ def test_the_page_opens_with_what_moves(tmp_path: Path, library: ModuleType) -> 
     charts = [*SPEED_CHARTS, *CHARTS]
     assert [chart.title for chart in moving.chart] == [chart.heading for chart in charts if not chart.steady]
     assert [chart.title for chart in steady.chart] == [chart.heading for chart in charts if chart.steady]
-    assert {chart.metric for chart in CHARTS if chart.steady} == {'evictions', 'rebuilt_tokens'}
+    assert {chart.metrics for chart in CHARTS if chart.steady} == {('evictions',), ('rebuilt_tokens',)}
 
 
 def test_each_chart_of_the_layout_draws_its_tags_only(tmp_path: Path) -> None:
     write_timed(tmp_path, 2, 5)
     drawings = {chart.title: chart for category in layout_of(tmp_path).category for chart in category.chart}
     scalars = events.EventAccumulator(str(tmp_path)).Reload().Tags()['scalars']
-    expected = {c.heading: {tag(p, c.metric) for p in c.pools if p != 'reanalysis'} for c in CHARTS}
+    expected = {c.heading: {tag(p, *c.metrics) for p in c.sections if p != 'reanalysis'} for c in CHARTS}
     expected |= {chart.heading: {tag(SPEED, name) for name in chart.metrics} for chart in SPEED_CHARTS}
     for heading, tags in expected.items():
         # TensorBoard draws a tag when an entry of the chart matches its beginning.

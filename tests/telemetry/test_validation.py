@@ -29,8 +29,9 @@ from lzero_kv.telemetry.metrics import (
 )
 from lzero_kv.telemetry.plot import plot_run
 from lzero_kv.telemetry.read import read_run
+from lzero_kv.telemetry.reading import columns_of, validation_numbers
+from lzero_kv.telemetry.table import validation_table
 from lzero_kv.telemetry.tensorboard import TensorBoardSink
-from lzero_kv.telemetry.validation import columns_of, validation_numbers, validation_table
 
 from ..validation.drawn import some_counters, validation_counters
 from .driving import env_step, make_manager
