@@ -14,7 +14,6 @@ from lzero_kv.lightzero import host
 from lzero_kv.lightzero.fingerprints import changed
 
 TRAINED_PYTHON = '3.11'
-TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy')
 ROM_RELEASE = 'ale-py==0.12.1'
 PAGE_MODULES = (
     'pkg_resources',
@@ -79,13 +78,11 @@ def distribution_check(name: str, if_missing: Mark, remedy: str) -> Check:
 
 def numpy_check() -> Check:
     """Return the version of numpy, which the host needs below 2."""
-    version = installed_version('numpy')
-    if version is None:
-        return Check(Mark.FAIL, 'numpy', 'not installed', 'pip install "numpy<2"')
-    if int(version.split('.')[0]) >= 2:
+    check = distribution_check('numpy', Mark.FAIL, 'pip install "numpy<2"')
+    if check.mark is Mark.OK and int(check.found.split('.')[0]) >= 2:
         remedy = 'gym 0.25.1 and rotary positions of LightZero fail with numpy 2: pip install "numpy<2"'
-        return Check(Mark.WARN, 'numpy', version, remedy)
-    return Check(Mark.OK, 'numpy', version)
+        return Check(Mark.WARN, 'numpy', check.found, remedy)
+    return check
 
 
 def tensorboard_check() -> Check:
@@ -121,36 +118,25 @@ def host_check() -> Check:
 
 
 def plugin_check() -> Check:
-    """Return whether the module that a config imports can be found."""
-    try:
-        found = importlib.util.find_spec('lzero_kv.plugin')
-    except ImportError:
-        found = None
-    if found is None or found.origin is None:
-        return Check(
-            Mark.FAIL, 'plugin', 'no module lzero_kv.plugin', 'install the package again: pip install .'
-        )
-    return Check(Mark.OK, 'plugin', found.origin)
+    """Return the module that a config imports."""
+    spec = importlib.util.find_spec('lzero_kv.plugin')
+    assert spec is not None
+    return Check(Mark.OK, 'plugin', str(spec.origin))
 
 
 def ale_check() -> Check:
     """Return the Atari emulator; LightZero 0.2.0 builds its environments with gym 0.25.1, which finds ale-py
     below 0.9 only, and its development branch with gymnasium, which wants 0.10.1.
     """
-    version = installed_version('ale-py')
-    if version is None:
-        return Check(
-            Mark.WARN, 'ale-py', 'not installed', 'needed by Atari only: pip install "ale-py==0.8.1"'
-        )
-    release = tuple(int(part) for part in version.split('.')[:3])
-    if not host.is_release():
-        if release >= (0, 10, 1):
-            return Check(Mark.OK, 'ale-py', version)
-        return Check(Mark.WARN, 'ale-py', version, 'needed by Atari only: pip install "ale-py>=0.10.1"')
-    if release >= (0, 9):
+    check = distribution_check('ale-py', Mark.WARN, 'needed by Atari only: pip install "ale-py==0.8.1"')
+    if check.mark is not Mark.OK:
+        return check
+    release, remedy = tuple(int(part) for part in check.found.split('.')[:3]), ''
+    if host.is_release() and release >= (0, 9):
         remedy = 'gym 0.25.1 cannot make Atari environments with it: pip install "ale-py==0.8.1"'
-        return Check(Mark.WARN, 'ale-py', version, remedy)
-    return Check(Mark.OK, 'ale-py', version)
+    if not host.is_release() and release < (0, 10, 1):
+        remedy = 'needed by Atari only: pip install "ale-py>=0.10.1"'
+    return Check(Mark.WARN, 'ale-py', check.found, remedy) if remedy else check
 
 
 def rom_check() -> Check:
@@ -181,13 +167,6 @@ def installed_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a training's numbers depend on."""
-    found = {name: installed_version(name) or 'not installed' for name in TOLD}
-    found['lzero_kv'] = installed_version('lzero_kv') or 'a checkout, not installed'
-    return {**found, 'Python': platform.python_version(), 'machine': platform.platform()}
 
 
 def package_folder(name: str) -> Path:

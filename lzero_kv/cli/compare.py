@@ -18,11 +18,20 @@ from typing import Annotated, Any
 
 import tyro
 
-from lzero_kv.cli.checks import Mark, versions
+from lzero_kv.cli.checks import Mark
 from lzero_kv.cli.comparison import LEARNING, PLUGIN, ROOTS, SAMPLING, SEARCH, STOCK, WHOLE, Comparison
 from lzero_kv.cli.console import Bar, show_line, show_table
 from lzero_kv.cli.doctor import call_checks
-from lzero_kv.cli.training import UNBOUNDED, Hear, Progress, Request, answer_of, around, bounded
+from lzero_kv.cli.training import (
+    UNBOUNDED,
+    Hear,
+    Progress,
+    Request,
+    answer_of,
+    around,
+    bounded,
+    told_versions,
+)
 from lzero_kv.cli.training_call import ConfigError, OfConfig, TrainingCall, alone, training_call
 from lzero_kv.sweep.rows import ROWS, Row
 from lzero_kv.sweep.sweep import Sweep
@@ -107,7 +116,7 @@ def _measure(call: TrainingCall, request: Request, seeds: int) -> list[Row]:
         'arguments': request.arguments,
         'env_steps': request.env_steps,
         'settings': hashlib.sha256(settings.encode()).hexdigest()[:16],
-        'versions': versions(),
+        'versions': told_versions(),
         'methods': ('training',),
     }
     trainings = [

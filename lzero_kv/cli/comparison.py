@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lzero_kv.sweep.intervals import Bootstrap, Estimate
 from lzero_kv.sweep.rows import Row
+from lzero_kv.telemetry.table import text_table
 
 STOCK, PLUGIN = 'stock', 'lzero_kv'
 SEARCH, ROOTS, SAMPLING, LEARNING = 'search', 'root inference', 'sampling', 'learning'
@@ -78,17 +79,15 @@ class Comparison:
         title = (
             f'{self.clock.capitalize()} seconds for 1,000 environment steps, and more; mean of {self.seeds}'
         )
-        table = Table(title=title, title_justify='left')
-        table.add_column('', no_wrap=True)
-        for name in ('stock', 'lzero_kv', 'lzero_kv / stock'):
-            table.add_column(name, justify='right', no_wrap=True)
+        rows = [('', STOCK, PLUGIN, f'{PLUGIN} / {STOCK}')]
         for name, quantity in self.quantities.items():
-            means = [f'{np.mean(values):,.4g}' for values in self.values(quantity)]
-            table.add_row(name, *means, self._shown(self.ratio(quantity)))
+            rows.append((name, *self._means(quantity), self._shown(self.ratio(quantity))))
         if (difference := self.difference_of_returns()) is not None:
-            means = [f'{np.mean(values):,.4g}' for values in self.values(mean_return)]
-            table.add_row(RETURN, *means, f'difference {self._shown(difference)}')
-        return table
+            rows.append((RETURN, *self._means(mean_return), f'difference {self._shown(difference)}'))
+        return text_table(rows, title)
+
+    def _means(self, quantity: Callable[[Row], float | None]) -> list[str]:
+        return [f'{np.mean(values):,.4g}' for values in self.values(quantity)]
 
     def sentence(self) -> str:
         """What was found, in one sentence."""

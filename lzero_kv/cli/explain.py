@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +13,12 @@ import tyro
 from rich.table import Table
 
 from lzero_kv.cli.console import show_line, show_table
+from lzero_kv.telemetry.table import text_table
 from lzero_kv.validation.findings import Finding, load_finding, recomputed
 from lzero_kv.validation.tolerance import Deviation, Tolerance
 
 CACHES = {'cache': 'cache', 'stock': 'stock cache'}
+DISTANCES = tuple(head for name in CACHES.values() for head in (f'{name}, largest', 'mean'))
 ANSWERS = ('policy', 'value', 'reward', 'latent')
 SAME = Tolerance(atol=1e-5, rtol=1e-4)
 """Of the recomputed truth and the stored one. Both are the same computation in float32, but another processor
@@ -75,38 +78,29 @@ def layers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
         finding: with `kv` `[2 * layers, T, embed]` of each cache that served keys and values.
         truth: the recomputation, with `kv` of the same form.
     """
-    table = Table(title='keys and values, difference from the recomputation', title_justify='left')
-    table.add_column('layer', justify='right')
-    table.add_column('')
-    for name in CACHES.values():
-        table.add_column(f'{name}, largest', justify='right')
-        table.add_column('mean', justify='right')
-    right = truth['kv']
-    for index in range(len(right)):
-        row = [str(index // 2), 'values' if index % 2 else 'keys']
-        for cache in CACHES:
-            served = (finding.tensors.get(cache) or {}).get('kv')
-            of_layer = None if served is None or index >= len(served) else served[index]
-            row += _distance(of_layer, right[index])
-        table.add_row(*row)
-    return table
+    rows = [
+        (str(block // 2), 'values' if block % 2 else 'keys', *_distances(finding, 'kv', right, block))
+        for block, right in enumerate(truth['kv'])
+    ]
+    return text_table(
+        [('layer', '', *DISTANCES), *rows], 'keys and values, difference from the recomputation'
+    )
 
 
 def answers_table(finding: Finding, truth: dict[str, torch.Tensor]) -> Table:
     """How far each cache's policy, value, reward and latent state are from the recomputation's."""
-    table = Table(title='answers, difference from the recomputation', title_justify='left')
-    table.add_column('answer')
-    for name in CACHES.values():
-        table.add_column(f'{name}, largest', justify='right')
-        table.add_column('mean', justify='right')
-    for answer in ANSWERS:
-        if answer not in truth:
-            continue
-        row = [answer]
-        for cache in CACHES:
-            row += _distance((finding.tensors.get(cache) or {}).get(answer), truth[answer])
-        table.add_row(*row)
-    return table
+    rows = [(name, *_distances(finding, name, truth[name])) for name in ANSWERS if name in truth]
+    head = ('answer', *DISTANCES)
+    return text_table([head, *rows], 'answers, difference from the recomputation', left=('answer',))
+
+
+def _distances(finding: Finding, name: str, right: torch.Tensor, block: int | None = None) -> Iterator[str]:
+    """The columns of both caches for what they served under a name, or a block of it."""
+    for cache in CACHES:
+        served = (finding.tensors.get(cache) or {}).get(name)
+        if served is not None and block is not None:
+            served = served[block] if block < len(served) else None
+        yield from _distance(served, right)
 
 
 def _distance(served: torch.Tensor | None, right: torch.Tensor) -> tuple[str, str]:

@@ -13,7 +13,6 @@ import tyro
 from lzero_kv.cli.console import Bar, show_line, show_table
 
 if TYPE_CHECKING:
-    from lzero_kv.llm.experiment import experiment
     from lzero_kv.sweep.sweep import Progress, Watch
 
 LINE_SECONDS = 15.0  # between two lines of progress where there is no terminal
@@ -134,7 +133,9 @@ def _measure(given: dict[str, Any], grid: Path | None, out: Path, device: str | 
     chosen = own_device() if device is None else checked_device(device)
     with Bar(quiet=not is_first()) as bar:
         bar.say(f'loading {plan.model}')
-        run_sweep(plan, out, device=chosen, begun=lambda begun: bar.say(_to_do(begun)), watch=_shown_on(bar))
+        run_sweep(
+            plan, out, device=chosen, begun=lambda *counts: bar.say(_to_do(*counts)), watch=_shown_on(bar)
+        )
 
 
 def own_device() -> str:
@@ -172,13 +173,9 @@ def _parsed(parameters: Names) -> dict[str, list[Any]]:
     return {name: [value_of(text) for text in values.split(',')] for name, _, values in pairs.values()}
 
 
-def _to_do(begun: experiment.Begun) -> str:
-    rows = begun.documents * begun.methods
-    there = f', {begun.done} documents are there already' if begun.done else ''
-    return (
-        f'{begun.documents} documents x {begun.methods} methods, {rows:,} rows{there}; '
-        f'about {duration(begun.seconds)} left in one process'
-    )
+def _to_do(documents: int, methods: int, done: int) -> str:
+    there = f'; {done} documents are there already' if done else ''
+    return f'{documents} documents x {methods} methods, {documents * methods:,} rows{there}'
 
 
 def _shown_on(bar: Bar) -> Watch:

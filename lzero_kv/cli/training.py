@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import lzero_kv
+from lzero_kv.sweep.rows import versions
 
+TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy', 'lzero_kv')
 PACKAGES = Path(lzero_kv.__file__).resolve().parents[1]
 UNBOUNDED = 10**10  # of the entry's own bounds
 TOLD_SECONDS = 0.25
@@ -47,6 +50,11 @@ class Request:
     seed: int = 0
     rate: float = 1.0
     simulations: int | None = None
+
+
+def told_versions() -> dict[str, str]:
+    """Versions of what a training's numbers depend on."""
+    return {**versions(*TOLD), 'machine': platform.platform()}
 
 
 def answer_of(command: str, request: Request, log: Path, hear: Hear) -> Any:

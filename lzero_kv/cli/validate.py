@@ -10,9 +10,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lzero_kv.cli.checks import versions
 from lzero_kv.cli.console import Bar, show_line, show_table
-from lzero_kv.cli.training import UNBOUNDED, EnoughSteps, Hear, Progress, Request, answer_of, bounded
+from lzero_kv.cli.training import (
+    UNBOUNDED,
+    EnoughSteps,
+    Hear,
+    Progress,
+    Request,
+    answer_of,
+    bounded,
+    told_versions,
+)
 from lzero_kv.cli.training_call import ConfigError, OfConfig, TrainingCall, alone, training_call
 from lzero_kv.config import KVCacheConfig
 from lzero_kv.lightzero.settings import FLAG
@@ -63,7 +71,7 @@ def validate(
     request = Request(str(config), arguments, '', env_steps, str(out), rate=rate, simulations=simulations)
     _check(request, modes)
     runs = tuple(_run_modes(request, modes))
-    report = ValidationReport(str(config), arguments, command, versions(), runs)
+    report = ValidationReport(str(config), arguments, command, told_versions(), runs)
     _write(report, out)
     _show(report, out)
     return 0 if report.passed else 1

@@ -10,7 +10,9 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ Unit = tuple[str, str]
 ROWS = 'rows.jsonl'
 HEADER = 'sweep'
 """The one key of the header line."""
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Versions of the packages that numbers depend on, and of Python, for a header."""
+    found = {'Python': platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return {**dict.fromkeys(names, 'not installed'), **found}
 
 
 class RowsError(ValueError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import fcntl
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lzero_kv.sweep.claims import CLAIMS, Claims
 from lzero_kv.sweep.rows import ROWS, Row, RowFile, Unit
+
+CLAIMS = 'claims.lock'
 
 
 class Document(Protocol):
@@ -40,7 +43,7 @@ class Progress:
     done: int
     """Documents with all their rows."""
     work: float
-    """Of all documents, in the unit of their costs."""
+    """Sizes of all documents."""
     work_done: float
     """Of the documents with all their rows."""
     current: str
@@ -50,7 +53,6 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
-Cost = Callable[[Any], float]
 
 
 class Sweep:
@@ -88,7 +90,6 @@ class Sweep:
         documents: Sequence[Document],
         score: Score,
         watch: Watch = lambda progress: None,
-        cost: Cost = lambda document: document.size,
     ) -> list[Row]:
         """Measure the documents that have no rows yet, and return all rows.
 
@@ -100,7 +101,6 @@ class Sweep:
             documents: the same, in the same order, in every process.
             score: measures one document.
             watch: is told before and after each document.
-            cost: work of a document, such as seconds; its tokens where nothing better is known.
 
         Raises:
             ValueError: two documents have the same task and id.
@@ -108,27 +108,24 @@ class Sweep:
         _check_ids(documents)
 
         def tell(current: Document | None = None, waiting: bool = False) -> None:
-            watch(self._progress(documents, cost, current, waiting))
+            watch(self._progress(documents, current, waiting))
 
-        with Claims(self.folder / CLAIMS) as claims:
-            for wait in (False, True):
-                for index, document in enumerate(documents):
-                    if not self.left([document]):
-                        continue
-                    tell(document, wait)
-                    with claims.claimed(index, wait=wait) as mine:
-                        self._file.refresh()  # its last holder may have written the rows
-                        if mine and self.left([document]):
-                            tell(document)
-                            self._file.append(score(document))
-                    tell()
+        for wait in (False, True):
+            for index, document in enumerate(documents):
+                if not self.left([document]):
+                    continue
+                tell(document, wait)
+                with claimed(self.folder / CLAIMS, index, wait=wait) as mine:
+                    self._file.refresh()  # its last holder may have written the rows
+                    if mine and self.left([document]):
+                        tell(document)
+                        self._file.append(score(document))
+                tell()
         return self.rows
 
-    def _progress(
-        self, documents: Sequence[Document], cost: Cost, current: Document | None, waiting: bool
-    ) -> Progress:
+    def _progress(self, documents: Sequence[Document], current: Document | None, waiting: bool) -> Progress:
         left = self.left(documents)
-        work, work_left = (sum(map(cost, some)) for some in (documents, left))
+        work, work_left = (sum(document.size for document in some) for some in (documents, left))
         return Progress(
             documents=len(documents),
             done=len(documents) - len(left),
@@ -148,3 +145,33 @@ def _check_ids(documents: Sequence[Document]) -> None:
     units = [unit_of(document) for document in documents]
     if twice := sorted({unit for unit in units if units.count(unit) > 1}):
         raise ValueError(f'each document of a task needs an id of its own, got twice: {twice}')
+
+
+@contextlib.contextmanager
+def claimed(path: Path, index: int, *, wait: bool) -> Iterator[bool]:
+    """Hold the claim of a document in this block: the lock of one byte of an empty file.
+
+    The kernel gives it back when the process ends, however it ends. It holds on local disks and on NFS 4.
+    A process holds one claim at a time: closing the file gives back all of its locks.
+
+    Arguments:
+        path: the file, the same for all processes; it is created where it is missing.
+        index: of the document.
+        wait: until the process that holds it is done or dead.
+
+    Yields:
+        Whether this process holds it; always True with ``wait``.
+
+    Raises:
+        OSError: the file cannot be made or locked.
+    """
+    with path.open('ab') as file:
+        mine = True
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, index)
+        except (BlockingIOError, PermissionError):  # as systems call it
+            mine = False
+        except OSError as error:
+            advice = 'choose a folder on a local disk or on NFS 4'
+            raise OSError(error.errno, f'cannot lock {path}: {error.strerror}; {advice}') from error
+        yield mine

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,10 @@ from lzero_kv.llm.experiment.methods import Method
 from lzero_kv.llm.experiment.models import load
 from lzero_kv.llm.experiment.plan import RECORDS, Plan
 from lzero_kv.llm.experiment.records import read_records
-from lzero_kv.llm.experiment.scoring import SPEED, TIMED_REPEATS, TIMED_TOKENS, Rates, score, timing
+from lzero_kv.llm.experiment.scoring import SPEED, TIMED_REPEATS, TIMED_TOKENS, score, timing
 from lzero_kv.llm.experiment.tasks import TEXTS, documents
 from lzero_kv.sweep.rows import Row
 from lzero_kv.sweep.sweep import Sweep, Watch
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A sweep that is about to run."""
-
-    documents: int
-    methods: int
-    done: int
-    """Documents whose rows are there already."""
-    seconds: float
-    """About what the others take, in one process."""
 
 
 def run_sweep(
@@ -39,7 +26,7 @@ def run_sweep(
     folder: Path,
     *,
     device: str = 'cpu',
-    begun: Callable[[Begun], None] = lambda begun: None,
+    begun: Callable[[int, int, int], None] = lambda documents, methods, done: None,
     watch: Watch = lambda progress: None,
 ) -> list[Row]:
     """Measure what a plan asks for and has no rows yet, beside other processes that do the same.
@@ -48,8 +35,9 @@ def run_sweep(
         plan: what is measured.
         folder: of the rows.
         device: of torch.
-        begun: is told what there is to do, once, when the model is loaded.
-        watch: is told before and after each document; its work is in seconds.
+        begun: is told, once, when the model is loaded, the numbers of documents, of methods, and of documents
+            whose rows are there already.
+        watch: is told before and after each document.
 
     Returns:
         All rows.
@@ -62,16 +50,8 @@ def run_sweep(
     quiet_transformers()
     model, tokenizer = load(plan.model, plan.dtype, plan.family, device=device)
     asked = documents_of(plan, tokenizer)
-    left = sweep.left(asked)
-    rates = Rates.measured(model) if left else Rates(0, 0)
-    seconds = sum(rates.seconds(document, len(methods)) for document in left)
-    begun(Begun(len(asked), len(methods), len(asked) - len(left), seconds))
-    return sweep.run(
-        asked,
-        lambda document: measured(model, tokenizer, document, methods),
-        watch,
-        lambda document: rates.seconds(document, len(methods)),
-    )
+    begun(len(asked), len(methods), len(asked) - len(sweep.left(asked)))
+    return sweep.run(asked, lambda document: measured(model, tokenizer, document, methods), watch)
 
 
 def measured(model: Any, tokenizer: Any, document: Document, methods: Sequence[Method]) -> Iterator[Row]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import platform
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -32,6 +30,7 @@ from lzero_kv.llm.experiment.tasks import TASKS
 from lzero_kv.llm.experiment.texts import PYTHON, SHAKESPEARE
 from lzero_kv.llm.families import FAMILIES
 from lzero_kv.mistakes import Mistakes, describe, did_you_mean
+from lzero_kv.sweep.rows import versions
 
 RECORDS = '.jsonl'
 TOLD = ('torch', 'transformers', 'lzero_kv')
@@ -151,7 +150,7 @@ class Plan(BaseModel):
             'tasks': list(self.asked),
             'data': {name: _digest(name) for name in self.data},
             'methods': [method.name for method in self.grid()],
-            'versions': versions(),
+            'versions': versions(*TOLD),
         }
 
 
@@ -192,18 +191,6 @@ def plan_from_file(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f'{path} must hold the fields of a sweep by name, got a {type(found).__name__}')
     return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {name: _version(name) for name in TOLD} | {'Python': platform.python_version()}
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return 'a checkout, not installed'
 
 
 def _digest(source: str) -> str:

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.sweep.claims import Claims
 from lzero_kv.sweep.rows import ROWS, RowFile, RowsError, read_rows, unit_of
-from lzero_kv.sweep.sweep import Progress, Sweep
+from lzero_kv.sweep.sweep import Progress, Sweep, claimed
 from tests.llm.experiment import made
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -261,9 +260,9 @@ def test_the_start_after_a_kill_measures_only_what_is_left(tmp_path: Path) -> No
 
 def test_a_claim_is_of_one_process_and_ends_with_it(tmp_path: Path) -> None:
     code = (
-        'import sys, pathlib; from lzero_kv.sweep.claims import Claims\n'
-        'claims = Claims(pathlib.Path(sys.argv[1]))\n'
-        'with claims.claimed(4, wait=False) as mine: print(mine, flush=True); sys.stdin.read()'
+        'import sys, pathlib; from lzero_kv.sweep.sweep import claimed\n'
+        'path = pathlib.Path(sys.argv[1])\n'
+        'with claimed(path, 4, wait=False) as mine: print(mine, flush=True); sys.stdin.read()'
     )
     other = subprocess.Popen(
         [sys.executable, '-c', code, str(tmp_path / 'claims')],
@@ -273,10 +272,12 @@ def test_a_claim_is_of_one_process_and_ends_with_it(tmp_path: Path) -> None:
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )
     assert other.stdout.readline() == 'True\n'
-    with Claims(tmp_path / 'claims') as claims:
-        with claims.claimed(4, wait=False) as mine, claims.claimed(5, wait=False) as free:
-            assert (mine, free) == (False, True)
-        other.kill()
-        with claims.claimed(4, wait=True) as mine:
-            assert mine
+    path = tmp_path / 'claims'
+    with claimed(path, 4, wait=False) as mine:
+        assert not mine
+    with claimed(path, 5, wait=False) as mine:
+        assert mine
+    other.kill()
+    with claimed(path, 4, wait=True) as mine:
+        assert mine
     other.communicate()
