@@ -37,7 +37,7 @@ class Worker:
     def __init__(self, plan: Mapping[str, Any], device: str) -> None:
         quiet_transformers()
         self.plan = Plan.read(plan)
-        self.model, self.tokenizer = load(self.plan.model, self.plan.dtype, self.plan.family, device=device)
+        self.model, self.tokenizer = load(self.plan.model, self.plan.dtype, device=device)
         self.documents = documents_of(self.plan, self.tokenizer)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -62,7 +62,7 @@ def _run(given: list[str]) -> int:
         show_line(f'lzero-kv {__version__}')
         return 0
     if own[:1] == ['llm']:
-        return llm(own[1:])
+        return llm(tuple(own[1:]))
     commands = {
         'config': config,
         'report': report,
@@ -70,7 +70,7 @@ def _run(given: list[str]) -> int:
         'compare': partial(compare, arguments=arguments),
         'validate': partial(validate, arguments=arguments, command=shlex.join(['lzero-kv', *given])),
         'explain': explain,
-        'llm': _llm_help,
+        'llm': llm,
     }
     return tyro.extras.subcommand_cli_from_dict(
         commands,
@@ -78,8 +78,3 @@ def _run(given: list[str]) -> int:
         description='See and check the KV cache of a LightZero UniZero training, or of a language model.',
         args=own,
     )
-
-
-def _llm_help() -> int:
-    """Measure layer budgets of language models beside the full cache, and report: run, report."""
-    return llm(['--help'])

@@ -18,10 +18,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from lzero_kv.cli.checks import Mark
 from lzero_kv.cli.comparison import LEARNING, PLUGIN, ROOTS, SAMPLING, SEARCH, STOCK, WHOLE, Comparison
 from lzero_kv.cli.console import Bar, show_line, show_table
-from lzero_kv.cli.doctor import call_checks
+from lzero_kv.cli.doctor import Mark, call_checks
 from lzero_kv.cli.training import (
     UNBOUNDED,
     Hear,

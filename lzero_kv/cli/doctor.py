@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import os
+import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +16,11 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from lzero_kv.cli.checks import Check, Mark, installation_checks
 from lzero_kv.cli.console import show_line, show_table
 from lzero_kv.cli.training_call import ENTRIES, PLUGIN, ConfigError, OfConfig, TrainingCall, at, training_call
 from lzero_kv.config import KVCacheConfig, validation_mode_of
-from lzero_kv.lightzero.host import is_release
+from lzero_kv.lightzero import host
+from lzero_kv.lightzero.fingerprints import changed
 from lzero_kv.lightzero.settings import (
     FLAG,
     PLACE,
@@ -25,9 +30,32 @@ from lzero_kv.lightzero.settings import (
     flag_of,
 )
 
-COLOURS = {Mark.OK: 'green', Mark.WARN: 'yellow', Mark.FAIL: 'red'}
 ASYNC_ENTRY = 'train_unizero_segment_async'
 SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
+TRAINED_PYTHON = '3.11'
+ROM_RELEASE = 'ale-py==0.12.1'
+# setuptools left pkg_resources out from 82 on
+PAGE_MODULES = ('pkg_resources', 'markdown', 'werkzeug', 'grpc')
+PAGE_PACKAGES = ('"setuptools<82"', 'Markdown', 'Werkzeug', 'grpcio')
+COLOURS = {'ok': 'green', 'warn': 'yellow', 'fail': 'red'}
+
+
+class Mark(Enum):
+    """The result of one check; the value is what the table shows."""
+
+    OK = 'ok'
+    WARN = 'warn'
+    FAIL = 'fail'
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's table; `remedy` says what to write or run and is empty where all is well."""
+
+    mark: Mark
+    subject: str
+    found: str
+    remedy: str = ''
 
 
 def doctor(
@@ -61,14 +89,10 @@ def doctor(
 
 
 def _table(checks: list[Check]) -> Table:
-    table = Table(title='lzero-kv doctor', title_justify='left')
-    table.add_column('')
-    table.add_column('what')
-    table.add_column('found')
+    table = Table('', 'what', 'found', title='lzero-kv doctor', title_justify='left')
     for check in checks:
-        table.add_row(
-            Text(check.mark.value, style=COLOURS[check.mark]), Text(check.subject), Text(check.found)
-        )
+        mark = check.mark.value
+        table.add_row(Text(mark, style=COLOURS[mark]), Text(check.subject), Text(check.found))
     return table
 
 
@@ -80,6 +104,145 @@ def _verdict(config: Path | None, installed: bool, failed: bool) -> str:
     if failed:
         return f'The plugin would NOT engage for {config}: see the lines marked fail.'
     return f'The plugin would engage for {config}.'
+
+
+def installation_checks() -> list[Check]:
+    """Return the checks that need no config, in the order of the table."""
+    return [
+        python_check(),
+        distribution_check('torch', Mark.FAIL, 'pip install torch'),
+        numpy_check(),
+        tensorboard_check(),
+        host_check(),
+        distribution_check('DI-engine', Mark.FAIL, 'pip install "DI-engine==0.5.3"'),
+        plugin_check(),
+        ale_check(),
+        rom_check(),
+        distribution_check(
+            'pycolab', Mark.WARN, 'needed by the memory tasks only: pip install "pycolab==1.2"'
+        ),
+    ]
+
+
+def python_check() -> Check:
+    """Return which Python runs."""
+    version = platform.python_version()
+    if version.startswith(f'{TRAINED_PYTHON}.'):
+        return Check(Mark.OK, 'Python', version)
+    return Check(Mark.WARN, 'Python', version, f'the plugin was trained with Python {TRAINED_PYTHON} only')
+
+
+def distribution_check(name: str, if_missing: Mark, remedy: str) -> Check:
+    """Return the version of a distribution; `if_missing` and `remedy` say how bad its absence is."""
+    version = installed_version(name)
+    if version is None:
+        return Check(if_missing, name, 'not installed', remedy)
+    return Check(Mark.OK, name, version)
+
+
+def numpy_check() -> Check:
+    """Return the version of numpy, which the host needs below 2."""
+    check = distribution_check('numpy', Mark.FAIL, 'pip install "numpy<2"')
+    if check.mark is Mark.OK and int(check.found.split('.')[0]) >= 2:
+        remedy = 'gym 0.25.1 and rotary positions of LightZero fail with numpy 2: pip install "numpy<2"'
+        return Check(Mark.WARN, 'numpy', check.found, remedy)
+    return check
+
+
+def tensorboard_check() -> Check:
+    """Return TensorBoard's version; its page needs modules that writing a log does not."""
+    version = installed_version('tensorboard')
+    if version is None:
+        return Check(Mark.FAIL, 'tensorboard', 'not installed', 'pip install tensorboard')
+    # later releases of it do without
+    default = (package_folder('tensorboard') / 'default.py').read_text(encoding='utf-8')
+    needed = [name for name in PAGE_MODULES if name != 'pkg_resources' or f'import {name}' in default]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f'the log is written, the page cannot start: pip install {" ".join(PAGE_PACKAGES)}'
+        return Check(Mark.WARN, 'tensorboard', f'{version} without {", ".join(missing)}', remedy)
+    return Check(Mark.OK, 'tensorboard', version)
+
+
+def host_check() -> Check:
+    """Return which host was found, and whether its functions are those that were tested."""
+    version = host.installed_version()
+    try:
+        profile = host.check_supported()
+    except RuntimeError as error:
+        return Check(Mark.FAIL, 'host', f'LightZero {version}' if version else 'no LightZero', str(error))
+    newer = changed(profile)
+    if not newer:
+        return Check(Mark.OK, 'host', f'LightZero {profile} (as tested)')
+    remedy = (
+        f'newer than tested: these functions differ: {", ".join(newer)}; train a while with '
+        "cache_validation_mode='recompute'"
+    )
+    return Check(Mark.WARN, 'host', f'LightZero {profile} (newer than tested)', remedy)
+
+
+def plugin_check() -> Check:
+    """Return the module that a config imports."""
+    spec = importlib.util.find_spec(PLUGIN)
+    assert spec is not None
+    return Check(Mark.OK, 'plugin', str(spec.origin))
+
+
+def ale_check() -> Check:
+    """Return the Atari emulator; LightZero 0.2.0 builds its environments with gym 0.25.1, which finds ale-py
+    below 0.9 only, and its development branch with gymnasium, which wants 0.10.1.
+    """
+    check = distribution_check('ale-py', Mark.WARN, 'needed by Atari only: pip install "ale-py==0.8.1"')
+    if check.mark is not Mark.OK:
+        return check
+    release, remedy = tuple(int(part) for part in check.found.split('.')[:3]), ''
+    if host.is_release() and release >= (0, 9):
+        remedy = 'gym 0.25.1 cannot make Atari environments with it: pip install "ale-py==0.8.1"'
+    if not host.is_release() and release < (0, 10, 1):
+        remedy = 'needed by Atari only: pip install "ale-py>=0.10.1"'
+    return Check(Mark.WARN, 'ale-py', check.found, remedy) if remedy else check
+
+
+def rom_check() -> Check:
+    """Return how many Atari ROM files ale-py can find, in its own folder and in ALE_PY_ROM_DIR."""
+    if importlib.util.find_spec('ale_py') is None:
+        return Check(
+            Mark.WARN,
+            'Atari ROM files',
+            'no ale-py to hold them',
+            'needed by Atari only: install ale-py first',
+        )
+    folder = package_folder('ale_py') / 'roms'
+    extra = os.environ.get('ALE_PY_ROM_DIR')
+    folders = [folder, *([Path(extra)] if extra else [])]
+    files = {path.name for place in folders for path in place.glob('*.bin')}
+    if not files:
+        remedy = (
+            f'needed by Atari only: pip install --no-deps --target ROMS "{ROM_RELEASE}" '
+            f'and copy ROMS/ale_py/roms/*.bin into {folder}'
+        )
+        return Check(Mark.WARN, 'Atari ROM files', f'none in {folder}', remedy)
+    return Check(Mark.OK, 'Atari ROM files', f'{len(files)} in {folder}')
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed distribution, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def package_folder(name: str) -> Path:
+    """Return the folder of a package without importing it.
+
+    Raises:
+        RuntimeError: there is no such package.
+    """
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f'expected a package {name}, found none; install it')
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def config_checks(path: Path, arguments: Sequence[str] = ()) -> list[Check]:
@@ -98,18 +261,18 @@ def call_checks(call: TrainingCall) -> list[Check]:
     stock cache or stops the training.
     """
     world_model = at(call.config, 'policy', 'model', 'world_model_cfg')
+    choices = _choice_checks(call, world_model)
     checks = [
         _entry_check(call),
         _policy_check(call),
         *_process_checks(call, world_model),
         _import_check(call),
         _flag_check(world_model),
-        _values_check(world_model),
-        *_backend_checks(call, world_model),
+        *choices,
         *_validation_checks(world_model),
     ]
     if at(call.create_config, 'policy', 'type') in POLICIES:
-        checks += _built_checks(call, world_model)
+        checks += _built_checks(call, chosen=len(choices) > 1)
     return checks
 
 
@@ -146,7 +309,7 @@ def _process_checks(call: TrainingCall, world_model: Any) -> list[Check]:
             'the decoder of vector observations have none; leave multi_gpu out'
         )
         return [Check(Mark.FAIL, 'multi_gpu', 'with vector observations', remedy)]
-    if not is_release():
+    if not host.is_release():
         remedy = (
             'this LightZero stops at its second update: some of the numbers that it logs are tensors, and '
             'the log of several processes takes none; make them numbers in its policy/unizero.py'
@@ -186,30 +349,23 @@ def _flag_check(world_model: Any) -> Check:
     return Check(Mark.FAIL, FLAG, found, remedy)
 
 
-def _values_check(world_model: Any) -> Check:
-    given = at(world_model, 'kv_cache') or {}
-    try:
-        KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
-    except (ValueError, TypeError) as error:
-        return Check(Mark.FAIL, 'kv_cache', str(given), str(error))
-    values = ', '.join(f'{name}={value}' for name, value in dict(given).items())
-    return Check(Mark.OK, 'kv_cache', values or 'defaults')
-
-
-def _backend_checks(call: TrainingCall, world_model: Any) -> list[Check]:
-    """Return how the steps of a search would run on the device that the host would take here."""
+def _choice_checks(call: TrainingCall, world_model: Any) -> list[Check]:
+    """Return what is chosen, and how a search would run on the device that the host would take here."""
     from lzero_kv.lightzero.start import device_of
 
+    given = at(world_model, 'kv_cache') or {}
     try:
         config = KVCacheConfig.from_world_model_cfg(world_model if world_model is not None else {})
-    except (ValueError, TypeError):
-        return []  # the check of the values says why
+    except (ValueError, TypeError) as error:
+        return [Check(Mark.FAIL, 'kv_cache', str(given), str(error))]
+    values = ', '.join(f'{name}={value}' for name, value in dict(given).items())
     device = device_of(at(call.config, 'policy') or {})
     found = f'{config.backend_on(device)} on {device}' + (' (auto)' if config.backend == 'auto' else '')
+    backend = Check(Mark.OK, 'backend', found)
     if config.backend == 'cudagraph' and device != 'cuda':
         remedy = "there is no CUDA device, searches would go on with 'eager'; leave backend out"
-        return [Check(Mark.WARN, 'backend', found, remedy)]
-    return [Check(Mark.OK, 'backend', found)]
+        backend = Check(Mark.WARN, 'backend', found, remedy)
+    return [Check(Mark.OK, 'kv_cache', values or 'defaults'), backend]
 
 
 def _validation_checks(world_model: Any) -> list[Check]:
@@ -220,7 +376,7 @@ def _validation_checks(world_model: Any) -> list[Check]:
     return [Check(Mark.OK, 'validation', mode or 'off')]
 
 
-def _built_checks(call: TrainingCall, given: Any) -> list[Check]:
+def _built_checks(call: TrainingCall, *, chosen: bool) -> list[Check]:
     """Return what the plugin says to the policy that the host would build, defaults included."""
     from ding.utils import POLICY_REGISTRY, deep_merge_dicts
     from easydict import EasyDict
@@ -246,7 +402,7 @@ def _built_checks(call: TrainingCall, given: Any) -> list[Check]:
     try:
         checks.append(Check(Mark.OK, 'caches', str(planned(merged))))
     except (ValueError, TypeError) as error:
-        if _values_check(given).mark is Mark.OK:  # else its check says why
+        if chosen:  # else the check of the choices says why
             checks.append(Check(Mark.FAIL, 'caches', 'cannot be made', str(error)))
     return [*checks, *_environment_checks(call, merged), *_model_checks(call)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +25,8 @@ def _flag(metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint='')
 
 
-def llm(args: Sequence[str] = ('--help',)) -> int:
-    """Measure layer budgets of language models, and report: `run` and `report`."""
+def llm(args: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ('--help',)) -> int:
+    """Measure layer budgets of language models beside the full cache, and report: run, report."""
     return tyro.extras.subcommand_cli_from_dict(
         {'run': run, 'report': report},
         prog='lzero-kv llm',
@@ -51,7 +50,6 @@ def run(
     length: Annotated[int | None, _flag('TOKENS')] = None,
     speed: Annotated[int | None, _flag('N')] = None,
     seed: Annotated[int | None, _flag('N')] = None,
-    family: Annotated[str | None, _flag('NAME')] = None,
     dtype: Annotated[str | None, _flag('NAME')] = None,
     device: Annotated[str | None, _flag('NAME')] = None,
 ) -> int:
@@ -81,7 +79,6 @@ def run(
         speed: documents on which the time to the first token and of each further token is measured; 0 if not
             given.
         seed: of the documents.
-        family: llama, mistral or qwen2: the same weights in that family's class.
         dtype: float32, bfloat16 or float16.
         device: of torch; the process's own GPU where there is one, else cpu.
 
@@ -90,7 +87,7 @@ def run(
     """
     flags = dict(
         algorithm=algorithm, model=model, ratios=ratios, allocation=allocation, methods=methods, tasks=tasks,
-        data=data, documents=documents, length=length, speed=speed, seed=seed, family=family, dtype=dtype,
+        data=data, documents=documents, length=length, speed=speed, seed=seed, dtype=dtype,
         parameters=_parsed(parameters),
     )  # fmt: skip
     _measure({name: value for name, value in flags.items() if value not in (None, (), {})}, grid, out, device)
@@ -130,7 +127,7 @@ def _measure(given: dict[str, Any], grid: Path | None, out: Path, device: str | 
     plan = Plan.read({**({} if grid is None else plan_from_file(grid)), **given})
     from lzero_kv.llm.experiment.experiment import run_sweep
 
-    chosen = own_device() if device is None else checked_device(device)
+    chosen = device_of(device)
     with Bar(quiet=not is_first()) as bar:
         bar.say(f'loading {plan.model}')
         run_sweep(
@@ -138,21 +135,16 @@ def _measure(given: dict[str, Any], grid: Path | None, out: Path, device: str | 
         )
 
 
-def own_device() -> str:
-    """The GPU of this process among those of a torchrun, or the processor."""
-    import torch
-
-    return f'cuda:{os.environ.get("LOCAL_RANK", "0")}' if torch.cuda.is_available() else 'cpu'
-
-
-def checked_device(name: str) -> str:
-    """The device, where there is one of this name.
+def device_of(name: str | None) -> str:
+    """The device of this name; None for the process's own GPU among those of a torchrun, or the processor.
 
     Raises:
         ValueError: there is none.
     """
     import torch
 
+    if name is None:
+        return f'cuda:{os.environ.get("LOCAL_RANK", "0")}' if torch.cuda.is_available() else 'cpu'
     try:
         torch.empty(0, device=name)
     except (AssertionError, RuntimeError) as error:

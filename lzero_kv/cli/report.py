@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from lzero_kv.cli.console import show_line, show_table
-from lzero_kv.telemetry.read import LogError, RunLog, find_runs, read_run, runs_in
+from lzero_kv.telemetry.read import RunLog, find_runs, read_run, runs_in
 from lzero_kv.telemetry.table import budget_table, speed_table, statistics_table, validation_table
 
 PLOT_NAME = 'kv_cache.png'
@@ -44,10 +44,10 @@ def report(
     """
     runs, silent = _engaged_runs(logdir)
     if not runs:
-        raise LogError(f'{logdir}: {NOT_ENGAGED}')
+        raise ValueError(f'{logdir}: {NOT_ENGAGED}')
     if out is not None and len(runs) > 1:
         folders = ', '.join(str(run.folder if run.file is None else run.file) for run in runs)
-        raise LogError(f'--out is for one run, but {logdir} holds {len(runs)}: {folders}. Give one of them')
+        raise ValueError(f'--out is for one run, but {logdir} holds {len(runs)}: {folders}. Give one of them')
     for run in runs:
         beside = [other for other in runs if other.folder == run.folder]
         path = _plot_path(run, logdir, out, alone=len(beside) == len(runs))

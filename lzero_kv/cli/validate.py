@@ -28,7 +28,14 @@ from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.telemetry.reading import columns_of
 from lzero_kv.telemetry.table import validation_table
 from lzero_kv.validation.findings import load_finding
-from lzero_kv.validation.report import MODE_RUN, Failure, ModeRun, ValidationReport
+from lzero_kv.validation.report import (
+    MODE_RUN,
+    Failure,
+    ModeRun,
+    ValidationReport,
+    plot_validation,
+    validation_page,
+)
 
 MODES = ('store', 'model')
 PAGE, PICTURE, NUMBERS = 'validation.md', 'validation.png', 'validation.json'
@@ -120,9 +127,6 @@ def _run_modes(request: Request, modes: Sequence[str]) -> list[ModeRun]:
 
 def _write(report: ValidationReport, out: Path) -> None:
     """Write the page, its picture and the numbers."""
-    # Imported here so that a broken plotting library does not take the other commands with it.
-    from lzero_kv.validation.page import plot_validation, validation_page
-
     _write_page(out, validation_page(report, PICTURE))
     (out / NUMBERS).write_text(report.as_json() + '\n', encoding='utf-8')
     plot_validation(report, out / PICTURE)

@@ -34,10 +34,6 @@ def versions(*names: str) -> dict[str, str]:
     return {**dict.fromkeys(names, 'not installed'), **found}
 
 
-class RowsError(ValueError):
-    """A file of rows cannot be read, or belongs to another sweep; the message says what to do."""
-
-
 def unit_of(row: Mapping[str, Any]) -> Unit:
     """The task and the document that a row belongs to."""
     return row['task'], row['document']
@@ -52,7 +48,7 @@ class RowFile:
         methods: names of the methods; a document is complete with one row of each.
 
     Raises:
-        RowsError: the file holds another sweep, or is no file of rows. Nothing has been changed then.
+        ValueError: the file holds another sweep, or is no file of rows. Nothing has been changed then.
         OSError: the file cannot be written or locked.
     """
 
@@ -125,7 +121,7 @@ class RowFile:
             _to_disk(file)
             _folder_to_disk(self.path.parent)
         elif differences := list(_differences(_header_of(first, self.path), header)):
-            raise RowsError(
+            raise ValueError(
                 f'{self.path} holds another sweep:\n  '
                 + '\n  '.join(differences)
                 + '\nwrite the same as before to go on with it, or another --out to begin a new one'
@@ -149,7 +145,7 @@ def complete_documents(text: bytes, methods: frozenset[str]) -> Iterator[tuple[l
     """The documents in the lines behind a header, each with the number of its bytes; a torn one ends it.
 
     Raises:
-        RowsError: complete documents follow a torn one, so it is no end that a dead process left.
+        ValueError: complete documents follow a torn one, so it is no end that a dead process left.
     """
     lines = text.splitlines(keepends=True)
     at, size = 0, len(methods)
@@ -158,7 +154,7 @@ def complete_documents(text: bytes, methods: frozenset[str]) -> Iterator[tuple[l
         at += size
     for later in range(at + 1, len(lines) - size + 1):
         if _document(lines[later : later + size], methods):
-            raise RowsError(
+            raise ValueError(
                 f'line {at + 2} of the rows is damaged and {len(lines) - later} lines follow it; restore the '
                 f'file, or delete the damaged lines up to line {later + 1}'
             )
@@ -179,18 +175,18 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     as in the first file by name.
 
     Raises:
-        RowsError: there is no such file, one of them is no file of rows, or they are of different sweeps.
+        ValueError: there is no such file, one of them is no file of rows, or they are of different sweeps.
     """
     paths = sorted(folder.glob('rows*.jsonl'))
     if not paths:
-        raise RowsError(f'{folder} holds no {ROWS}; give the folder (--out) that the sweep wrote into')
+        raise ValueError(f'{folder} holds no {ROWS}; give the folder (--out) that the sweep wrote into')
     texts = {path: path.read_bytes() for path in paths}
     headers = {path: _header_of(text.partition(b'\n')[0], path) for path, text in texts.items()}
     header = headers[paths[0]]
     found: dict[Unit, list[Row]] = {}
     for path, text in texts.items():
         if differences := list(_differences(header, headers[path])):
-            raise RowsError(f'{path} is of another sweep than {paths[0]}:\n  ' + '\n  '.join(differences))
+            raise ValueError(f'{path} is of another sweep than {paths[0]}:\n  ' + '\n  '.join(differences))
         behind = text.partition(b'\n')[2]
         for rows, _ in complete_documents(behind, frozenset(header['methods'])):
             found.setdefault(unit_of(rows[0]), rows)
@@ -200,7 +196,7 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 def _header_of(line: bytes, path: Path) -> dict[str, Any]:
     found = _row_of(line + b'\n' if not line.endswith(b'\n') else line)
     if found is None or not isinstance(found.get(HEADER), dict):
-        raise RowsError(f'{path} does not begin with the header of a sweep; write another --out')
+        raise ValueError(f'{path} does not begin with the header of a sweep; write another --out')
     return found[HEADER]
 
 

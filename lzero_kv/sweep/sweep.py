@@ -63,7 +63,7 @@ class Sweep:
         header: what the sweep is, with the names of the methods as ``methods``; see :class:`RowFile`.
 
     Raises:
-        RowsError: the folder holds another sweep.
+        ValueError: the folder holds another sweep.
         OSError: the folder cannot be written.
     """
 

@@ -143,24 +143,26 @@ SPEED_METRICS = named(
     _counter('planning_seconds', Unit.SECONDS, 'Seconds of searches and root inferences in collection.'),
 )
 
-SPEED_QUOTIENTS: dict[str, tuple[str, str, float]] = {
-    'env_steps_per_second': ('env_steps', 'seconds', 1),
-    'simulations_per_second': ('simulations', 'search_seconds', 1),
-    'search_ms': ('search_seconds', 'searches', 1000),
-    'root_inference_ms': ('root_seconds', 'root_inferences', 1000),
-    'planning_share': ('planning_seconds', 'collect_seconds', 1),
+QUOTIENTS: dict[str, tuple[str, tuple[str, ...], float]] = {
+    'hit_rate': ('hits', ('queries',), 1),
+    'saved_tokens': ('served_tokens', ('served_tokens', 'computed_tokens'), 1),
+    'env_steps_per_second': ('env_steps', ('seconds',), 1),
+    'simulations_per_second': ('simulations', ('search_seconds',), 1),
+    'search_ms': ('search_seconds', ('searches',), 1000),
+    'root_inference_ms': ('root_seconds', ('root_inferences',), 1000),
+    'planning_share': ('planning_seconds', ('collect_seconds',), 1),
 }
-"""Each ratio of SPEED_METRICS: a counter by a counter, and the factor of its unit."""
+"""Ratios of METRICS and SPEED_METRICS: a counter by a sum of counters, and the factor of its unit."""
 
 
-def speed_numbers(counters: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of SPEED_METRICS from its counters; a ratio is left out where nothing was counted."""
+def with_ratios(numbers: Mapping[str, float]) -> dict[str, float]:
+    """``numbers`` and the QUOTIENTS of their counters; one is left out where nothing was counted."""
     ratios = {
-        name: factor * counters[above] / counters[below]
-        for name, (above, below, factor) in SPEED_QUOTIENTS.items()
-        if counters.get(below)
+        name: factor * numbers[part] / sum(numbers[other] for other in others)
+        for name, (part, others, factor) in QUOTIENTS.items()
+        if part in numbers and sum(numbers.get(other, 0) for other in others)
     }
-    return {**ratios, **counters}
+    return {**numbers, **ratios}
 
 
 POOLS: dict[str, str] = {
@@ -351,49 +353,29 @@ def layer_of(pool: str) -> int | None:
 
 
 class TagName(NamedTuple):
-    """A tag taken apart; `metric` is a name of METRICS, RANK_METRICS or HISTOGRAMS, or, where `pool` is
-    VALIDATION or SPEED, of VALIDATION_METRICS or SPEED_METRICS, or, where it is a layer, of BUDGET_METRICS or
-    BUDGET_HISTOGRAMS.
-    """
+    """A tag taken apart: a pool, a layer, VALIDATION or SPEED, and one of its metrics or histograms."""
 
     pool: str
     metric: str
 
 
 def tag(pool: str, metric: str) -> str:
-    """Return the tag of a scalar or a histogram.
-
-    Raises:
-        ValueError: the pool or the metric has no entry in POOLS, METRICS or HISTOGRAMS.
-    """
-    if pool not in (*POOLS, VALIDATION, SPEED) and layer_of(pool) is None:
-        raise ValueError(
-            f'pool must be one of {", ".join(POOLS)}, got {pool!r}; add it to POOLS to report it'
-        )
-    if metric not in _metrics_of(pool):
-        known = ', '.join(_metrics_of(pool))
-        raise ValueError(f'metric must be one of {known}, got {metric!r}; add it to METRICS to report it')
+    """Return the tag of a scalar or a histogram."""
     return f'{PREFIX}/{pool}/{metric}'
 
 
 def parse_tag(text: str) -> TagName | None:
     """Return the parts of a tag written by this library, or None for any other tag of the log."""
-    parts = text.split('/')
-    if len(parts) != 3 or parts[0] != PREFIX:
+    prefix, *parts = text.split('/')
+    if prefix != PREFIX or len(parts) != 2:
         return None
-    if parts[2] not in _metrics_of(parts[1]):
-        return None
-    return TagName(parts[1], parts[2])
+    name = TagName(*parts)
+    return name if any(name.metric in known for known in _section(name.pool)) else None
 
 
 def metric_of(pool: str, name: str) -> Metric:
     """The metric with this name in a pool, a layer, VALIDATION or SPEED."""
     return _section(pool)[0][name]
-
-
-def _metrics_of(pool: str) -> tuple[str, ...]:
-    scalars, histograms = _section(pool)
-    return (*scalars, *histograms)
 
 
 def _section(pool: str) -> tuple[Mapping[str, Metric], Mapping[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,22 +19,14 @@ from lzero_kv.telemetry.metrics import (
     VALIDATION,
     VALIDATION_METRICS,
     Kind,
+    Metric,
     TagName,
     layer_of,
     parse_tag,
-    speed_numbers,
+    with_ratios,
 )
 
 EVENT_FILES = 'events.out.tfevents.*'
-_PARTS = {
-    'hit_rate': ('hits', ('queries',)),
-    'saved_tokens': ('served_tokens', ('served_tokens', 'computed_tokens')),
-}
-"""Ratios of a pool: a counter as a part of the sum of others."""
-
-
-class LogError(ValueError):
-    """A folder holds no log that can be reported; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -87,24 +79,10 @@ class RunLog:
         return self.scalars.get(TagName(pool, metric))
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Return the whole run: counters added up over all points, hit_rate of those sums, gauges at the last
+        """Return the whole run: counters added up over all points, ratios of those sums, gauges at the last
         point.
         """
-        summary: dict[str, dict[str, float]] = {}
-        for pool in self.pools:
-            values = {}
-            for name, metric in (METRICS | RANK_METRICS).items():
-                series = self.series(pool, name)
-                if series is not None and metric.kind is not Kind.RATIO:
-                    values[name] = float(
-                        series.values.sum() if metric.kind is Kind.COUNTER else series.values[-1]
-                    )
-            for name, (part, others) in _PARTS.items():
-                if part in values and all(other in values for other in others):
-                    whole = sum(values[other] for other in others)
-                    values[name] = values[part] / whole if whole else 0.0
-            summary[pool] = values
-        return summary
+        return {pool: with_ratios(self._sums(pool, METRICS | RANK_METRICS)) for pool in self.pools}
 
     def last(self) -> dict[str, dict[str, float]]:
         """Return the last point of every pool; a metric without a value there (hit_rate without queries) is
@@ -124,47 +102,45 @@ class RunLog:
         """Return the times and rates of the whole run, or of its last point, by metric: counters added up,
         ratios of those sums. Empty where the log has none.
         """
-        found = {name: self.series(SPEED, name) for name in SPEED_METRICS}
-        counters = {
-            name: float(series.values[-1] if last else series.values.sum())
-            for name, series in found.items()
-            if series is not None and SPEED_METRICS[name].kind is Kind.COUNTER
-        }
-        return speed_numbers(counters)
+        counters = {name: metric for name, metric in SPEED_METRICS.items() if metric.kind is Kind.COUNTER}
+        return with_ratios(self._sums(SPEED, counters, last=last))
 
     def validation(self) -> dict[str, float]:
         """Return the validation of the whole run by metric, empty where it was off: counters added up, means
         weighted by the rows of each point, the largest differences at the last point.
         """
-        found = {name: self.series(VALIDATION, name) for name in VALIDATION_METRICS}
-        numbers = {}
-        for name, series in found.items():
-            if series is None:
-                continue
-            kind = VALIDATION_METRICS[name].kind
-            if kind is Kind.COUNTER:
-                numbers[name] = float(series.values.sum())
-            elif kind is Kind.GAUGE:
-                numbers[name] = float(series.values[-1])
-            elif (rows := found[name.replace('_moved', '_rows')]) is not None:
+        numbers = self._sums(VALIDATION, VALIDATION_METRICS)
+        for name in ('policy', 'value'):
+            series, rows = self.series(VALIDATION, f'{name}_moved'), self.series(VALIDATION, f'{name}_rows')
+            if series is not None and rows is not None:
                 weight = dict(zip(rows.steps.tolist(), rows.values.tolist(), strict=True))
                 weights = [weight[step] for step in series.steps.tolist()]
-                numbers[name] = float(np.average(series.values, weights=weights))
+                numbers[f'{name}_moved'] = float(np.average(series.values, weights=weights))
         return numbers
 
     def layers(self) -> dict[int, dict[str, float]]:
         """Return the layer budgets by layer and metric, empty where there were none: counters added up over
         the whole run, the mean of lost attention over its points, anything else at the last point.
         """
-        found: dict[int, dict[str, float]] = {}
-        for name, series in self.scalars.items():
-            layer = layer_of(name.pool)
-            if layer is None:
-                continue
-            kind, values = BUDGET_METRICS[name.metric].kind, series.values
-            total = {Kind.COUNTER: values.sum(), Kind.RATIO: values.mean(), Kind.GAUGE: values[-1]}[kind]
-            found.setdefault(layer, {})[name.metric] = float(total)
-        return dict(sorted(found.items()))
+        sections = {layer_of(name.pool): name.pool for name in self.scalars}
+        found = {}
+        for layer in sorted(layer for layer in sections if layer is not None):
+            found[layer] = self._sums(sections[layer], BUDGET_METRICS)
+            if (lost := self.series(sections[layer], 'lost_mass')) is not None:
+                found[layer]['lost_mass'] = float(lost.values.mean())
+        return found
+
+    def _sums(self, section: str, metrics: Mapping[str, Metric], *, last: bool = False) -> dict[str, float]:
+        """Counters of a section, added up or at their last point, and gauges at their last point."""
+        charts = {
+            name: self.series(section, name) for name in metrics if metrics[name].kind is not Kind.RATIO
+        }
+        summed = {name for name in charts if metrics[name].kind is Kind.COUNTER and not last}
+        return {
+            name: float(series.values.sum() if name in summed else series.values[-1])
+            for name, series in charts.items()
+            if series is not None
+        }
 
     @property
     def ranks(self) -> int:
@@ -191,15 +167,15 @@ def find_runs(logdir: Path) -> list[Path]:
     experiments.
 
     Raises:
-        LogError: there is no such folder, or no event file in it.
+        ValueError: there is no such folder, or no event file in it.
     """
     if not logdir.is_dir():
-        raise LogError(
+        raise ValueError(
             f'{logdir} is not a folder; give the experiment folder (exp_name) that LightZero wrote'
         )
     folders = sorted({path.parent for path in logdir.rglob(EVENT_FILES)})
     if not folders:
-        raise LogError(
+        raise ValueError(
             f'no TensorBoard event file in {logdir} or below; give the experiment folder (exp_name) that '
             'LightZero wrote: its log is in <exp_name>/log/serial, and a time is appended to exp_name when '
             'that folder exists already'

@@ -204,25 +204,41 @@ def layer_histograms(snapshot: BudgetSnapshot) -> list[dict[str, dict[str, Any]]
     """For each layer the histograms of BUDGET_HISTOGRAMS that hold a value, as arguments of
     `add_histogram_raw`; a bucket for each token of a window."""
     parts = {'kept_positions': snapshot.kept, 'kept_tokens': snapshot.root}
+    counts = {
+        name: [np.bincount(places, minlength=snapshot.context).tolist() for places in layers]
+        for name, layers in parts.items()
+    }
     return [
         {
-            name: places_histogram(layers[layer], snapshot.context)
-            for name, layers in parts.items()
-            if layers[layer].size
+            name: raw_histogram(range(1, len(of[layer]) + 1), of[layer])
+            for name, of in counts.items()
+            if any(of[layer])
         }
         for layer in range(len(snapshot.slots))
     ]
 
 
-def places_histogram(places: np.ndarray, context: int) -> dict[str, Any]:
-    """Arguments of `add_histogram_raw` for places in `[0, context)` (int64, at least one)."""
-    counts = np.bincount(places, minlength=context)
+def raw_histogram(limits: Sequence[int], counts: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of `add_histogram_raw` for a histogram that holds at least one value.
+
+    Bucket i goes to TensorBoard with its upper edge `limits[i]`. The first bucket that is drawn begins at
+    `min` and the last ends at `max`, so both are edges of the buckets and not values. The two sums, which no
+    chart shows, are those of the lower edges: the buckets do not hold the values themselves.
+
+    Raises:
+        ValueError: the histogram is empty.
+    """
+    filled = [bucket for bucket, count in enumerate(counts) if count]
+    if not filled:
+        raise ValueError('histogram must hold at least one value, got an empty one; leave its point out')
+    lower = [0, *limits[:-1]]
+    pairs = list(zip(lower, counts, strict=True))
     return {
-        'min': int(places.min()),
-        'max': int(places.max()) + 1,
-        'num': len(places),
-        'sum': int(places.sum()),
-        'sum_squares': int((places * places).sum()),
-        'bucket_limits': list(range(1, len(counts) + 1)),
-        'bucket_counts': counts.tolist(),
+        'min': lower[filled[0]],
+        'max': limits[filled[-1]],
+        'num': sum(counts),
+        'sum': sum(edge * count for edge, count in pairs),
+        'sum_squares': sum(edge * edge * count for edge, count in pairs),
+        'bucket_limits': list(limits),
+        'bucket_counts': list(counts),
     }

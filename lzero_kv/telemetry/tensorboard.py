@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 from lzero_kv.budget import BudgetSnapshot
@@ -33,14 +32,15 @@ from lzero_kv.telemetry.metrics import (
     Kind,
     Metric,
     metric_of,
-    speed_numbers,
     tag,
+    with_ratios,
 )
 from lzero_kv.telemetry.reading import (
     Moment,
     PoolReading,
     layer_histograms,
     layer_numbers,
+    raw_histogram,
     validation_numbers,
 )
 from lzero_kv.telemetry.table import markdown_table
@@ -113,18 +113,7 @@ class TensorBoardSink:
                 occupancy the largest counts, and RANK_METRICS say so. Of layer budgets the losses are added;
                 slots, averages and places are those of this process.
             timings: what the acting model counted since the start of the training.
-
-        Raises:
-            ValueError: `acting` is missing, a name is unknown or a step is negative. Nothing has been written
-                then.
-            TypeError: a step is no integer. Nothing has been written then.
         """
-        step, iteration = _step('env_step', env_step), _step('train_iter', train_iter)
-        if 'acting' not in managers or set(managers) - set(POOLS_OF):
-            raise ValueError(
-                "managers must be named 'acting' and, for a target model, 'reanalysis', "
-                f'got {sorted(managers)}'
-            )
         moment = Moment.of(managers, validation, budget, timings).with_ranks(others)
         readings, validation = moment.pools, moment.validation
         if not readings:
@@ -136,17 +125,17 @@ class TensorBoardSink:
             text = explanation(choices=choices, ranks=bool(others), **sections)
             self.writer.add_text('kv_cache/metrics', text, 0)
         histograms = managers['acting'].cache_config.histograms
-        self._write_speed(moment.timings, step, iteration)
+        self._write_speed(moment.timings, env_step, train_iter)
         self._forget_replaced(managers)
         since = self._since_previous(readings)
         for pool, reading in readings.items():
-            self._write_pool(pool, reading.with_stats(since[pool]), step)
+            self._write_pool(pool, reading.with_stats(since[pool]), env_step)
             if histograms:
-                self._write_histograms(pool, since[pool], step)
+                self._write_histograms(pool, since[pool], env_step)
         if validation is not None:
-            self._write_validation(validation, step)
+            self._write_validation(validation, env_step)
         if budget is not None:
-            self._write_budget(replace(budget, losses=moment.losses), step, histograms)
+            self._write_budget(replace(budget, losses=moment.losses), env_step, histograms)
         # A killed training, or a report on one that still runs, misses at most the interval in progress.
         self.writer.flush()
 
@@ -184,19 +173,20 @@ class TensorBoardSink:
         if self._latest is not None:
             counters |= {'env_steps': step - self._latest[0], 'seconds': now - self._latest[1]}
         self._latest = step, now
-        self._write_numbers(SPEED, {**speed_numbers(counters), 'train_iterations': iteration}, step)
+        self._write_numbers(SPEED, {**with_ratios(counters), 'train_iterations': iteration}, step)
 
     def _write_pool(self, pool: str, reading: PoolReading, step: int) -> None:
-        values, stats = reading.as_dict(), reading.stats
-        counted = {'hit_rate': stats.queries, 'saved_tokens': stats.computed_tokens + stats.served_tokens}
-        names = [name for name in (*METRICS, *RANK_METRICS) if name in values and counted.get(name, 1)]
-        self._write_numbers(pool, {name: values[name] for name in names}, step)
+        counted = {name: metric for name, metric in METRICS.items() if metric.kind is not Kind.RATIO}
+        values = reading.as_dict()
+        numbers = {name: values[name] for name in (*counted, *RANK_METRICS) if name in values}
+        self._write_numbers(pool, with_ratios(numbers), step)
 
     def _write_histograms(self, pool: str, since: CacheStats, step: int) -> None:
         for name in HISTOGRAMS:
             histogram: Log2Histogram = getattr(since, name)
             if histogram.total:
-                self.writer.add_histogram_raw(tag(pool, name), **raw_histogram(histogram), global_step=step)
+                drawn = raw_histogram(histogram.limits, histogram.counts)
+                self.writer.add_histogram_raw(tag(pool, name), **drawn, global_step=step)
 
     def _write_validation(self, counters: ValidationCounters, step: int) -> None:
         if counters.searches < self._validated.searches:  # of other models, which began anew
@@ -241,43 +231,6 @@ def interval(now: CacheStats, previous: CacheStats | None) -> CacheStats:
     if any(getattr(now, name) < getattr(previous, name) for name in counters):
         return now.snapshot()
     return now - previous
-
-
-def raw_histogram(histogram: Log2Histogram) -> dict[str, Any]:
-    """Return the arguments of `add_histogram_raw` for a histogram that holds at least one value.
-
-    Bucket i goes to TensorBoard with its upper edge `limits[i]`. The first bucket that is drawn begins at
-    `min` and the last ends at `max`, so both are edges of the buckets and not values. The two sums, which no
-    chart shows, are those of the lower edges: the buckets do not hold the values themselves.
-
-    Raises:
-        ValueError: the histogram is empty.
-    """
-    filled = [bucket for bucket, count in enumerate(histogram.counts) if count]
-    if not filled:
-        raise ValueError('histogram must hold at least one value, got an empty one; leave its point out')
-    upper = histogram.limits
-    lower = [0, *upper[:-1]]
-    pairs = list(zip(lower, histogram.counts, strict=True))
-    return {
-        'min': lower[filled[0]],
-        'max': upper[filled[-1]],
-        'num': histogram.total,
-        'sum': sum(edge * count for edge, count in pairs),
-        'sum_squares': sum(edge * edge * count for edge, count in pairs),
-        'bucket_limits': upper,
-        'bucket_counts': histogram.counts,
-    }
-
-
-def _step(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(
-            f'{name} must be an integer, got {type(value).__name__}; count it from the start of the training'
-        )
-    if value < 0:
-        raise ValueError(f'{name} must be 0 or more, got {value}; count it from the start of the training')
-    return int(value)
 
 
 def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[str, dict[str, list[object]]]:

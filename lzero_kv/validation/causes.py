@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from lzero_kv.telemetry.counters import Cause
-from lzero_kv.validation.histories import HistoryName
+from lzero_kv.validation.histories import Causes, HistoryName, Logits
 from lzero_kv.validation.oracle import Oracle, Token, TokenWindow
-from lzero_kv.validation.rows import Causes, Logits
 from lzero_kv.validation.stock import Lookup
 
 Close = Callable[[torch.Tensor, torch.Tensor], bool]

@@ -10,7 +10,7 @@ from lzero.policy.scaling_transform import InverseScalarTransform
 from lzero_kv.telemetry.counters import Counters, Fault
 from lzero_kv.validation.faults import FaultFinder, Nodes
 from lzero_kv.validation.findings import Finding, FindingLog
-from lzero_kv.validation.rows import ComparedRow, Logits
+from lzero_kv.validation.histories import ComparedRow, Logits
 from lzero_kv.validation.tolerance import MISMATCH, Deviation, Tolerance
 
 Given = tuple[torch.Tensor | None, Logits]

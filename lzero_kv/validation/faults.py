@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from lzero_kv.telemetry.counters import Fault
-from lzero_kv.validation.histories import TrueHistories
+from lzero_kv.validation.histories import ComparedRow, Logits, TrueHistories
 from lzero_kv.validation.oracle import Answer, Oracle, Token, TokenWindow
-from lzero_kv.validation.rows import ComparedRow, Logits
 from lzero_kv.validation.tolerance import Tolerance
 
 PERTURBATION = 0.05

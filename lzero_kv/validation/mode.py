@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.keys import digest_rows
-from lzero_kv.lightzero.inference.events import NodesExpanded, RootsInferred, SearchBegun
+from lzero_kv.lightzero.inference.events import SearchBegun
 from lzero_kv.telemetry.counters import Cause
 from lzero_kv.validation import causes as proofs
 from lzero_kv.validation.causes import StepReplay, StepResult, StockStep
-from lzero_kv.validation.histories import HistoryName
-from lzero_kv.validation.rows import Causes, Logits, StockRow, Truth
+from lzero_kv.validation.histories import Causes, HistoryName, Logits, StockRow, Truth
 from lzero_kv.validation.stock import Lookup, StockWorldModel, contents
 
 NO_ACTION = -1
@@ -28,48 +27,29 @@ WIPED = 'none: its last inputs were wiped'
 
 
 @dataclass(frozen=True)
-class RootBatch:
-    """One root inference to repeat.
+class Batch:
+    """One root inference, or one simulation, to repeat.
 
     Attributes:
         event: the inference.
-        names: the new roots, one per row.
-        asked: the history that each row continues; None where an episode begins.
+        names: the new roots or nodes, one per row.
+        asked: the history that each row continues, of nodes their parents; None where an episode begins.
         truths: one per row.
-        observations, actions: the last inputs that LightZero alone would have passed.
         start_pos: as the caller gave it.
+        observations, actions: of roots, the last inputs that LightZero alone would have passed.
+        depths: of nodes, int64 ``[B]``.
+        timesteps: of the roots of nodes, int64 ``[B]``.
     """
 
-    event: RootsInferred
+    event: Any
     names: Sequence[HistoryName]
     asked: Sequence[HistoryName | None]
     truths: Sequence[Truth]
-    observations: torch.Tensor
-    actions: Sequence[Any]
     start_pos: Any
-
-
-@dataclass(frozen=True)
-class NodeBatch:
-    """One simulation to repeat.
-
-    Attributes:
-        event: the inference.
-        names: the new nodes, one per row.
-        asked: the parents.
-        truths: one per row.
-        depths: int64 ``[B]`` of the new nodes.
-        timesteps: int64 ``[B]`` of the roots.
-        start_pos: as the caller gave it.
-    """
-
-    event: NodesExpanded
-    names: Sequence[HistoryName]
-    asked: Sequence[HistoryName]
-    truths: Sequence[Truth]
-    depths: np.ndarray
-    timesteps: np.ndarray
-    start_pos: Any
+    observations: Any = None
+    actions: Any = None
+    depths: Any = None
+    timesteps: Any = None
 
 
 class StockMode:
@@ -101,7 +81,7 @@ class StockMode:
             return not isinstance(actions[0], np.ndarray)
         return max(actions) == NO_ACTION
 
-    def _crashes(self, batch: RootBatch) -> bool:
+    def _crashes(self, batch: Batch) -> bool:
         """Whether the stock root inference must end with an error.
 
         It has room for fewer rows, fewer last inputs than rows, or windows too short for the last
@@ -112,7 +92,7 @@ class StockMode:
             return True
         return not self._begins(batch.actions) and (last < rows or self.stock.context_length < 3)
 
-    def _root_lookups(self, batch: RootBatch) -> list[Lookup | None]:
+    def _root_lookups(self, batch: Batch) -> list[Lookup | None]:
         """The lookup of each row's last root; None where there is none."""
         rows = len(batch.names)
         if self._begins(batch.actions) or self._crashes(batch):
@@ -120,7 +100,7 @@ class StockMode:
         latents = self.stock.tokenizer.encode_to_obs_embeddings(batch.observations)
         return [self.stock.lookup_root(row, latents[row]) for row in range(rows)]
 
-    def _root_causes(self, batch: RootBatch, row: int, lookup: Lookup | None) -> Causes | None:
+    def _root_causes(self, batch: Batch, row: int, lookup: Lookup | None) -> Causes | None:
         """Causes for which the root that the stock code continues is not the row's own."""
         asked, event = batch.asked[row], batch.event
         if lookup is None:
@@ -134,7 +114,7 @@ class StockMode:
         other = digest_rows(given[None]) != digest_rows(own[None])
         return proofs.served_causes(lookup, asked or HistoryName(event.env_ids[row], -1, 0), other)
 
-    def _stock_timesteps(self, batch: NodeBatch) -> np.ndarray:
+    def _stock_timesteps(self, batch: Batch) -> np.ndarray:
         """Timesteps (int64 ``[B]``) as the stock code reads them: in reanalysis it takes 0 for the last step
         of each sequence."""
         if not self._reanalysis or np.ndim(batch.start_pos) < 2:
@@ -149,9 +129,7 @@ class StockMode:
         rotated = self.stock.config.rotary_emb and stock_timestep != timestep
         return frozenset({Cause.ROTARY_POSITION}) if rotated else None
 
-    def _node_lookups(
-        self, batch: NodeBatch, stock_timesteps: np.ndarray
-    ) -> list[tuple[Lookup, Causes | None]]:
+    def _node_lookups(self, batch: Batch, stock_timesteps: np.ndarray) -> list[tuple[Lookup, Causes | None]]:
         """The lookup of each row's parent, and the causes for which it does not give the parent's history."""
         found: list[tuple[Lookup, Causes | None]] = []
         for row, asked in enumerate(batch.asked):
@@ -181,7 +159,7 @@ class StockMode:
 class StockStore(StockMode):
     """Mode ``store``: the stock dictionaries and rings hold what this cache stores, under their own keys."""
 
-    def roots(self, batch: RootBatch) -> list[StockRow | None]:
+    def roots(self, batch: Batch) -> list[StockRow | None]:
         """Answers for each row; afterwards the stock structures hold the new roots."""
         lookups, rows = self._root_lookups(batch), len(batch.names)
         found: list[StockRow | None] = [self._root(batch, row, lookups[row]) for row in range(rows)]
@@ -192,7 +170,7 @@ class StockStore(StockMode):
         self.stock.past_kv_cache_recurrent_infer.clear()
         return found
 
-    def _root(self, batch: RootBatch, row: int, lookup: Lookup | None) -> StockRow:
+    def _root(self, batch: Batch, row: int, lookup: Lookup | None) -> StockRow:
         causes, truth, event = self._root_causes(batch, row, lookup), batch.truths[row], batch.event
         if lookup is None:
             at = truth.positions
@@ -209,7 +187,7 @@ class StockStore(StockMode):
 
     def _served(
         self,
-        batch: RootBatch | NodeBatch,
+        batch: Batch,
         row: int,
         lookup: Lookup,
         kv: torch.Tensor,
@@ -218,7 +196,7 @@ class StockStore(StockMode):
         slot, truth, asked = lookup.slot, batch.truths[row], batch.asked[row]
         # whether this cache had the entry too, and did not compute it again
         present = bool(batch.event.served.present[row])
-        root, at = isinstance(batch, RootBatch), truth.positions
+        root, at = batch.depths is None, truth.positions
         step = StockStep(kv, truth.action, truth.action, truth.latent, 0, at, at, root)
         return StockRow(
             lookup.key,
@@ -228,7 +206,7 @@ class StockStore(StockMode):
             moved=lambda: self._replay.run(step).answers,
         )
 
-    def nodes(self, batch: NodeBatch) -> list[StockRow | None]:
+    def nodes(self, batch: Batch) -> list[StockRow | None]:
         """Answers for each row; afterwards the stock structures hold the new nodes."""
         event, timesteps = batch.event, self._stock_timesteps(batch)
         found: list[StockRow | None] = []
@@ -267,7 +245,7 @@ class StockModel(StockMode):
             super().begin(event, rows)
             self._running = True
 
-    def roots(self, batch: RootBatch) -> list[StockRow | None]:
+    def roots(self, batch: Batch) -> list[StockRow | None]:
         """Answers for each row, by the stock root inference on the inputs that LightZero would pass."""
         stock, rows = self.stock, len(batch.names)
         lookups = self._root_lookups(batch)
@@ -297,7 +275,7 @@ class StockModel(StockMode):
             found.append(self._answered(row, key, answers, step, causes[row], truth))
         return found
 
-    def nodes(self, batch: NodeBatch) -> list[StockRow | None]:
+    def nodes(self, batch: Batch) -> list[StockRow | None]:
         """Answers for each row, by the stock recurrent inference on its own latent states."""
         stock, event, rows = self.stock, batch.event, len(batch.names)
         self._proofs = {}

@@ -17,10 +17,9 @@ from lzero_kv.validation.causes import StepReplay
 from lzero_kv.validation.compare import Comparison
 from lzero_kv.validation.faults import FaultFinder
 from lzero_kv.validation.findings import FindingLog
-from lzero_kv.validation.histories import Course, HistoryName, TrueHistories
-from lzero_kv.validation.mode import NodeBatch, RootBatch, StockModel, StockStore
+from lzero_kv.validation.histories import ComparedRow, Course, HistoryName, TrueHistories, Truth
+from lzero_kv.validation.mode import Batch, StockModel, StockStore
 from lzero_kv.validation.oracle import Answer, Token, TokenWindow, oracle_of
-from lzero_kv.validation.rows import ComparedRow, Truth
 from lzero_kv.validation.stock import StockWorldModel
 from lzero_kv.validation.tolerance import Tolerance
 
@@ -99,7 +98,7 @@ class Validator(Observer):
             truths.append(truth)
             roots.append(root)
         last = self.stock_last or (event.last_observations, event.last_actions)
-        batch = RootBatch(event, names, asked, truths, *last, self.start_pos)
+        batch = Batch(event, names, asked, truths, self.start_pos, *last)
         stock = [None] * len(names) if self._mode is None else self._mode.roots(batch)
         outputs = {'policy': event.outputs.policy, 'value': event.outputs.value}
         rows = [
@@ -198,7 +197,7 @@ class Validator(Observer):
         ]
         names, asked = [child.name for child in children], [parent.name for parent in parents]
         depths = np.array([child.depth for child in children])
-        batch = NodeBatch(event, names, asked, truths, depths, self._timesteps, self._start_pos)
+        batch = Batch(event, names, asked, truths, self._start_pos, depths=depths, timesteps=self._timesteps)
         stock = [None] * len(names) if self._mode is None else self._mode.nodes(batch)
         outputs = event.outputs._asdict()
         rows = [

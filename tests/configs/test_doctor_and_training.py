@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import lzero_kv
-from lzero_kv.cli.checks import Check, Mark
-from lzero_kv.cli.doctor import config_checks
+from lzero_kv.cli.doctor import Check, Mark, config_checks
 
 CONFIG = """
 import sys

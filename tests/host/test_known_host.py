@@ -19,7 +19,7 @@ from lzero.policy.sampled_unizero import SampledUniZeroPolicy
 from lzero.policy.unizero import UniZeroPolicy
 
 import lzero_kv
-from lzero_kv.cli.checks import Check, Mark, host_check
+from lzero_kv.cli.doctor import Check, Mark, host_check
 from lzero_kv.lightzero import host
 from lzero_kv.lightzero.fingerprints import changed
 from lzero_kv.lightzero.settings import POLICIES, check_policy

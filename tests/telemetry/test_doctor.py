@@ -14,8 +14,7 @@ import torch
 
 import lzero_kv
 from lzero_kv.cli import main
-from lzero_kv.cli.checks import Mark, distribution_check, package_folder, rom_check
-from lzero_kv.cli.doctor import _entry_check
+from lzero_kv.cli.doctor import Mark, _entry_check, distribution_check, package_folder, rom_check
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from testing.families import FAMILIES, policy_config
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import lzero_kv
-from lzero_kv.cli.checks import Check, Mark, host_check
-from lzero_kv.cli.doctor import PLUGIN, call_checks
+from lzero_kv.cli.doctor import PLUGIN, Check, Mark, call_checks, host_check
 from lzero_kv.cli.training_call import ConfigError, training_call
 from lzero_kv.lightzero.host import MAIN, check_supported
 from lzero_kv.lightzero.settings import POLICIES, check_policy

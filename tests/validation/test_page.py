@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
 from lzero_kv.telemetry.counters import Cause, Fault, ValidationCounters
-from lzero_kv.validation.page import VERDICTS, plot_validation, validation_page
-from lzero_kv.validation.report import Failure, ModeRun, ValidationReport
+from lzero_kv.validation.report import (
+    VERDICTS,
+    Failure,
+    ModeRun,
+    ValidationReport,
+    plot_validation,
+    validation_page,
+)
 
 from .drawn import COUNTS, WORDS, some_counters, validation_counters
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.cli import main
-from lzero_kv.cli.checks import package_folder
+from lzero_kv.cli.doctor import package_folder
 from lzero_kv.cli.training import TOLD_SECONDS, EnoughSteps, Progress, Request, bounded
 from lzero_kv.cli.training_call import ConfigError, training_call
 from lzero_kv.cli.validate import NUMBERS, PAGE, PICTURE, compared, failures_in, prepared

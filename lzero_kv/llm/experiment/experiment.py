@@ -43,12 +43,12 @@ def run_sweep(
         All rows.
 
     Raises:
-        RowsError: the folder holds another sweep; the model is not loaded then.
+        ValueError: the folder holds another sweep; the model is not loaded then.
         ImportError, OSError, ValueError: the model or a text cannot be loaded, or a document cannot be made.
     """
     sweep, methods = Sweep(folder, plan.header()), plan.grid()
     quiet_transformers()
-    model, tokenizer = load(plan.model, plan.dtype, plan.family, device=device)
+    model, tokenizer = load(plan.model, plan.dtype, device=device)
     asked = documents_of(plan, tokenizer)
     begun(len(asked), len(methods), len(asked) - len(sweep.left(asked)))
     return sweep.run(asked, lambda document: measured(model, tokenizer, document, methods), watch)

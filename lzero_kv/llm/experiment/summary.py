@@ -9,7 +9,7 @@ import numpy as np
 
 from lzero_kv.llm.experiment.methods import FULL
 from lzero_kv.sweep.intervals import Bootstrap, Estimate
-from lzero_kv.sweep.rows import Row, RowsError
+from lzero_kv.sweep.rows import Row
 
 ESTIMATES = Bootstrap()
 
@@ -70,14 +70,14 @@ def summaries(rows: Sequence[Row]) -> list[Summary]:
     """One for each task and method; tasks and methods in the order of the rows, the full cache first.
 
     Raises:
-        RowsError: a document has no row of the full cache, or a number is not finite.
+        ValueError: a document has no row of the full cache, or a number is not finite.
     """
     found = []
     for task in dict.fromkeys(row['task'] for row in rows):
         of_task = [row for row in rows if row['task'] == task]
         control = {row['document']: row for row in of_task if row['algorithm'] == FULL}
         if missing := sorted({row['document'] for row in of_task} - control.keys()):
-            raise RowsError(f'task {task} has no rows of the full cache for {missing}, the control of all')
+            raise ValueError(f'task {task} has no rows of the full cache for {missing}, the control of all')
         methods = sorted(
             dict.fromkeys(row['method'] for row in of_task), key=lambda name: name != control_name(of_task)
         )
@@ -128,14 +128,14 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
     """A number of each document; empty where a document has none.
 
     Raises:
-        RowsError: a number is not finite.
+        ValueError: a number is not finite.
     """
     values = [row.get(name) for row in rows]
     if None in values:
         return []
     if not np.isfinite(values).all():
         place = rows[int(np.argmin(np.isfinite(values)))]
-        raise RowsError(
+        raise ValueError(
             f'{name} of {place["method"]} on {place["task"]} {place["document"]} is not finite: the model '
             f'overflowed; write another dtype, such as bfloat16 in the place of float16'
         )

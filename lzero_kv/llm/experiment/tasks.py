@@ -18,8 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lzero_kv.llm.experiment.documents import Document, beginning, encode, line_starts
-from lzero_kv.llm.experiment.texts import PYTHON, SHAKESPEARE, Stretches
+from lzero_kv.llm.experiment.documents import (
+    PYTHON,
+    SHAKESPEARE,
+    Document,
+    Stretches,
+    beginning,
+    encode,
+    line_starts,
+)
 from lzero_kv.mistakes import did_you_mean
 
 Text = str | Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lzero_kv.llm.experiment.answers import SCORES
+from lzero_kv.llm.experiment.scoring import SCORES
 
 CASES = [
     ('found', 'it is 123 or QUITE so', ['123', '456', 'quite'], (), 2 / 3),

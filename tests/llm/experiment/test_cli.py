@@ -125,7 +125,6 @@ def test_another_grid_is_refused_with_what_differs(
         ),
         (['--documents', '0'], 'documents: expected an integer of at least 1, got 0'),
         (['--dtype', 'int8'], r"dtype: expected one of \['float32', .* got 'int8'"),
-        (['--family', 'gpt2'], "family: expected one of .* got 'gpt2'"),
         (['--grid', 'grid.yaml'], r'a grid must be a file that ends in .toml or .json, got grid.yaml'),
         (['--device', 'gpu'], "--device: expected a device of torch such as cpu or cuda:0, got 'gpu'"),
     ],

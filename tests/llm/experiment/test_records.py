@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lzero_kv.llm.experiment.answers import SCORES
 from lzero_kv.llm.experiment.documents import encode
-from lzero_kv.llm.experiment.records import DATASETS, RecordsError, cut_in_the_middle, read_records
+from lzero_kv.llm.experiment.records import DATASETS, cut_in_the_middle, read_records
+from lzero_kv.llm.experiment.scoring import SCORES
 
 LENGTH = 150
 RECORD: dict[str, Any] = dict(
@@ -112,14 +112,14 @@ def test_a_task_of_ruler_is_that_of_its_file(file, task, new_tokens, metric, tar
 )  # fmt: skip
 def test_a_broken_record_is_told_with_file_and_line(record, said, tokenizer, tmp_path):
     path = write(tmp_path / 'broken.jsonl', RECORD, '', record, RULER)
-    with pytest.raises(RecordsError, match=rf'broken\.jsonl:\n  line 3: {said}') as caught:
+    with pytest.raises(ValueError, match=rf'broken\.jsonl:\n  line 3: {said}') as caught:
         read_records(path, tokenizer, LENGTH)
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 2
 
 
 def test_broken_records_are_told_together_up_to_ten(tokenizer, tmp_path):
     path = write(tmp_path / 'broken.jsonl', *(['no'] * 13))
-    with pytest.raises(RecordsError) as caught:
+    with pytest.raises(ValueError) as caught:
         read_records(path, tokenizer, LENGTH)
     assert [line.split(':')[0] for line in str(caught.value).splitlines()[1:]] == [
         f'  line {number}' for number in range(1, 11)
@@ -127,10 +127,10 @@ def test_broken_records_are_told_together_up_to_ten(tokenizer, tmp_path):
 
 
 def test_files_that_are_no_records_are_refused_by_name(tokenizer, tmp_path):
-    with pytest.raises(RecordsError, match=r'empty\.jsonl:\n  expected a record on each line'):
+    with pytest.raises(ValueError, match=r'empty\.jsonl:\n  expected a record on each line'):
         read_records(write(tmp_path / 'empty.jsonl', ''), tokenizer, LENGTH)
     (tmp_path / 'latin.jsonl').write_bytes(json.dumps(RECORD).encode() + b'\n{"input": "caf\xe9"}\n')
-    with pytest.raises(RecordsError, match=r'latin\.jsonl:\n  line 2: expected UTF-8'):
+    with pytest.raises(ValueError, match=r'latin\.jsonl:\n  line 2: expected UTF-8'):
         read_records(tmp_path / 'latin.jsonl', tokenizer, LENGTH)
     with pytest.raises(FileNotFoundError, match='missing'):
         read_records(tmp_path / 'missing.jsonl', tokenizer, LENGTH)
@@ -146,5 +146,5 @@ def test_files_that_are_no_records_are_refused_by_name(tokenizer, tmp_path):
 )
 def test_broken_files_of_prompts_are_refused_by_name(name, text, said, tokenizer, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(RecordsError, match=said):
+    with pytest.raises(ValueError, match=said):
         read_records(write(tmp_path / 'a.jsonl', RECORD), tokenizer, LENGTH)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lzero_kv.cli import main
 from lzero_kv.llm.experiment.report import SCALARS, best_sentences, in_order, page, tables, write_scalars
 from lzero_kv.llm.experiment.summary import Summary, pareto_front, summaries
-from lzero_kv.sweep.rows import ROWS, RowsError
+from lzero_kv.sweep.rows import ROWS
 from tests.llm.experiment import drawn
 
 PICTURES = ['kept.png', 'layers.png', 'quality.png', 'speed.png']
@@ -90,13 +90,13 @@ def test_a_method_given_by_its_parts_has_the_ratio_that_it_holds() -> None:
 
 def test_documents_without_the_control_are_refused(rows: list[dict]) -> None:
     without = [row for row in rows if (row['method'], row['document']) != ('full', 'needle 3')]
-    with pytest.raises(RowsError, match=r"task needle has no rows of the full cache for \['needle 3'\]"):
+    with pytest.raises(ValueError, match=r"task needle has no rows of the full cache for \['needle 3'\]"):
         summaries(without)
 
 
 def test_a_number_that_is_not_finite_is_refused_by_name(rows: list[dict]) -> None:
     broken = [dict(row, kl=math.nan) if row['document'] == 'needle 3' else row for row in rows]
-    with pytest.raises(RowsError, match='kl of full on needle needle 3 is not finite: the model overflowed'):
+    with pytest.raises(ValueError, match='kl of full on needle needle 3 is not finite: the model overflowed'):
         summaries(broken)
 
 

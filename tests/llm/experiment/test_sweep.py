@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.sweep.rows import ROWS, RowFile, RowsError, read_rows, unit_of
+from lzero_kv.sweep.rows import ROWS, RowFile, read_rows, unit_of
 from lzero_kv.sweep.sweep import Progress, Sweep, claimed
 from tests.llm.experiment import made
 
@@ -126,7 +126,7 @@ def test_another_sweep_is_refused_with_each_difference_and_changes_nothing(tmp_p
         'versions': {'torch': '2.14.0'},
         'data': 'text.txt',
     }
-    with pytest.raises(RowsError) as refused:
+    with pytest.raises(ValueError) as refused:
         Sweep(tmp_path, other)
     assert str(refused.value).splitlines()[1:] == [
         '  seed: 3 in the file, 4 now',
@@ -141,7 +141,7 @@ def test_another_sweep_is_refused_with_each_difference_and_changes_nothing(tmp_p
 
 def test_a_file_that_is_none_of_rows_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / ROWS).write_text('{"loss": 3}\n')
-    with pytest.raises(RowsError, match='does not begin with the header of a sweep; write another --out'):
+    with pytest.raises(ValueError, match='does not begin with the header of a sweep; write another --out'):
         Sweep(tmp_path, made.HEADER)
     assert (tmp_path / ROWS).read_text() == '{"loss": 3}\n'
 
@@ -153,7 +153,7 @@ def test_damage_in_the_middle_is_refused_and_nothing_is_cut(tmp_path: Path) -> N
     (tmp_path / ROWS).write_bytes(b''.join(written))
     expected = 'line 7 of the rows is damaged and 10 lines follow it; .* up to line 11'
     for read in (lambda: Sweep(tmp_path, made.HEADER), lambda: read_rows(tmp_path)):
-        with pytest.raises(RowsError, match=expected):
+        with pytest.raises(ValueError, match=expected):
             read()
     assert (tmp_path / ROWS).read_bytes() == b''.join(written)
 
@@ -192,10 +192,10 @@ def test_files_of_different_sweeps_are_not_read_as_one(tmp_path: Path) -> None:
     RowFile(tmp_path / 'rows-a.jsonl', made.HEADER, made.METHODS)
     RowFile(tmp_path / 'rows-b.jsonl', {**made.HEADER, 'seed': 4}, made.METHODS)
     with pytest.raises(
-        RowsError, match=r'is of another sweep than .*rows-a.jsonl:\n  seed: 3 in the file, 4 now'
+        ValueError, match=r'is of another sweep than .*rows-a.jsonl:\n  seed: 3 in the file, 4 now'
     ):
         read_rows(tmp_path)
-    with pytest.raises(RowsError, match=r'holds no rows.jsonl; give the folder \(--out\) that'):
+    with pytest.raises(ValueError, match=r'holds no rows.jsonl; give the folder \(--out\) that'):
         read_rows(tmp_path / 'none')
 
 
