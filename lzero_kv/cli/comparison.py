@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +124,8 @@ class Comparison:
     def draw(self, path: Path) -> Path:
         """Write the picture: time by part, and returns over environment steps."""
         # Imported here so that a broken plotting library does not take the other commands with it.
+        # LightZero's imports let every logger tell all.
+        logging.getLogger('matplotlib').setLevel(logging.WARNING)
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -66,6 +66,7 @@ class Bar:
             disable=not self.drawn,
             speed_estimate_period=math.inf,  # a document may take longer than rich remembers
         )
+        self._bar.add_task('', total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -80,7 +81,5 @@ class Bar:
 
     def show(self, done: float, total: float, state: str) -> Task:
         """Show where the work stands, in any unit; the speed is that of what is done after the first call."""
-        if not self._bar.tasks:
-            self._bar.add_task(state, completed=done)
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=state)
         return self._bar.tasks[0]

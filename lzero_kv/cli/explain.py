@@ -15,7 +15,7 @@ from rich.table import Table
 from lzero_kv.cli.console import show_line, show_table
 from lzero_kv.telemetry.table import text_table
 from lzero_kv.validation.findings import Finding, load_finding, recomputed
-from lzero_kv.validation.tolerance import Deviation, Tolerance
+from lzero_kv.validation.tolerance import Tolerance
 
 CACHES = {'cache': 'cache', 'stock': 'stock cache'}
 DISTANCES = tuple(head for name in CACHES.values() for head in (f'{name}, largest', 'mean'))
@@ -118,9 +118,8 @@ def verdict(finding: Finding, truth: dict[str, torch.Tensor]) -> tuple[bool, str
     common = [name for name in truth if stored.get(name) is not None]
     if not common:
         return False, 'The file holds no truth to compare the recomputation with.'
-    worst = Deviation()
-    for name in common:
-        worst = worst | SAME.deviation(truth[name], stored[name])
+    found = [SAME.deviation(truth[name], stored[name]) for name in common]
+    worst = max(found, key=lambda deviation: deviation.excess)
     if not worst.within:
         return False, (
             f'The recomputation does NOT confirm the truth in the file: they are {worst.largest:.3g} apart. '

@@ -1,15 +1,31 @@
-"""Measurement of methods on documents, shared by any number of processes and resumed after a kill."""
+"""Measurement of methods on documents, shared by any number of processes and resumed after a kill.
+
+Several processes append to one file, a whole document at a time and under a lock. A process that dies while
+it appends leaves a torn document at the end; the next one that opens or appends cuts it away.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lzero_kv.sweep.rows import ROWS, Row, RowFile, Unit
+from lzero_kv.sweep.rows import (
+    HEADER,
+    ROWS,
+    Row,
+    Unit,
+    complete_documents,
+    differences,
+    header_of,
+    line_of,
+    unit_of,
+)
 
 CLAIMS = 'claims.lock'
 
@@ -56,34 +72,36 @@ Watch = Callable[[Progress], None]
 
 
 class Sweep:
-    """The rows of a sweep in a folder, and what is left to measure.
+    """The rows of a sweep, on disk and in memory, and what is left to measure.
 
     Arguments:
         folder: of the rows; it is created where it is missing.
-        header: what the sweep is, with the names of the methods as ``methods``; see :class:`RowFile`.
+        header: what the sweep is, JSON-able, with the names of the methods as ``methods``: a document is
+            complete with one row of each. Every process that appends gives the same.
+
+    Attributes:
+        rows: all rows so far, in the order in which they were written.
 
     Raises:
-        ValueError: the folder holds another sweep.
-        OSError: the folder cannot be written.
+        ValueError: the folder holds another sweep, or no file of rows. Nothing has been changed then.
+        OSError: the folder or its file cannot be written or locked.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._file = RowFile(folder / ROWS, header, header['methods'])
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows so far, in the order in which they were written."""
-        return list(self._file.rows)
+        self.rows: list[Row] = []
+        self._path = folder / ROWS
+        self._methods = frozenset(header['methods'])
+        self._done: set[Unit] = set()
+        self._read_to = 0  # bytes; a whole number of documents behind the header
+        with self._locked() as file:
+            self._begin(file, json.loads(json.dumps(header)))
+            self._repair(file)
 
     def left(self, documents: Iterable[Document]) -> list[Document]:
         """The documents that have no rows yet."""
-        return [document for document in documents if unit_of(document) not in self._file.done]
-
-    def append(self, rows: Iterable[Row]) -> bool:
-        """Write the rows of a document that was measured elsewhere; see :meth:`RowFile.append`."""
-        return self._file.append(rows)
+        return [document for document in documents if _unit(document) not in self._done]
 
     def run(
         self,
@@ -116,12 +134,80 @@ class Sweep:
                     continue
                 tell(document, wait)
                 with claimed(self.folder / CLAIMS, index, wait=wait) as mine:
-                    self._file.refresh()  # its last holder may have written the rows
+                    with self._locked() as file:
+                        self._read_on(file)  # its last holder may have written the rows
                     if mine and self.left([document]):
                         tell(document)
-                        self._file.append(score(document))
+                        self.append(score(document))
                 tell()
         return self.rows
+
+    def append(self, rows: Iterable[Row]) -> bool:
+        """Write all rows of one document; they are on the disk when this returns.
+
+        Returns:
+            False when another process has written the document already; nothing was written then.
+
+        Raises:
+            ValueError: the rows are not those of one document with every method once.
+        """
+        made = list(rows)
+        unit = self._checked(made)
+        with self._locked() as file:
+            self._repair(file)
+            if unit in self._done:
+                return False
+            file.seek(self._read_to)
+            file.write(b''.join(line_of(row) for row in made))
+            _to_disk(file)
+            self._read_on(file)
+        return True
+
+    def _checked(self, made: Sequence[Row]) -> Unit:
+        units, names = {unit_of(row) for row in made}, sorted(row['method'] for row in made)
+        if len(units) != 1 or names != sorted(self._methods):
+            raise ValueError(
+                f'expected the rows of one document, one for each of {sorted(self._methods)}, '
+                f'got {names} of {sorted(units)}'
+            )
+        return units.pop()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Any]:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        with os.fdopen(descriptor, 'r+b') as file:
+            # closing the file gives it back, also when the process is killed
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+    def _begin(self, file: Any, header: Any) -> None:
+        first = file.readline()
+        if not first.endswith(b'\n'):
+            file.seek(0)
+            file.truncate()
+            first = line_of({HEADER: header})
+            file.write(first)
+            _to_disk(file)
+            _folder_to_disk(self.folder)
+        elif found := list(differences(header_of(first, self._path), header)):
+            raise ValueError(
+                f'{self._path} holds another sweep:\n  '
+                + '\n  '.join(found)
+                + '\nwrite the same as before to go on with it, or another --out to begin a new one'
+            )
+        self._read_to = len(first)
+
+    def _repair(self, file: Any) -> None:
+        """Cut away what stands behind the last complete document; the lock says that its process is dead."""
+        self._read_on(file)
+        file.truncate(self._read_to)
+
+    def _read_on(self, file: Any) -> None:
+        file.seek(self._read_to)
+        for rows, size in complete_documents(file.read(), self._methods):
+            self.rows += rows
+            self._done.add(unit_of(rows[0]))
+            self._read_to += size
 
     def _progress(self, documents: Sequence[Document], current: Document | None, waiting: bool) -> Progress:
         left = self.left(documents)
@@ -136,13 +222,26 @@ class Sweep:
         )
 
 
-def unit_of(document: Document) -> Unit:
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _folder_to_disk(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unit(document: Document) -> Unit:
     """The key of a document's rows."""
     return document.task, document.id
 
 
 def _check_ids(documents: Sequence[Document]) -> None:
-    units = [unit_of(document) for document in documents]
+    units = [_unit(document) for document in documents]
     if twice := sorted({unit for unit in units if units.count(unit) > 1}):
         raise ValueError(f'each document of a task needs an id of its own, got twice: {twice}')
 

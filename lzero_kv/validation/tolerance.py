@@ -32,10 +32,6 @@ class Deviation:
         """Whether the tolerance explains the difference."""
         return self.excess <= 1.0
 
-    def __or__(self, other: Deviation) -> Deviation:
-        """The one that exceeds its tolerance more."""
-        return other if other.excess > self.excess else self
-
 
 MISMATCH = Deviation(float('inf'), float('inf'), None, float('inf'))
 """Of tensors that cannot be compared: other shapes, or nothing there."""

@@ -54,8 +54,3 @@ def test_what_cannot_be_compared_is_no_match(a: torch.Tensor | None, b: torch.Te
 def test_nothing_on_both_sides_is_equal() -> None:
     assert Tolerance().close(None, None)
     assert Tolerance().close(torch.zeros(0, 3), torch.zeros(0, 3))
-
-
-def test_the_worse_of_two() -> None:
-    small, large = Deviation(9.0, 1.0, None, 0.5), Deviation(0.1, 0.1, None, 2.0)
-    assert small | large == large | small == large

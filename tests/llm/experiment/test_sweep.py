@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.sweep.rows import ROWS, RowFile, read_rows, unit_of
+from lzero_kv.sweep.rows import ROWS, read_rows, unit_of
 from lzero_kv.sweep.sweep import Progress, Sweep, claimed
 from tests.llm.experiment import made
 
@@ -93,7 +93,7 @@ def test_whole_lines_of_half_a_document_are_cut_away(tmp_path: Path) -> None:
 
 def test_a_torn_end_of_another_process_is_cut_away_by_the_next_append(tmp_path: Path) -> None:
     first, second, third = made.documents(2)[:3]
-    alive = RowFile(tmp_path / ROWS, made.HEADER, made.METHODS)
+    alive = Sweep(tmp_path, made.HEADER)
     alive.append(made.score(first))
     with (tmp_path / ROWS).open('ab') as dead:
         dead.write(b'{"task": "needle", "doc')
@@ -104,7 +104,7 @@ def test_a_torn_end_of_another_process_is_cut_away_by_the_next_append(tmp_path: 
 
 def test_a_document_that_another_process_wrote_is_not_written_again(tmp_path: Path) -> None:
     document = made.documents(1)[0]
-    here, there = (RowFile(tmp_path / ROWS, made.HEADER, made.METHODS) for _ in range(2))
+    here, there = (Sweep(tmp_path, made.HEADER) for _ in range(2))
     assert there.append(made.score(document))
     assert not here.append(made.score(document))
     assert here.rows == there.rows == lines(tmp_path)[1:]
@@ -160,7 +160,7 @@ def test_damage_in_the_middle_is_refused_and_nothing_is_cut(tmp_path: Path) -> N
 
 def test_rows_of_a_wrong_form_are_refused_before_they_are_written(tmp_path: Path) -> None:
     first, second = made.documents(1)
-    file = RowFile(tmp_path / ROWS, made.HEADER, made.METHODS)
+    file = Sweep(tmp_path, made.HEADER)
     for rows in (
         list(made.score(first))[:4],
         [*list(made.score(first))[:4], list(made.score(second))[4]],
@@ -189,8 +189,9 @@ def test_files_of_several_machines_are_read_as_one(tmp_path: Path) -> None:
 
 
 def test_files_of_different_sweeps_are_not_read_as_one(tmp_path: Path) -> None:
-    RowFile(tmp_path / 'rows-a.jsonl', made.HEADER, made.METHODS)
-    RowFile(tmp_path / 'rows-b.jsonl', {**made.HEADER, 'seed': 4}, made.METHODS)
+    for name, header in (('a', made.HEADER), ('b', {**made.HEADER, 'seed': 4})):
+        Sweep(tmp_path / name, header)
+        (tmp_path / name / ROWS).rename(tmp_path / f'rows-{name}.jsonl')
     with pytest.raises(
         ValueError, match=r'is of another sweep than .*rows-a.jsonl:\n  seed: 3 in the file, 4 now'
     ):
