@@ -471,7 +471,7 @@ def total_not_following_the_tokens_seen(patch: Patch) -> None:
     original = BudgetedCache._share_out
     patch.setattr(
         BudgetedCache, '_share_out',
-        lambda self, *arguments: original(self, *arguments) if self._first else None
+        lambda self, begins, *others: original(self, begins, *others) if begins else None
     )  # fmt: skip
 
 
@@ -480,8 +480,8 @@ def preferences_of_two_blocks_mixed(patch: Patch) -> None:
 
     def read_and_share(self: BudgetedCache, layer: int, held: LayerCache, queries: Any, sizes: Any) -> None:
         read(self, layer, held, queries, sizes)
-        if not self._first:
-            share_out(self, layer, sizes)
+        if not any(self._begin):
+            share_out(self, False, layer, self.layers, sizes)
 
     patch.setattr(BudgetedCache, '_read', read_and_share)
 
@@ -535,7 +535,7 @@ def preferences_leak_into_the_next_cache(patch: Patch) -> None:
 
     def begin_block(self: BudgetedCache, block: int, rows: int, added: Any) -> None:
         original(self, block, rows, added)
-        if self._first:
+        if any(self._begin):
             self.preferences = shared.setdefault(rows, self.preferences)
 
     def rows_to_measure(self: BudgetedCache, layer: int, *_: Any) -> list[int]:
@@ -662,7 +662,7 @@ def test_the_comparison_finds(fault, monkeypatch):
     for check in checks():
         try:
             check()
-        except (AssertionError, pytest.fail.Exception, ValueError, IndexError, RuntimeError, AttributeError):
+        except (AssertionError, pytest.fail.Exception, ValueError, IndexError, RuntimeError):
             return
     pytest.fail(f'{fault.__name__} was not found')
 
