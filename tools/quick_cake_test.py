@@ -24,27 +24,13 @@ import torch
 import tyro
 
 from lzero_kv.cli.console import show_error, show_line
+from lzero_kv.llm.families import FAMILIES
+from testing.language_models import tiny_model
 
 RATIO = 0.25
 BUDGET = dict(ratio=RATIO, window=8)
-TOKENS, SHORT, NEW, VOCABULARY = 96, 61, 5, 97
+TOKENS, SHORT, NEW = 96, 61, 5
 TOLERANCE = 1e-4
-
-
-def tiny_models() -> dict[str, Any]:
-    """A random model of each family: 3 layers, 6 query heads on 2 key-value heads."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = dict(
-        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
-        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
-        bos_token_id=1, eos_token_id=None, sliding_window=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return {
-        family: AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
-        for family in ('llama', 'mistral', 'qwen2')
-    }
 
 
 def prompt(model: Any, rows: int = 1, tokens: int = TOKENS) -> torch.Tensor:
@@ -167,7 +153,7 @@ def quick_cake_test(skip_model: bool = False, model: str = 'smollm2') -> int:
     from lzero_kv.llm.experiment.experiment import quiet_transformers
 
     quiet_transformers()
-    begun, groups = time.monotonic(), [tiny_models()]
+    begun, groups = time.monotonic(), [{family: tiny_model(family) for family in FAMILIES}]
     if not skip_model:
         from lzero_kv.llm.experiment.models import load
 

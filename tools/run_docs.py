@@ -37,16 +37,6 @@ class Block:
     text: str
 
 
-# A language model and a prompt, as the README has them.
-MODEL = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
-model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, eos_token_id=None)).eval()
-inputs = dict(input_ids=torch.randint(2, 97, (1, 200)))
-"""
-
-
 def pages() -> list[Path]:
     """The pages that make promises."""
     return [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -61,6 +51,13 @@ def blocks(page: Path) -> Iterator[Block]:
     """Fenced blocks of a page, in order."""
     for language, text in BLOCK.findall(page.read_text(encoding='utf-8')):
         yield Block(page, language, text)
+
+
+def language_model() -> str:
+    """Python that makes a language model and a prompt for it: how the page of language models begins."""
+    page = ROOT / 'docs' / 'language_models.md'
+    first = next(block.text for block in blocks(page) if block.language == 'python')
+    return first.partition('\ncache = ')[0]
 
 
 def commands(page: Path) -> list[str]:
@@ -78,7 +75,7 @@ def snippets(page: Path) -> str:
     """All Python of a page, as one program in which a config is at hand, and a model where it takes one."""
     found = [block.text for block in blocks(page) if block.language == 'python']
     text = '\n'.join(found)
-    model = MODEL if 'enable(model' in text and 'LlamaConfig' not in text else ''
+    model = language_model() if 'enable(model' in text and 'LlamaConfig' not in text else ''
     return '\n'.join([CONFIGS, model, text]) if found else ''
 
 

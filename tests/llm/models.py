@@ -1,42 +1,21 @@
-"""Tiny random models of the families, and inputs for them. All dimensions are different numbers."""
+"""Tiny random models with attention that is not flat, and inputs for them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from lzero_kv.llm.families import cache_argument
+from testing.language_models import tiny_model
 
-SIZES: dict[str, Any] = dict(
-    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-    num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
-)  # fmt: skip
-MAKERS: dict[str, Any] = {
-    'llama': lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    'mistral': lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
-    'mistral-sliding': lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=19)),
-    'qwen2': lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    'qwen2-mixed': lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=17, max_window_layers=1)
-    ),
-}
 PROMPT = 41
 PADDING = (0, 13, 5)
 
 
 def make(family: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A model with attention that is not flat."""
-    torch.manual_seed(7)
-    model = MAKERS[family]().eval().requires_grad_(False)
+    """A model of a name of ``WINDOWS``."""
+    model = tiny_model(family, seed=7).requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(2.0)
     return model.to(dtype)

@@ -12,11 +12,12 @@ import torch
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 from lzero_kv.llm import BudgetCache, prefill
+from testing.language_models import WINDOWS
 
 from .eager import EagerWithMasks
-from .models import MAKERS, PADDING, PROMPT, batch, cache_name, generate, make
+from .models import PADDING, PROMPT, batch, cache_name, generate, make
 
-every_family = pytest.mark.parametrize('family', MAKERS)
+every_family = pytest.mark.parametrize('family', WINDOWS)
 METHODS = [
     *(dict(selection=name, allocation='attention_based') for name in SELECTIONS),
     *(dict(selection='cake', allocation=name) for name in ALLOCATIONS if name != 'attention_based'),
@@ -34,7 +35,7 @@ every_method = pytest.mark.parametrize(
             # these two play the methods by turns; the other half are slow tests
             marks=[pytest.mark.slow] * (family == FULLY_COMPARED[1 - number % 2]),
         )
-        for family in MAKERS
+        for family in WINDOWS
         for number, method in enumerate(METHODS)
         if family in FULLY_COMPARED or number in (4, 5, 6)
     ],

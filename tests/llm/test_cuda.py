@@ -10,14 +10,15 @@ import torch
 
 from lzero_kv.budget.attention import QueryAttention, at_least_float32
 from lzero_kv.llm import BudgetCache, disable, enable
+from testing.language_models import WINDOWS
 
-from .models import MAKERS, batch, generate, make
+from .models import batch, generate, make
 from .test_cache import METHODS, budget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 
 
-@pytest.mark.parametrize('family', MAKERS)
+@pytest.mark.parametrize('family', WINDOWS)
 @pytest.mark.parametrize('method', METHODS, ids=lambda method: '-'.join(map(str, method.values())))
 def test_a_device_keeps_and_answers_what_a_cpu_does(family: str, method: dict[str, Any]) -> None:
     model, (ids, mask), found = make(family), batch(), []
@@ -34,7 +35,7 @@ def test_a_device_keeps_and_answers_what_a_cpu_does(family: str, method: dict[st
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize('family', MAKERS)
+@pytest.mark.parametrize('family', WINDOWS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_covering_budget_changes_no_bit(family: str, dtype: torch.dtype) -> None:
     model, (ids, mask) = make(family, dtype).cuda(), (part.cuda() for part in batch())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from run_docs import MODEL, blocks
+from run_docs import blocks, language_model
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = """
@@ -87,7 +87,7 @@ def test_the_snippets_of_language_models_run_from_the_wheel(page: str, python: P
     texts = [block.text for block in blocks(ROOT / page) if block.language == 'python']
     snippets = [text for text in texts if 'lzero_kv.llm' in text]
     assert snippets
-    code = '\n'.join([MODEL, *snippets, REPORT])
+    code = '\n'.join([language_model(), *snippets, REPORT])
     run = subprocess.run(
         [python, '-I', '-W', 'ignore', '-c', code], cwd=tmp_path, capture_output=True, text=True
     )

@@ -41,24 +41,10 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token='<end>')
 
 
-def tiny_llama(tokenizer: Any, **changes: Any) -> Any:
-    """Random weights: 3 layers, 6 query heads and 2 key-value heads of 8."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_llama(tokenizer: Any) -> Any:
+    """A tiny Llama with attention on few tokens, so that dropping them shows."""
+    from testing.language_models import tiny_model
 
-    torch.manual_seed(11)
-    shape: dict[str, Any] = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=640,
-        # so that the attention is on few tokens and dropping them shows
-        initializer_range=0.3,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
+    end = tokenizer.eos_token_id
+    tokens = dict(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=end)
+    return tiny_model('llama', seed=11, max_position_embeddings=640, initializer_range=0.3, **tokens)
