@@ -37,9 +37,9 @@ BESIDE = 0.06  # octaves between the points of two algorithms at the same bytes
 
 def draw_all(found: Sequence[Summary], folder: Path) -> dict[str, str]:
     """Draw what was measured: the file of each picture in ``folder``, and what it shows."""
-    held = by_ratio(one for one in found if one.memory)
+    held = [one for group in by_ratio(found).values() for one in group if one.memory]
     pictures: dict[str, tuple[Callable[[Sequence[Summary], Path], None], str, bool]] = {
-        'quality.png': (draw_quality, 'Quality against bytes', any(one.kl or one.relative for one in found)),
+        'quality.png': (draw_quality, 'Quality against bytes', any(one.kl or one.relative for one in held)),
         'layers.png': (draw_layers, 'Tokens of each layer', bool(held)),
         'kept.png': (draw_kept, 'Where kept tokens stand', bool(held)),
         'speed.png': (draw_speed, 'Speed', any(one.next_token for one in found)),

@@ -118,18 +118,19 @@ def best_sentences(found: Iterable[Summary]) -> list[str]:
         lines = [
             f'- ratio {ratio:g}: {text}' for ratio, group in by_ratio(some).items() if (text := _best(group))
         ]
-        sentences += ['\n'.join([f'**{task}**{_control(some[0])}', *lines])] if lines else []
+        control = _control(some[0])
+        sentences += ['\n'.join([f'**{task}**{control}', *lines])] if control or lines else []
     return sentences
 
 
 def _control(full: Summary) -> str:
-    """The score of the full cache, in words where it is no better than a guess."""
+    """The score of the full cache beside a guess, in words where it is no better."""
     if full.score is None:
         return ''
-    said = f', full cache {full.score.value:.2f}'
+    said = f', full cache {full.score.value:.2f}, a guess {full.chance:.2f}'
     if full.score.value > full.chance:
         return said
-    return f'{said}, a guess {full.chance:.2f}: the scores say nothing, the model cannot do this task'
+    return f'{said}: the scores say nothing, the model cannot do this task'
 
 
 def _best(group: Sequence[Summary]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import random
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from lzero_kv.llm.experiment.documents import (
     encode,
     line_starts,
 )
+from lzero_kv.llm.experiment.scoring import edit
 from lzero_kv.mistakes import did_you_mean
 
 Text = str | Path
@@ -208,16 +210,19 @@ def _next_line(tokenizer: Any, stretches: Stretches, number: int, length: int) -
     before = encode(tokenizer, text[:end])
     if len(before) < room:
         raise ValueError(f'piece {number} of {stretches.source} has no line of code behind {length} tokens')
+    prompt = before[-room:]
+    others = [edit(other, [line]) for other in tokenizer.decode(prompt).split('\n') if _is_code(other)]
     return Document(
         task=_named('code', stretches),
         id=f'code-{stretches.name}-{length}-{number}',
-        prompt=(*front, *before[-room:]),
+        prompt=(*front, *prompt),
         # the line's beginning belongs to it: tokens join it with the spaces that follow
         target=tuple(encode(tokenizer, f'\n{line}')),
         answers=(line,),
         metric='edit',
         new_tokens=64,
         stop='\n',
+        chance=statistics.fmean(others or [0.0]),
     )
 
 
@@ -325,8 +330,7 @@ TASKS: dict[str, Callable[..., list[Document]]] = {
     The most frequent one of made-up words, as often as Zipf's law has it with exponent 1.2; chance is a word
     of the list. RULER asks for three: of models with 135 million parameters one alone is above chance.
 ``code``
-    The next line of a program, scored by its similarity as in LongBench. What a guess scores was not measured
-    and counts as 0.
+    The next line of a program, scored by its similarity as in LongBench; chance is a line of the prompt.
 """
 TEXTS = {task: PYTHON if task == 'code' else SHAKESPEARE for task in TASKS if task != 'words'}
 """The text that a task reads unless another one is given."""

@@ -29,7 +29,8 @@ METHODS = [
 def write(folder: Path, rows: list[Row]) -> Path:
     """A sweep's folder."""
     versions = {'torch': '2.13.0', 'transformers': '5.24.0'}
-    header = dict(model='made', seed=5, versions=versions, methods=[one.name for one in METHODS])
+    names = [one.name for one in METHODS if any(row['method'] == one.name for row in rows)]
+    header = dict(model='made', seed=5, versions=versions, methods=names)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + '\n' for row in ({'sweep': header}, *rows)]
     (folder / ROWS).write_text(''.join(lines), encoding='utf-8')

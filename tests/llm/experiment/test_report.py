@@ -187,6 +187,15 @@ def test_the_command_writes_page_pictures_and_scalars(
         assert len(np.unique(colours)) > 20
 
 
+def test_the_full_cache_alone_says_what_the_model_can_do(rows: list[dict], tmp_path: Path) -> None:
+    folder = drawn.write(tmp_path, [dict(row, chance=0.25) for row in rows if row['method'] == 'full'])
+    assert main(['llm', 'report', str(folder)]) == 0
+    needle = of(summaries(rows), 'needle', 'full').score.value
+    text = (folder / 'report.md').read_text()
+    assert f'**needle**, full cache {needle:.2f}, a guess 0.25\n' in text
+    assert re.findall(r'!\[.*\]\((.*)\)', text) == ['speed.png']
+
+
 def scalars(folder: Path, run: str) -> dict[str, list[tuple[int, float]]]:
     log = EventAccumulator(str(folder / SCALARS / run)).Reload()
     return {tag: [(one.step, one.value) for one in log.Scalars(tag)] for tag in log.Tags()['scalars']}

@@ -154,6 +154,8 @@ def test_a_line_of_code_follows_its_program(tokenizer, story, length, number):
     assert tokenizer.decode([*made.prompt, *made.target]) + '\n' in PROGRAM.read_text()
     assert tokenizer.decode(made.target) == f'\n{made.answers[0]}'
     assert made.answers[0].strip() and '#' not in made.answers[0]
+    # lines of a program are alike, and not the same
+    assert 0.1 < made.chance < 0.8
 
 
 def test_places_of_needles_are_spread_over_the_text(tokenizer, story):
