@@ -49,28 +49,29 @@ def dispersion_and_shift(
         ``[B]`` each, ``H`` in nats; float32 (float64 for a float64 attention).
     """
     attention = torch.nan_to_num(at_least_float32(attention), nan=0.0, posinf=0.0, neginf=0.0)
-    counts = evictable.repeat_interleave(attention.shape[1] // evictable.shape[1], dim=1)[:, :, None]
-    attention = torch.where(counts, attention, attention.new_zeros(()))
-    if queries is None:
-        queries = torch.full((1, 1), attention.shape[2], device=attention.device)
-    # xlogy is 0 at 0
-    dispersion = -torch.special.xlogy(attention, attention).sum((1, 2, 3))
-    return dispersion, query_moments(attention, queries)[1].sum((1, 2))
+    counts = evictable.repeat_interleave(attention.shape[1] // evictable.shape[1], dim=1)
+    # a log a is 0 at 0
+    entropy = attention.clamp_min(torch.finfo(attention.dtype).tiny).log_().mul_(attention).sum(2).neg_()
+    variance = query_moments(attention, queries)[1]
+    dispersion, shift = (torch.where(counts, part, 0.0).sum((1, 2)) for part in (entropy, variance))
+    return dispersion, shift
 
 
-def query_moments(attention: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def query_moments(attention: torch.Tensor, queries: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and sample variance over the queries that are no padding: ``[B, heads, n]`` each.
 
     Arguments:
         attention: ``[B, heads, W, n]``; 0 where a query is padding.
-        queries: int64 ``[B, heads]`` or ``[B, 1]``: the last ones of the ``W`` queries that are no padding.
+        queries: int64 ``[B, heads]`` or ``[B, 1]``: the last ones of the ``W`` queries that are no padding;
+            None for all.
     """
-    count = queries[..., None].to(attention.dtype)
-    mean = attention.sum(2) / count.clamp(min=1)
     window = attention.shape[2]
-    real = torch.arange(window, device=attention.device) >= window - queries[..., None]
-    deviation = torch.where(real[..., None], attention - mean[:, :, None], attention.new_zeros(()))
-    return mean, deviation.square().sum(2) / (count - 1).clamp(min=1)
+    count = attention.new_tensor(window) if queries is None else queries[..., None].to(attention.dtype)
+    mean = attention.sum(2) / count.clamp(min=1)
+    deviation = attention - mean[:, :, None]
+    if queries is not None:
+        deviation *= real_columns(queries, window)[..., None]
+    return mean, deviation.square_().sum(2) / (count - 1).clamp(min=1)
 
 
 def layer_preference(
@@ -96,7 +97,7 @@ def layer_preference(
     return Preference(*(float(values.sum() / rows) for values in dispersion_and_shift(recent, evictable)))
 
 
-_PIECE = {'cpu': 32, 'cuda': 256}
+_PIECE = {'cpu': 64, 'cuda': 256}
 """Queries whose attention is held at once where all of them are summed up: on a CPU so few that its caches
 hold them, on a GPU so many that launches do not count."""
 
@@ -131,14 +132,12 @@ class QueryAttention:
         """``[B, heads, min(window, P), n]``: probabilities of the last queries, 0 for padding."""
         first = max(0, self.queries.shape[2] - window)
         probabilities = self._probabilities(first, self.queries.shape[2])
-        real = self._real(first, self.queries.shape[2])
+        real = self._real(first)
         return probabilities if real is None else probabilities * real[:, None, :, None]
 
-    def count(self, queries: int) -> torch.Tensor:
-        """int64 ``[B, 1]``: how many of the last ``queries`` are no padding."""
-        if self.counts is None:
-            return torch.full((self.keys.shape[0], 1), queries, device=self.keys.device)
-        return self.counts[:, None].clamp(max=queries)
+    def count(self, queries: int) -> torch.Tensor | None:
+        """int64 ``[B, 1]``: how many of the last ``queries`` are no padding; None for all."""
+        return None if self.counts is None else self.counts[:, None].clamp(max=queries)
 
     def accumulated(self, groups: int, decay: float, before: torch.Tensor | None) -> torch.Tensor:
         """``[B, groups, n]``: ``s <- decay s + a_q`` for every query, mean over a group's heads; from
@@ -149,7 +148,9 @@ class QueryAttention:
         else:
             sums = self._summed_in_pieces(groups, decay)
         if before is not None:
-            sums[..., : before.shape[2]] += decay ** self.count(total)[..., None].to(before.dtype) * before
+            count = self.count(total)
+            faded = decay**total if count is None else decay ** count[..., None].to(before.dtype)
+            sums[..., : before.shape[2]] += faded * before
         return sums
 
     @property
@@ -183,25 +184,25 @@ class QueryAttention:
         return sums[..., 0].to(self.keys.dtype) / (queries.shape[1] // keys.shape[1])
 
     def _summed_in_pieces(self, groups: int, decay: float) -> torch.Tensor:
-        total, columns = self.queries.shape[2], self.keys.shape[2]
-        sums = self.keys.new_zeros(self.keys.shape[0], groups, columns)
+        total, rows, columns = self.queries.shape[2], self.keys.shape[0], self.keys.shape[2]
+        sums = self.keys.new_zeros(rows, groups, columns)
+        ages = torch.arange(total - 1, -1, -1, device=self.keys.device)
+        weights, real = decay ** ages.to(self.keys.dtype)[None], self._real(0)
+        weights = weights if real is None else weights * real
         piece = _PIECE.get(self.keys.device.type, _PIECE['cuda'])
         for first in range(0, total, piece):
             end = min(total, first + piece)
-            ages = torch.arange(total - 1 - first, total - 1 - end, -1, device=self.keys.device)
-            weights = (decay ** ages.to(self.keys.dtype))[None]
-            real = self._real(first, end)
-            weights = weights if real is None else weights * real
-            seen = weights[:, None, None] @ self._probabilities(first, end)
+            seen = weights[:, None, None, first:end] @ self._probabilities(first, end)
             sums[..., : seen.shape[3]] += mean_of_groups(seen[:, :, 0], groups)
         return sums
 
-    def _real(self, first: int, end: int) -> torch.Tensor | None:
-        """``[B, end - first]``: 1 for a query, 0 for padding."""
+    def _real(self, first: int) -> torch.Tensor | None:
+        """``[B, P - first]``: 1 for a query, 0 for padding; None where all are queries."""
         if self.counts is None:
             return None
-        number = torch.arange(first, end, device=self.keys.device)
-        return (number >= self.queries.shape[2] - self.counts[:, None]).to(self.keys.dtype)
+        total = self.queries.shape[2]
+        number = torch.arange(first, total, device=self.keys.device)
+        return (number >= total - self.counts[:, None]).to(self.keys.dtype)
 
     def _probabilities(self, first: int, end: int) -> torch.Tensor:
         """``[B, heads, end - first, m]`` over the ``m`` columns up to the last one of these queries."""
@@ -248,7 +249,8 @@ class AttentionRecord:
         self.recent: torch.Tensor | None = None
         """``[B, heads, window, n]``: attention of the last queries; 0 where there was none."""
         self.queries: torch.Tensor | None = None
-        """int64 ``[B, G]``: the last ones of those queries that are no padding."""
+        """int64 ``[B, G]``: the last ones of those queries that are no padding; None where that is known of
+        all."""
 
     def observe(self, attention: torch.Tensor, lengths: torch.Tensor) -> None:
         """Take in the attention of a block of new tokens over all tokens that are held, themselves included.
@@ -299,10 +301,12 @@ class AttentionRecord:
         Raises:
             RuntimeError: nothing was observed.
         """
-        if self.recent is None or self.queries is None:
+        if self.recent is None:
             raise RuntimeError('no attention was observed; call observe before asking for scores')
-        shares = self.recent.shape[1] // self.groups
-        mean, variance = query_moments(self.recent, self.queries.repeat_interleave(shares, dim=1))
+        queries = self.queries
+        if queries is not None:
+            queries = queries.repeat_interleave(self.recent.shape[1] // self.groups, dim=1)
+        mean, variance = query_moments(self.recent, queries)
         return mean_of_groups(mean, self.groups), mean_of_groups(variance, self.groups)
 
     def _accumulate(self, attention: torch.Tensor) -> None:

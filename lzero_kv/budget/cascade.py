@@ -16,6 +16,7 @@ from lzero_kv.budget.attention import (
 )
 from lzero_kv.budget.config import INTERVAL, BudgetConfig, Sizes
 from lzero_kv.budget.layer import LayerCache
+from lzero_kv.budget.tokens import real_columns
 
 
 class BudgetedCache:
@@ -359,11 +360,11 @@ class BudgetedCache:
         recent: torch.Tensor,
         reading: QueryAttention,
     ) -> None:
-        queries = reading.count(recent.shape[2])
-        if isinstance(held.record.window, torch.Tensor):
-            queries = queries.minimum(held.record.window[:, 0])
-            number = torch.arange(recent.shape[2], device=recent.device)
-            recent = recent * (number >= recent.shape[2] - queries)[:, None, :, None]
+        queries, window = reading.count(recent.shape[2]), held.record.window
+        if isinstance(window, torch.Tensor):
+            own = window[:, 0].clamp(max=recent.shape[2])
+            queries = own if queries is None else queries.minimum(own)
+            recent = recent * real_columns(queries, recent.shape[2])[..., None]
         found = torch.stack(dispersion_and_shift(recent, held.tokens.evictable, queries), dim=1).tolist()
         for row in rows:
             known = self.preferences[row]

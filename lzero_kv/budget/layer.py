@@ -166,7 +166,8 @@ class LayerCache:
             record.accumulated = reading.accumulated(record.groups, record.decay, record.accumulated)
         if 'recent' in reads and recent is not None:
             record.recent = recent
-            record.queries = reading.count(recent.shape[2]).expand(-1, record.groups)
+            count = reading.count(recent.shape[2])
+            record.queries = None if count is None else count.expand(-1, record.groups)
         if reads:
             tokens = self.tokens
             new = selection.scores(record, tokens)

@@ -110,9 +110,9 @@ def dispersion_over_the_window_too(patch: Patch) -> None:
 
 
 def variance_of_the_population(patch: Patch) -> None:
-    def moments(probabilities: torch.Tensor, queries: torch.Tensor) -> Any:
+    def moments(probabilities: torch.Tensor, queries: torch.Tensor | None) -> Any:
         mean, variance = original(probabilities, queries)
-        count = queries[..., None].to(probabilities.dtype)
+        count = probabilities.shape[2] if queries is None else queries[..., None].to(probabilities.dtype)
         return mean, variance * (count - 1) / count
 
     original = attention.query_moments
