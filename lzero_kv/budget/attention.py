@@ -139,14 +139,16 @@ class QueryAttention:
         """int64 ``[B, 1]``: how many of the last ``queries`` are no padding; None for all."""
         return None if self.counts is None else self.counts[:, None].clamp(max=queries)
 
-    def accumulated(self, groups: int, decay: float, before: torch.Tensor | None) -> torch.Tensor:
+    def accumulated(
+        self, groups: int, decay: float, before: torch.Tensor | None, recent: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """``[B, groups, n]``: ``s <- decay s + a_q`` for every query, mean over a group's heads; from
-        ``before`` (of the first columns) on."""
+        ``before`` (of the first columns) on. ``recent`` is what :meth:`newest` gave, where it was asked."""
         total = self.queries.shape[2]
         if self._has_fused_kernel:
             sums = mean_of_groups(self.summed(decay), groups)
         else:
-            sums = self._summed_in_pieces(groups, decay)
+            sums = self._summed_in_pieces(groups, decay, recent)
         if before is not None:
             count = self.count(total)
             faded = decay**total if count is None else decay ** count[..., None].to(before.dtype)
@@ -183,18 +185,26 @@ class QueryAttention:
             (sums,) = torch.autograd.grad(attended, values, given)
         return sums[..., 0].to(self.keys.dtype) / (queries.shape[1] // keys.shape[1])
 
-    def _summed_in_pieces(self, groups: int, decay: float) -> torch.Tensor:
+    def _summed_in_pieces(self, groups: int, decay: float, recent: torch.Tensor | None) -> torch.Tensor:
         total, rows, columns = self.queries.shape[2], self.keys.shape[0], self.keys.shape[2]
         sums = self.keys.new_zeros(rows, groups, columns)
         ages = torch.arange(total - 1, -1, -1, device=self.keys.device)
         weights, real = decay ** ages.to(self.keys.dtype)[None], self._real(0)
         weights = weights if real is None else weights * real
-        piece = _PIECE.get(self.keys.device.type, _PIECE['cuda'])
-        for first in range(0, total, piece):
-            end = min(total, first + piece)
-            seen = weights[:, None, None, first:end] @ self._probabilities(first, end)
-            sums[..., : seen.shape[3]] += mean_of_groups(seen[:, :, 0], groups)
+        piece, known = _PIECE.get(self.keys.device.type, _PIECE['cuda']), 0
+        if recent is not None:
+            known = recent.shape[2]
+            sums += self._weighted(weights[:, total - known :], recent, groups)
+        for first in range(0, total - known, piece):
+            end = min(total - known, first + piece)
+            seen = self._weighted(weights[:, first:end], self._probabilities(first, end), groups)
+            sums[..., : seen.shape[2]] += seen
         return sums
+
+    @staticmethod
+    def _weighted(weights: torch.Tensor, attention: torch.Tensor, groups: int) -> torch.Tensor:
+        """``[B, groups, m]``: sums over the queries of ``[B, heads, Q, m]``, mean over a group's heads."""
+        return mean_of_groups((weights[:, None, None] @ attention)[:, :, 0], groups)
 
     def _real(self, first: int) -> torch.Tensor | None:
         """``[B, P - first]``: 1 for a query, 0 for padding; None where all are queries."""

@@ -157,13 +157,14 @@ class LayerCache:
 
         Arguments:
             reading: attention of the ``P`` queries since the last reading.
-            recent: ``[B, heads, min(P, horizon), n]``: that of the last ones, where the selection reads it.
+            recent: ``[B, heads, min(P, horizon), n]``: that of the last ones, where it was computed.
             selection: what the tokens are scored by.
             horizon: queries of the average, at least 1.
         """
         record, reads = self.record, selection.reads
         if 'accumulated' in reads:
-            record.accumulated = reading.accumulated(record.groups, record.decay, record.accumulated)
+            before = record.accumulated
+            record.accumulated = reading.accumulated(record.groups, record.decay, before, recent)
         if 'recent' in reads and recent is not None:
             record.recent = recent
             count = reading.count(recent.shape[2])

@@ -412,8 +412,10 @@ def sums_of_long_blocks_lose_a_piece(patch: Patch) -> None:
 def accumulated_before_not_decayed(patch: Patch) -> None:
     original = QueryAttention.accumulated
 
-    def accumulated(self: QueryAttention, groups: int, decay: float, before: Any) -> torch.Tensor:
-        sums = original(self, groups, decay, None)
+    def accumulated(
+        self: QueryAttention, groups: int, decay: float, before: Any, recent: Any
+    ) -> torch.Tensor:
+        sums = original(self, groups, decay, None, recent)
         if before is not None:
             sums[..., : before.shape[2]] += before
         return sums

@@ -177,7 +177,7 @@ def test_a_mix_with_uniform_is_allowed_where_all_layers_are_known():
 
 @pytest.mark.parametrize('inference', [False, True])
 def test_the_gradient_of_the_values_is_the_accumulated_attention(inference):
-    """What a GPU's kernel sums up, on a CPU: 70 queries of 6 heads, 3 key-value heads, 3 pieces."""
+    """What a GPU's kernel sums up, on a CPU: 70 queries of 6 heads, 3 key-value heads, several pieces."""
     generator = torch.Generator().manual_seed(2)
     with torch.inference_mode(inference):
         queries, keys = (
@@ -186,7 +186,12 @@ def test_the_gradient_of_the_values_is_the_accumulated_attention(inference):
         reading = QueryAttention(queries, keys, None, None, None, 0, scale=0.7)
         for decay in (1.0, 0.97):
             expected = reading.accumulated(3, decay, None)
-            assert torch.allclose(reading.summed(decay), expected, rtol=0, atol=1e-12)
+            for found in (
+                reading.summed(decay),
+                reading.accumulated(3, decay, None, reading.newest(13)),
+                reading.accumulated(3, decay, None, reading.newest(99)),
+            ):
+                assert torch.allclose(found, expected, rtol=0, atol=1e-12)
     probabilities = reading.newest(70).view(2, 3, 2, 70, 70)
     weights = 0.97 ** torch.arange(69, -1, -1, dtype=torch.float64)
     assert torch.allclose((weights[:, None] * probabilities).sum(3).mean(2), expected, rtol=0, atol=1e-12)
