@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lzero_kv import KVCacheManager
 
+ITERATION = 10  # batches of searches that take as long as a training iteration of the demo's size
+
 
 @dataclass
 class TrainingProgress:
@@ -18,11 +20,25 @@ class TrainingProgress:
     collected_steps: int = 0
     evaluated_steps: int = 0
     train_iterations: int = 0
+    searches_done: int = 0  # batches, those of the comparison after the training included
     returns: list[float] = field(default_factory=list)  # mean episode return of each evaluation
     manager: KVCacheManager | None = (
         None  # of the model that collects and evaluates; None while the cache is off
     )
-    listener: Callable[[], None] = lambda: None  # called after every environment step and training iteration
+    policy: Any = None  # that collects
+    searches: list[Any] = field(default_factory=list)  # the first ones of the latest collection
+    beside: Any = None  # those searches with both caches, at the end
+    listener: Callable[[], None] = lambda: None  # called after every batch of searches and training iteration
+
+    @property
+    def work(self) -> int:
+        """What was done, in batches of searches."""
+        return self.searches_done + ITERATION * self.train_iterations
+
+    def searched(self) -> None:
+        """Count a batch of searches."""
+        self.searches_done += 1
+        self.listener()
 
     def find_manager(self, policy: Any) -> None:
         """Keep the cache manager behind a policy's mode functions, if it has one."""

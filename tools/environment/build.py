@@ -113,7 +113,8 @@ def locked_build(environment: Environment, stages: list[Stage]) -> bool:
         require_space(environment.folder, todo)
         verb = 'building' if len(todo) == len(stages) else 'going on with'
         console.say(
-            f'{verb} {environment.folder} (Python {PYTHON_VERSION}, pip; log: {environment.log.name})'
+            f'{verb} {environment.folder}: 1.7 GB, two to ten minutes '
+            f'(Python {PYTHON_VERSION}, pip; log: {environment.log.name})'
         )
         build(environment, stages, todo)
     return True
