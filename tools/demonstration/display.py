@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from demonstration.progress import ITERATION, TrainingProgress
+from demonstration.progress import COMPARED, ITERATION, TrainingProgress
 
 PLAIN_WIDTH = 110  # of what goes into a file or a pipe
 REFRESH_SECONDS = 0.25
@@ -25,7 +25,6 @@ LINE_SECONDS = 15.0  # between two lines where there is no terminal
 TAIL_LINES = 15
 EVALUATIONS = 2
 FIRST = 20  # batches of searches after which the time left is estimated
-COMPARED = 100  # batches of searches after the training: five times those of `demonstration.stock`
 
 
 class Display:

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lzero_kv import KVCacheManager
 
+STEPS = 20  # batches of searches that are made again at the end; windows are full from the fourth on
+ROUNDS = 2  # of each cache, in turn
 ITERATION = 10  # batches of searches that take as long as a training iteration of the demo's size
+VALIDATED = 10  # the same for a batch that is validated
+COMPARED = STEPS * (2 * ROUNDS + VALIDATED)
 
 
 @dataclass
@@ -35,9 +39,9 @@ class TrainingProgress:
         """What was done, in batches of searches."""
         return self.searches_done + ITERATION * self.train_iterations
 
-    def searched(self) -> None:
-        """Count a batch of searches."""
-        self.searches_done += 1
+    def searched(self, batches: int = 1) -> None:
+        """Count a batch of searches, or one that takes as long as several."""
+        self.searches_done += batches
         self.listener()
 
     def find_manager(self, policy: Any) -> None:

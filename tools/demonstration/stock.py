@@ -6,17 +6,16 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from ding.policy import create_policy
 
+from demonstration.progress import ROUNDS, VALIDATED
 from lzero_kv.lightzero.reporting import run_counters
 from lzero_kv.telemetry.counters import ValidationCounters
-
-STEPS = 20  # batches of observations; their windows are full from the fourth on
-ROUNDS = 2  # of each cache, in turn
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,14 @@ class Beside:
     counters: ValidationCounters
 
 
-def compare(policy: Any, searches: Sequence[Search], seed: int, listener: Callable[[], None]) -> Beside:
-    """Search again with the weights of ``policy``; ``listener`` is called after every batch."""
+def compare(policy: Any, searches: Sequence[Search], seed: int, listener: Callable[[int], None]) -> Beside:
+    """Search again with the weights of ``policy``; ``listener`` is told how many batches took as long."""
     off, on = _twin(policy, use_new_cache_manager=False), _twin(policy)
-    seconds = [[_play(one, searches, seed, listener) for one in (off, on)] for _ in range(ROUNDS)]
+    seconds = [[_play(one, searches, seed, partial(listener, 1)) for one in (off, on)] for _ in range(ROUNDS)]
     stock, own = map(min, zip(*seconds, strict=True))
     # validation runs LightZero's cache and model beside each inference, so it is not timed
     checked = _twin(policy, cache_validation_mode='model')
-    _play(checked, searches, seed, listener)
+    _play(checked, searches, seed, partial(listener, VALIDATED))
     counters = run_counters(checked.kv_world_models)
     assert counters is not None
     return Beside(len(searches), stock, own, counters)
