@@ -20,7 +20,10 @@ from ding.envs import BaseEnvManager
 from ding.worker import BaseLearner
 from lzero.worker import MuZeroCollector, MuZeroEvaluator
 
+import lzero_kv
 from lzero_kv.cli.training import around
+from lzero_kv.lightzero.policy import KVPolicy
+from testing.models import make_policy
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 SIZE = {'max_env_step': 40, 'replay_ratio': 0.1, 'collector_env_num': 2, 'max_episode_steps': 7}

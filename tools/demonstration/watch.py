@@ -12,8 +12,10 @@ from ding.envs import BaseEnvManager
 from ding.worker import BaseLearner
 from lzero.worker import MuZeroCollector, MuZeroEvaluator
 
-from demonstration.progress import TrainingProgress
+from demonstration.progress import STEPS, TrainingProgress
+from demonstration.stock import Search
 from lzero_kv.cli.training import around
+from lzero_kv.lightzero.policy import KVPolicy
 
 
 @contextmanager
