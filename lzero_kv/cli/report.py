@@ -90,7 +90,8 @@ def _show(run: RunLog, path: Path) -> None:
     if speed := run.speed():
         show_table(speed_table(speed, run.speed(last=True)))
     show_table(statistics_table(run.totals(), 'Whole run'))
-    show_table(statistics_table(run.last(), 'Last point'))
+    if any(len(series.steps) > 1 for series in run.scalars.values()):
+        show_table(statistics_table(run.last(), 'Last point'))
     if validation := run.validation():
         show_table(validation_table({'total': validation}, 'Validation of the whole run'))
     if layers := run.layers():

@@ -61,7 +61,7 @@ def named(*metrics: Metric) -> dict[str, Metric]:
 
 
 METRICS = named(
-    _counter('queries', Unit.COUNT, "Lookups of a history's KV; a root and its fallback count once."),
+    _counter('queries', Unit.COUNT, "Lookups of a history's KV: its keys and values."),
     _counter('hits', Unit.COUNT, 'Queries whose KV was in the pool.'),
     _counter('misses', Unit.COUNT, 'Queries whose KV was not in the pool.'),
     _ratio('hit_rate', Unit.FRACTION, 'Hits divided by queries; no point where nothing was queried.'),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 from lzero_kv.cache.keys import NO_SLOT, NodeKey
+from lzero_kv.telemetry.read import find_runs, runs_in
+from testing import notebook
 
 from ..telemetry.driving import write_experiment
 
@@ -67,6 +71,15 @@ def test_statistics_are_read_run_by_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert 'of nodes, by environment step: 20: 60.0% 40: 60.0% 60: 60.0%' in out
 
 
+def test_the_tour_runs_from_top_to_bottom() -> None:
+    """Each cell prints something, and did when the file was written."""
+    tour = ROOT / 'examples' / 'tour.ipynb'
+    for one in (notebook.run(tour), json.loads(tour.read_text(encoding='utf-8'))):
+        cells = [cell for cell in one['cells'] if cell['cell_type'] == 'code']
+        assert len(cells) == 5
+        assert all(cell['outputs'] for cell in cells)
+
+
 def test_an_evaluation_loop_of_ones_own(tmp_path: Path, warm_python: str) -> None:
     """Two environments of twelve steps: each but the first after a reset finds its root."""
     done = subprocess.run(
@@ -76,3 +89,27 @@ def test_an_evaluation_loop_of_ones_own(tmp_path: Path, warm_python: str) -> Non
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert "'misses': 0, 'stores': 24," in last
+
+
+def test_charts_stand_in_weights_and_biases(tmp_path: Path, warm_python: str) -> None:
+    """Read back from the offline run: the cache's charts with TensorBoard's numbers."""
+    datastore = pytest.importorskip('wandb.sdk.internal.datastore')
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    code = f"import runpy; runpy.run_path({str(ROOT / 'examples' / 'weights_and_biases.py')!r})['main'](1)"
+    offline = dict(WANDB_MODE='offline', WANDB_SILENT='true', OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [warm_python, '-c', code], cwd=tmp_path, text=True, capture_output=True, env={**os.environ, **offline}
+    )
+    assert done.returncode == 0, done.stderr
+    [written] = tmp_path.glob('wandb/offline-run-*/run-*.wandb')
+    store, shown = datastore.DataStore(), {}
+    store.open_for_scan(str(written))
+    with closing(store):
+        while (data := store.scan_data()) is not None:
+            items = Record.FromString(data).history.item
+            shown |= {(item.key or '/'.join(item.nested_key)): item.value_json for item in items}
+    [run] = [run for folder in find_runs(tmp_path / 'data_lz') for run in runs_in(folder)]
+    for tag in ('nodes/hit_rate', 'roots/queries', 'speed/search_ms'):
+        logged = run.series(*tag.split('/')).values[-1]
+        assert float(shown[f'kv_cache_step/{tag}']) == pytest.approx(float(logged))

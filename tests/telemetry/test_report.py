@@ -39,6 +39,13 @@ def test_out_names_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines()[-1] == f'plot: {tmp_path / "chosen.png"}'
 
 
+def test_a_log_of_one_point_has_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_experiment(tmp_path, points=1)
+    assert main(['report', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert 'Whole run' in out and 'Last point' not in out
+
+
 def test_every_run_of_a_parent_gets_its_own_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

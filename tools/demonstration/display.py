@@ -17,12 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from demonstration.progress import TrainingProgress
+from demonstration.progress import COMPARED, ITERATION, TrainingProgress
 
 PLAIN_WIDTH = 110  # of what goes into a file or a pipe
 REFRESH_SECONDS = 0.25
 LINE_SECONDS = 15.0  # between two lines where there is no terminal
 TAIL_LINES = 15
+EVALUATIONS = 2
+FIRST = 20  # batches of searches after which the time left is estimated
 
 
 class Display:
@@ -44,6 +46,9 @@ class Display:
             TextColumn('  {task.description:<20}'), BarColumn(36), MofNCompleteColumn(), console=self.console
         )
         iterations = int(size['max_env_step'] * size['replay_ratio'])
+        collected = size['max_env_step'] // size['collector_env_num']
+        self._work = collected + EVALUATIONS * size['max_episode_steps'] + ITERATION * iterations + COMPARED
+        self._began: float | None = None  # the first search, after LightZero was loaded
         self._env_steps = self._bars.add_task('environment steps', total=size['max_env_step'])
         self._iterations = self._bars.add_task('training iterations', total=iterations)
 
@@ -57,6 +62,7 @@ class Display:
         """Show the training that runs in this block."""
         self.console.print(f'{title}\n', highlight=False)
         if not self.console.is_terminal:
+            self._print_line()
             yield
             self._print_line()
             return
@@ -66,8 +72,18 @@ class Display:
         ):  # fmt: skip
             yield
 
+    @property
+    def left(self) -> str:
+        """Time left in words, from what was done so far; empty at the beginning."""
+        done = self.progress.work
+        if self._began is None or done < FIRST:
+            return ''
+        seconds = (self.seconds - self._began) * max(0, self._work - done) / done
+        return f'about {seconds:.0f} s left' if seconds < 90 else f'about {seconds / 60:.0f} min left'
+
     def _took_step(self) -> None:
         now = self.seconds
+        self._began = now if self._began is None else self._began
         if now - self._drawn < REFRESH_SECONDS:
             return
         self._drawn = now
@@ -79,15 +95,15 @@ class Display:
     def _picture(self) -> Group:
         self._bars.update(self._env_steps, completed=self.progress.collected_steps)
         self._bars.update(self._iterations, completed=self.progress.train_iterations)
-        state = f'  {self.progress.phase:<20} {self.seconds:4.0f} s   {self._hit_rates}'
+        state = f'  {self.progress.phase:<27} {self.seconds:4.0f} s   {self.left}   {self._hit_rates}'
         return Group(self._bars, Text(state))
 
     def _print_line(self) -> None:
         self._line = (self.seconds, self.progress.phase)
         self.console.print(
-            f'{self.seconds:5.0f} s  {self.progress.phase:<11} '
+            f'{self.seconds:5.0f} s  {self.progress.phase:<26} '
             f'{self.progress.collected_steps:5d} environment steps '
-            f'{self.progress.train_iterations:4d} training iterations   {self._hit_rates}',
+            f'{self.progress.train_iterations:4d} training iterations   {self.left}',
             highlight=False,
         )
 
@@ -129,6 +145,8 @@ def show_result(display: Display, logdir: Path) -> int:
     console.print(statistics_table(summary, meanings=True))
     console.print()
     console.print(training_table(progress, display.seconds))
+    console.print()
+    console.print(stock_table(progress.beside))
     scripts = os.path.relpath(Path(sys.executable).parent)
     console.print(f'\nTensorBoard log: {logdir}', highlight=False, soft_wrap=True)
     console.print(
@@ -137,6 +155,31 @@ def show_result(display: Display, logdir: Path) -> int:
     console.print('and look at the page Custom Scalars, or read the same in the terminal with')
     console.print(f'                 {scripts}/lzero-kv report {logdir}', highlight=False, soft_wrap=True)
     return 0
+
+
+def stock_table(beside: Any) -> Table:
+    """The last searches with LightZero's own cache and with this one: time, wrong answers, and why."""
+    found = beside.counters.total
+    table = Table(title=f"The last {beside.searches} searches, with LightZero's own cache and with this one")
+    table.title_justify = 'left'
+    table.add_column()
+    for name in ("LightZero's", 'lzero_kv'):
+        table.add_column(name, justify='right', no_wrap=True)
+    table.add_column('meaning')
+    seconds = (f'{1000 * total / beside.searches:,.0f} ms' for total in (beside.stock, beside.own))
+    table.add_row('time of a search', *seconds, 'Processor time for one step of all environments.')
+    answers = [f'{found.compared:,}'] * 2
+    table.add_row('answers', *answers, 'Roots and nodes, each compared with a computation without any cache.')
+    wrong = (f'{count:,}' for count in (found.different, found.cache_wrong))
+    table.add_row('wrong', *wrong, 'Differ from that computation; one may have several causes:')
+    for cause, count in found.causes.most_common():
+        table.add_row(f'  {cause.value}', f'{count:,}', '-', f'{cause.sentence}.')
+    if found.unexplained:
+        table.add_row('unexplained', f'{found.unexplained:,}', '-', 'Differences without a proven cause.')
+    if found.value.count:
+        moved = f'{found.value.mean:.2g}'
+        table.add_row('value moved by', moved, '-', 'Mean over the wrong answers, in units of return.')
+    return table
 
 
 def training_table(progress: TrainingProgress, seconds: float) -> Table:

@@ -1,9 +1,10 @@
-"""Counts what a training of the host does, by wrapping four of its methods for the time of a `with` block."""
+"""Counts what a training of the host does, by wrapping methods for the time of a `with` block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from ding.envs import BaseEnvManager
 from ding.worker import BaseLearner
 from lzero.worker import MuZeroCollector, MuZeroEvaluator
 
-from demonstration.progress import TrainingProgress
+from demonstration.progress import STEPS, TrainingProgress
+from demonstration.stock import Search
 from lzero_kv.cli.training import around
+from lzero_kv.lightzero.policy import KVPolicy
 
 
 @contextmanager
@@ -22,7 +25,14 @@ def watching(progress: TrainingProgress) -> Iterator[None]:
     def collect(original: Any, collector: Any, *args: Any, **kwargs: Any) -> Any:
         progress.phase = 'collecting'
         progress.find_manager(collector._policy)
+        progress.searches.clear()
         return original(collector, *args, **kwargs)
+
+    def search(original: Any, policy: Any, observations: Any, *args: Any, **options: Any) -> Any:
+        progress.policy = policy
+        if len(progress.searches) < STEPS:
+            progress.searches.append(Search(observations.clone(), deepcopy(args), deepcopy(options)))
+        return original(policy, observations, *args, **options)
 
     def evaluate(original: Any, evaluator: Any, *args: Any, **kwargs: Any) -> Any:
         progress.phase = 'evaluating'
@@ -37,7 +47,7 @@ def watching(progress: TrainingProgress) -> Iterator[None]:
             progress.collected_steps += len(actions)
         else:
             progress.evaluated_steps += len(actions)
-        progress.listener()
+        progress.searched()
         return timesteps
 
     def train(original: Any, learner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -49,6 +59,7 @@ def watching(progress: TrainingProgress) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(around(MuZeroCollector, 'collect', collect))
+        stack.enter_context(around(KVPolicy, '_forward_collect', search))
         stack.enter_context(around(MuZeroEvaluator, 'eval', evaluate))
         stack.enter_context(around(BaseEnvManager, 'step', step))
         stack.enter_context(around(BaseLearner, 'train', train))

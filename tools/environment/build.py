@@ -111,9 +111,10 @@ def locked_build(environment: Environment, stages: list[Stage]) -> bool:
         if not todo:
             return False
         require_space(environment.folder, todo)
-        verb = 'building' if len(todo) == len(stages) else 'going on with'
+        whole = len(todo) == len(stages)
+        verb, size = ('building', ': 1.7 GB, two to ten minutes') if whole else ('going on with', '')
         console.say(
-            f'{verb} {environment.folder} (Python {PYTHON_VERSION}, pip; log: {environment.log.name})'
+            f'{verb} {environment.folder}{size} (Python {PYTHON_VERSION}, pip; log: {environment.log.name})'
         )
         build(environment, stages, todo)
     return True
