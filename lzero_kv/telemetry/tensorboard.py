@@ -29,6 +29,7 @@ from lzero_kv.telemetry.metrics import (
     VALIDATION,
     VALIDATION_CHARTS,
     VALIDATION_METRICS,
+    Chart,
     Kind,
     Metric,
     metric_of,
@@ -45,7 +46,7 @@ from lzero_kv.telemetry.reading import (
 )
 from lzero_kv.telemetry.table import markdown_table
 
-MOVING, STEADY = 'KV cache', 'KV cache: constant in a healthy training'
+MOVING, ROOTS, STEADY = 'KV cache', 'KV cache: roots', 'KV cache: constant in a healthy training'
 NOW, SINCE = 'at this moment', 'since the previous point'
 POOLS_OF = {'acting': ('roots', 'nodes'), 'reanalysis': ('reanalysis',)}
 
@@ -235,7 +236,8 @@ def interval(now: CacheStats, previous: CacheStats | None) -> CacheStats:
 
 def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[str, dict[str, list[object]]]:
     """Return the layout of the Custom Scalars page, as `SummaryWriter.add_custom_scalars` takes it: what
-    moves first, what is constant in a healthy training in a group of its own.
+    moves first; roots, and what is constant in a healthy training, in groups of their own. TensorBoard
+    colours runs, not tags, so nodes and roots share no chart that moves.
 
     Args:
         validation: whether the charts of the validation follow those of the pools.
@@ -247,11 +249,20 @@ def dashboard_layout(*, validation: bool = False, budget: bool = False) -> dict[
     charts = (*SPEED_CHARTS, *CHARTS, *(VALIDATION_CHARTS if validation else ()))
     headings = {chart.heading: chart for chart in charts}
     headings |= {chart.title: chart for chart in BUDGET_CHARTS if budget}
-    layout: dict[str, dict[str, list[object]]] = {MOVING: {}, STEADY: {}}
+    layout: dict[str, dict[str, list[object]]] = {MOVING: {}, ROOTS: {}, STEADY: {}}
     for heading, chart in headings.items():
-        entry = f'{PREFIX}/{_any(chart.sections)}/{_any(chart.metrics)}$'
-        layout[STEADY if chart.steady else MOVING][heading] = ['Multiline', [entry]]
+        sections = chart.sections
+        if 'roots' in sections and not chart.steady:
+            layout[ROOTS][f'roots: {heading}'] = _lines(chart, ('roots',))
+            whole = 'total' in sections
+            sections = ('total',) if whole else tuple(name for name in sections if name != 'roots')
+            heading = f'{"all" if whole else "nodes"}: {heading}'
+        layout[STEADY if chart.steady else MOVING][heading] = _lines(chart, sections)
     return layout
+
+
+def _lines(chart: Chart, sections: Sequence[str]) -> list[object]:
+    return ['Multiline', [f'{PREFIX}/{_any(sections)}/{_any(chart.metrics)}$']]
 
 
 def _any(names: Sequence[str]) -> str:
