@@ -7,6 +7,7 @@ are made once more, with LightZero's own cache: how long they take, and how many
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -59,6 +60,7 @@ def train(folder: Path, display: Display) -> None:
 
 def main() -> int:
     """Entry point: 0 when the training ran with the cache in use, 1 when it failed, 130 when interrupted."""
+    argparse.ArgumentParser(description=__doc__).parse_args()  # no options: words are refused, --help helps
     os.chdir(ROOT)
     folder = RUNS / time.strftime('%Y%m%d-%H%M%S')
     folder.mkdir(parents=True)
