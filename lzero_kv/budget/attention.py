@@ -53,7 +53,7 @@ def dispersion_and_shift(
     # a log a is 0 at 0
     entropy = attention.clamp_min(torch.finfo(attention.dtype).tiny).log_().mul_(attention).sum(2).neg_()
     variance = query_moments(attention, queries)[1]
-    dispersion, shift = (torch.where(counts, part, 0.0).sum((1, 2)) for part in (entropy, variance))
+    dispersion, shift = (part.masked_fill_(~counts, 0.0).sum((1, 2)) for part in (entropy, variance))
     return dispersion, shift
 
 
@@ -66,11 +66,12 @@ def query_moments(attention: torch.Tensor, queries: torch.Tensor | None) -> tupl
             None for all.
     """
     window = attention.shape[2]
-    count = attention.new_tensor(window) if queries is None else queries[..., None].to(attention.dtype)
+    if queries is None:  # numbers of Python: a tensor of one would be copied to its device
+        mean = attention.sum(2) / window
+        return mean, (attention - mean[:, :, None]).square_().sum(2) / max(1, window - 1)
+    count = queries[..., None].to(attention.dtype)
     mean = attention.sum(2) / count.clamp(min=1)
-    deviation = attention - mean[:, :, None]
-    if queries is not None:
-        deviation *= real_columns(queries, window)[..., None]
+    deviation = (attention - mean[:, :, None]).mul_(real_columns(queries, window)[..., None])
     return mean, deviation.square_().sum(2) / (count - 1).clamp(min=1)
 
 

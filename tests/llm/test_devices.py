@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from lzero_kv.llm import BudgetCache
-from testing.emulated_cuda import Device, emulated_cuda
+from testing.emulated_cuda import emulated_cuda
 
 from .models import batch, generate, make
 from .test_cache import METHODS, budget
-
-
-@pytest.fixture
-def device() -> Iterator[Device]:
-    """An emulated CUDA device, which refuses tensors of the CPU beside its own."""
-    with emulated_cuda() as device, warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield device
 
 
 def moved(value: Any, device: str) -> Any:
@@ -44,15 +34,16 @@ def spread(model: Any, number: int) -> None:
 
 
 @pytest.mark.parametrize('method', METHODS, ids=lambda method: '-'.join(map(str, method.values())))
-def test_layers_on_two_devices_keep_what_those_of_one_do(method: dict[str, Any], device: Device) -> None:
+def test_layers_on_two_devices_keep_what_those_of_one_do(method: dict[str, Any]) -> None:
     model, (ids, mask) = make('llama'), batch()
     caches = [BudgetCache(model.config, budget(method)) for _ in range(2)]
     expected = generate(model, ids, mask, caches[0])
-    spread(model, 1)
-    logits = generate(model, ids, mask, caches[1])
-    there, spread_out = ([cache[number] for number in range(3)] for cache in caches)
-    assert [layer.keys.device.type for layer in spread_out] == ['cpu', 'cuda', 'cpu']
-    for own, layer in zip(spread_out, there, strict=True):
-        assert torch.equal(own.positions.cpu(), layer.positions)
-    assert torch.equal(logits.cpu(), expected)
-    assert caches[1].bytes == caches[0].bytes
+    with emulated_cuda():  # refuses tensors of the CPU beside its own
+        spread(model, 1)
+        logits = generate(model, ids, mask, caches[1])
+        there, spread_out = ([cache[number] for number in range(3)] for cache in caches)
+        assert [layer.keys.device.type for layer in spread_out] == ['cpu', 'cuda', 'cpu']
+        for own, layer in zip(spread_out, there, strict=True):
+            assert torch.equal(own.positions.cpu(), layer.positions)
+        assert torch.equal(logits.cpu(), expected)
+        assert caches[1].bytes == caches[0].bytes
