@@ -14,10 +14,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
