@@ -18,7 +18,17 @@ from typing import Annotated, Any
 
 import tyro
 
-from lzero_kv.cli.comparison import LEARNING, PLUGIN, ROOTS, SAMPLING, SEARCH, STOCK, WHOLE, Comparison
+from lzero_kv.cli.comparison import (
+    EVALUATION,
+    LEARNING,
+    PLUGIN,
+    ROOTS,
+    SAMPLING,
+    SEARCH,
+    STOCK,
+    WHOLE,
+    Comparison,
+)
 from lzero_kv.cli.console import Bar, show_line, show_table
 from lzero_kv.cli.doctor import Mark, call_checks
 from lzero_kv.cli.training import (
@@ -42,6 +52,7 @@ def compare(
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='CONFIG')],
     env_steps: int = 2000,
     seeds: int = 3,
+    until: float | None = None,
     out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/compare'),
     arguments: OfConfig = (),
 ) -> int:
@@ -51,13 +62,15 @@ def compare(
     only files that you trust. What follows `--` is its own command line:
     lzero-kv compare CONFIG.py --env-steps 500 -- --smoke. Each training is a process of its own; flag off
     and on take turns (off, on, on, off, ...). A training ends as LightZero ends it: after the collection
-    and the learning in which --env-steps was reached. Evaluations are left out. Where it was stopped, the
-    same command goes on, and --seeds may grow.
+    and the learning in which --env-steps was reached. Evaluations are left out, but for --until. Where it
+    was stopped, the same command goes on, and --seeds may grow.
 
     Args:
         config: a config file that LightZero can run.
         env_steps: environment steps that each training collects, at least.
         seeds: number of seeds, from 0 on; each is trained twice.
+        until: a return. The config's evaluations stay, and a training ends where one reaches it;
+            --env-steps is then the most.
         out: the folder of the rows (rows.jsonl), the picture (compare.png) and what LightZero writes.
         arguments: of the config.
 
@@ -68,7 +81,7 @@ def compare(
     if problems := [f'{name}: expected 1 or more, got {n}' for name, n in numbers.items() if n < 1]:
         raise ValueError('; '.join(problems))
     call = _checked(training_call(config, arguments), out)
-    rows = _measure(call, Request(str(config), arguments, '', env_steps, str(out)), seeds)
+    rows = _measure(call, Request(str(config), arguments, '', env_steps, str(out), until=until), seeds)
     found = Comparison.of([row for row in rows if row['seed'] < seeds])
     show_table(found.table())
     show_line(found.sentence())
@@ -114,6 +127,7 @@ def _measure(call: TrainingCall, request: Request, seeds: int) -> list[Row]:
         'config': request.config,
         'arguments': request.arguments,
         'env_steps': request.env_steps,
+        'until': request.until,
         'settings': hashlib.sha256(settings.encode()).hexdigest()[:16],
         'versions': told_versions(),
         'methods': ('training',),
@@ -153,6 +167,7 @@ class Clock:
     def __init__(self) -> None:
         self.processor: Counter[str] = Counter()
         self.wall: Counter[str] = Counter()
+        self._within_part = False
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
@@ -165,9 +180,15 @@ class Clock:
             self.wall[part] += time.perf_counter() - begun[1]
 
     def timed(self, part: str, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function under the clock."""
-        with self.timing(part):
+        """Call a function under the clock; within another part its time is that part's."""
+        if self._within_part:
             return original(*args, **kwargs)
+        self._within_part = True
+        try:
+            with self.timing(part):
+                return original(*args, **kwargs)
+        finally:
+            self._within_part = False
 
     def watch_acting(self, policy: Any) -> None:
         """Put the clock around the searches and root inferences of a policy that collects, stock or not."""
@@ -182,9 +203,13 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
     given = training_call(Path(request.config), request.arguments)
     call, _ = alone(given, folder, flag=request.name == PLUGIN)
     call.config['policy']['model']['world_model_cfg'].pop('cache_validation_mode', None)
-    progress = Progress(UNBOUNDED, lambda progress: hear(progress.counts), evaluates=False)
-    clock, returns, whole = Clock(), [], ExitStack()
-    with whole, _watched(call, progress, clock, whole, returns):
+    progress = Progress(
+        UNBOUNDED, lambda progress: hear(progress.counts), evaluates=request.until is not None
+    )
+    if progress.evaluates:
+        call.config['env']['stop_value'] = request.until
+    clock, returns, whole, stops = Clock(), [], ExitStack(), []
+    with whole, _watched(call, progress, clock, whole, returns, stops):
         call.run(seed=request.seed, max_env_step=request.env_steps, max_train_iter=UNBOUNDED)
     return {
         'task': request.name,
@@ -193,6 +218,8 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
         'seed': request.seed,
         'env_steps': progress.collected,
         'iterations': progress.iterations,
+        'until': request.until,
+        'reached': any(stops),
         'device': str(progress.policy._cfg.device),
         'processor': dict(clock.processor),
         'wall': dict(clock.wall),
@@ -203,20 +230,36 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
 
 @contextmanager
 def _watched(
-    call: TrainingCall, progress: Progress, clock: Clock, whole: ExitStack, returns: list[tuple[int, float]]
+    call: TrainingCall,
+    progress: Progress,
+    clock: Clock,
+    whole: ExitStack,
+    returns: list[tuple[int, float]],
+    stops: list[bool],
 ) -> Iterator[None]:
-    """Within the block a training is counted and timed; ``whole`` is timed from the first action on."""
+    """Within the block a training is counted and timed; ``whole`` is timed from the first collection on.
+
+    Every episode that ends in a collection is added to ``returns``, the host's verdict on every evaluation
+    behind the first collection to ``stops``.
+    """
     from ding.worker import BaseLearner
     from lzero.mcts import SampledUniZeroGameBuffer, UniZeroGameBuffer
-    from lzero.worker import MuZeroCollector, MuZeroSegmentCollector
+    from lzero.worker import MuZeroCollector, MuZeroEvaluator, MuZeroSegmentCollector
 
     owner, known = _acting_class(call), 0
 
     def act(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
-        if progress.policy is None:
+        if not progress.collected:
             clock.watch_acting(policy)
             whole.enter_context(clock.timing(WHOLE))
         return original(policy, *args, **kwargs)
+
+    def evaluate(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if not progress.collected:  # of the untrained model, which LightZero never lets end a training
+            return original(*args, **kwargs)
+        verdict = clock.timed(EVALUATION, original, *args, **kwargs)
+        stops.append(bool(verdict[0]))
+        return verdict
 
     def log(original: Any, collector: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal known
@@ -228,6 +271,8 @@ def _watched(
     with ExitStack() as stack, bounded(progress, owner):
         stack.enter_context(around(owner, '_forward_collect', act))
         stack.enter_context(around(BaseLearner, 'train', partial(clock.timed, LEARNING)))
+        if progress.evaluates:
+            stack.enter_context(around(MuZeroEvaluator, 'eval', evaluate))
         for buffer in (UniZeroGameBuffer, SampledUniZeroGameBuffer):
             stack.enter_context(around(buffer, 'sample', partial(clock.timed, SAMPLING)))
         for collector in (MuZeroCollector, MuZeroSegmentCollector):

@@ -18,11 +18,20 @@ from lzero_kv.telemetry.table import text_table
 STOCK, PLUGIN = 'stock', 'lzero_kv'
 SEARCH, ROOTS, SAMPLING, LEARNING = 'search', 'root inference', 'sampling', 'learning'
 WHOLE = 'whole training'
-PARTS = (SEARCH, ROOTS, SAMPLING, LEARNING)
-"""Parts that are timed; they do not overlap. A search inside sampling (reanalysis) counts as sampling."""
+EVALUATION = 'evaluation'
+PARTS = (SEARCH, ROOTS, SAMPLING, LEARNING, EVALUATION)
+"""Parts that are timed; they do not overlap: a search inside sampling (reanalysis) or inside an evaluation
+counts as theirs. Only trainings to a return have evaluations."""
 REST = 'environments and the rest'
 RETURN = 'mean return of the episodes'
-COLOURS = {SEARCH: '#0072b2', ROOTS: '#56b4e9', SAMPLING: '#e69f00', LEARNING: '#d55e00', REST: '#999999'}
+COLOURS = {
+    SEARCH: '#0072b2',
+    ROOTS: '#56b4e9',
+    SAMPLING: '#e69f00',
+    LEARNING: '#d55e00',
+    EVALUATION: '#009e73',
+    REST: '#999999',
+}
 FEW = 5  # seeds below which a bootstrap of them is too narrow
 
 
@@ -71,9 +80,31 @@ class Comparison:
     @property
     def quantities(self) -> dict[str, Callable[[Row], float | None]]:
         """What the table shows, by name."""
-        parts = {name: partial(seconds, self.clock, name) for name in (*PARTS, REST, WHOLE)}
-        rate = {'environment steps per second': lambda row: row['env_steps'] / row['wall'][WHOLE]}
-        return {**parts, **rate, 'peak memory, MiB': lambda row: row['peak_bytes'] / 2**20}
+        return {
+            **{name: partial(seconds, self.clock, name) for name in (*self.parts, WHOLE)},
+            'environment steps per second': lambda row: row['env_steps'] / row['wall'][WHOLE],
+            'peak memory, MiB': lambda row: row['peak_bytes'] / 2**20,
+            **self.to_return,
+        }
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of these trainings."""
+        return tuple(part for part in (*PARTS, REST) if part != EVALUATION or self.until is not None)
+
+    @property
+    def until(self) -> float | None:
+        """The return of an evaluation that ended a training; None for trainings without evaluations."""
+        return self.stock[0].get('until')
+
+    @property
+    def to_return(self) -> dict[str, Callable[[Row], float | None]]:
+        """What it took to reach the return, over the pairs of which both did; empty without such a pair."""
+        steps = partial(_if_reached, lambda row: row['env_steps'])
+        time = partial(_if_reached, lambda row: row[self.clock][WHOLE])
+        if not self.values(steps)[0]:
+            return {}
+        return {'environment steps to the return': steps, f'{self.clock} seconds to the return': time}
 
     def table(self) -> Table:
         """One row for each quantity: means of both arms, and their ratio with its interval."""
@@ -83,7 +114,10 @@ class Comparison:
         rows = [('', STOCK, PLUGIN, f'{PLUGIN} / {STOCK}')]
         for name, quantity in self.quantities.items():
             rows.append((name, *self._means(quantity), self._shown(self.ratio(quantity))))
-        if (difference := self.difference_of_returns()) is not None:
+        if self.until is not None:
+            stock, plugin = self._reached()
+            rows.append((f'trainings that reached {self.until:g}', str(stock), str(plugin), ''))
+        elif (difference := self.difference_of_returns()) is not None:
             rows.append((RETURN, *self._means(mean_return), f'difference {self._shown(difference)}'))
         return text_table(rows, title)
 
@@ -107,7 +141,20 @@ class Comparison:
         """How many, in words."""
         return f'{len(self.stock)} seed{"s" if len(self.stock) > 1 else ""}'
 
+    def _reached(self) -> list[int]:
+        return [sum(row['reached'] for row in rows) for rows in (self.stock, self.plugin)]
+
+    def _words_on_reaching(self) -> str:
+        stock, plugin = self._reached()
+        reached = f'{stock} reached a return of {self.until:g} without the flag and {plugin} with it'
+        if not self.to_return:
+            return reached
+        steps, time = (self._shown(self.ratio(quantity)) for quantity in self.to_return.values())
+        return f"{reached}, in {steps} of stock's environment steps and {time} of its time where both did"
+
     def _words_on_returns(self) -> str:
+        if self.until is not None:
+            return self._words_on_reaching()
         found = self.difference_of_returns()
         if found is None:
             return 'no episode ended, so nothing is known of returns'
@@ -133,7 +180,8 @@ class Comparison:
         FigureCanvasAgg(figure)
         bars, curves = figure.subplots(1, 2)
         below = np.zeros(2)
-        for part, colour in COLOURS.items():
+        for part in self.parts:
+            colour = COLOURS[part]
             found = np.array([np.mean(v) for v in self.values(partial(seconds, self.clock, part))])
             bars.bar((STOCK, PLUGIN), found, bottom=below, color=colour, label=part, width=0.55)
             below += found
@@ -156,6 +204,10 @@ def seconds(clock: str, part: str, row: Row) -> float:
     spent = row[clock]
     own = spent[WHOLE] - sum(spent.get(name, 0.0) for name in PARTS) if part == REST else spent.get(part, 0.0)
     return 1000 * own / row['env_steps']
+
+
+def _if_reached(quantity: Callable[[Row], float], row: Row) -> float | None:
+    return quantity(row) if row.get('reached') else None
 
 
 def mean_return(row: Row) -> float | None:

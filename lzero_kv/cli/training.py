@@ -38,6 +38,7 @@ class Request:
         env_steps: environment steps after which it ends.
         folder: where the command's results and what the host writes go.
         seed: of a training of a comparison.
+        until: return of an evaluation that ends a training of a comparison; None leaves evaluations out.
         rate: fraction of searches whose nodes are validated; roots always are.
         simulations: of a search; None for the config's own number.
     """
@@ -48,6 +49,7 @@ class Request:
     env_steps: int
     folder: str
     seed: int = 0
+    until: float | None = None
     rate: float = 1.0
     simulations: int | None = None
 

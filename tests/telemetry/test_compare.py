@@ -11,10 +11,12 @@ import pytest
 from lzero_kv.cli import main
 from lzero_kv.cli.compare import PICTURE
 from lzero_kv.cli.comparison import (
+    EVALUATION,
     LEARNING,
     PARTS,
     PLUGIN,
     REST,
+    RETURN,
     ROOTS,
     SAMPLING,
     SEARCH,
@@ -50,8 +52,8 @@ def test_a_comparison_goes_on_where_it_was_stopped(
         assert len(row['returns']) == 2  # one collection of two environments
         assert sum(value for _, value in row['returns']) == row['env_steps']  # CartPole pays 1 for each step
         for clock in ('processor', 'wall'):
-            assert all(row[clock][part] > 0 for part in PARTS)
-            assert sum(row[clock][part] for part in PARTS) < row[clock][WHOLE]
+            assert row[clock].keys() == {*PARTS, WHOLE} - {EVALUATION}
+            assert 0 < sum(row[clock].values()) - row[clock][WHOLE] < row[clock][WHOLE]
     assert Path('both', PICTURE).read_bytes().startswith(b'\x89PNG')
     said = capsys.readouterr().out
     assert 'With the flag, search took ' in said and '(1 seed, ' in said
@@ -67,6 +69,23 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     assert read_rows(Path('both'))[1][0] == rows[0]
     assert compare(12) == 1
     assert 'env_steps: 11 in the file, 12 now' in capsys.readouterr().err
+
+
+def test_a_training_ends_where_an_evaluation_reaches_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], warm_python: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'executable', warm_python)
+    given = [str(CARTPOLE), '--env-steps', '900', '--seeds', '1', '--until', '2', '--out', 'both']
+    assert main(['compare', *given, '--', '--smoke']) == 0, capsys.readouterr().err
+    for row in read_rows(Path('both'))[1]:
+        assert (row['until'], row['reached']) == (2.0, True)  # an episode of CartPole pays 8 at least
+        assert len(row['returns']) == 2 and row['env_steps'] < 200  # one collection, and the training ended
+        assert all(row['processor'][part] > 0 for part in PARTS)
+        assert sum(row['processor'][part] for part in PARTS) < row['processor'][WHOLE]
+    said = ' '.join(capsys.readouterr().out.split())
+    assert 'environment steps to the return' in said and '│ trainings that reached 2 │ 1 │ 1 │' in said
+    assert '1 reached a return of 2 without the flag and 1 with it, in ' in said
 
 
 NO_UNIZERO = 'from lzero.entry import train_muzero as t\nt([{}, dict(policy=dict(type="muzero"))], seed=1)\n'
@@ -163,6 +182,24 @@ def test_seconds_are_for_a_thousand_steps_and_the_parts_add_up() -> None:
     assert seconds('processor', SEARCH, one) == 12.0
     assert sum(seconds('wall', part, one) for part in (*PARTS, REST)) == seconds('wall', WHOLE, one) == 80.0
     assert (mean_return(one), by_collection(one)) == (17.0, ([240, 500], [10.5, 30.0]))
+
+
+def test_what_a_return_took_is_of_the_pairs_that_reached_it() -> None:
+    def reached(arm: str, seed: int, steps: int, well: bool) -> Row:
+        spent = row(arm, seed, 10.0, [])
+        return {**spent, 'env_steps': steps, 'until': 195.0, 'reached': well}
+
+    stock = [reached(STOCK, 0, 400, True), reached(STOCK, 1, 900, False), reached(STOCK, 2, 600, True)]
+    plugin = [reached(PLUGIN, 0, 300, True), reached(PLUGIN, 1, 100, True), reached(PLUGIN, 2, 300, True)]
+    found = Comparison(stock, plugin)
+    assert (
+        "; 2 reached a return of 195 without the flag and 3 with it, in 0.60 [0.50, 0.75] of stock's "
+        'environment steps and 1.00 [1.00, 1.00] of its time where both did; with fewer'
+    ) in found.sentence()
+    assert EVALUATION in found.quantities and RETURN not in found.quantities
+    none = Comparison(stock[1:2], plugin[:1])
+    assert none.sentence().count('0 reached a return of 195 without the flag and 1 with it; with') == 1
+    assert not none.to_return
 
 
 def test_a_part_that_stock_has_not_has_no_ratio() -> None:
