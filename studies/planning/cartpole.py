@@ -39,6 +39,7 @@ def train(configs: Configs, folder: Path, env_steps: int) -> None:
     from lzero.entry import train_unizero
 
     configs[0].exp_name = str(folder)
+    configs[0].env.stop_value = 200
     train_unizero([*configs], seed=0, max_env_step=env_steps)
 
 
