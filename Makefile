@@ -65,7 +65,7 @@ site: setup  ## build the documentation site into build/site, strictly (installs
 docs: setup  ## run every command and snippet of the documentation (many minutes: the demo among them)
 	$(BIN)/python tools/run_docs.py
 
-bench: setup  ## planning with each cache against LightZero's own and the model alone: one table, one JSON line (minutes)
+bench: setup  ## planning with each cache against LightZero's own and the model alone: tables, and data_lz/bench.json (minutes)
 	@$(BIN)/python benchmarks/benchmark_kv_cache.py $(if $(UPSTREAM),--upstream $(UPSTREAM) --upstream-python $(UPSTREAM_PYTHON))
 
 compare: setup  ## train CONFIG with LightZero's own cache and with this one, in turn: time, memory, returns (an hour; resumes)

@@ -5,8 +5,8 @@
 One environment step of eight environments: root inference and a search. All contestants have the same
 weights (checked: they predict the same values), see the same observations and search with the same
 tie-break, and take turns. Windows are full before anything is timed (the memory shape: ``--history`` steps
-long). Times are medians, with quartiles in the JSON document that is the last line. With one thread (the
-default) they are processor time, else wall-clock time.
+long). Times are medians; the JSON document has their quartiles, too. With one thread (the default) they are
+processor time, else wall-clock time.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def main(
     calls: int = 4,
     device: Literal['cpu', 'cuda'] = 'cpu',
     compiled: bool = True,
+    out: Path = Path('data_lz/bench.json'),
 ) -> None:
-    """Measure, print tables, and one JSON document as the last line.
+    """Measure, print tables, and write a JSON document.
 
     Args:
         shapes: shapes of LightZero's configs.
@@ -68,6 +69,7 @@ def main(
         device: where planning computes; on a GPU times are between CUDA events, and kernels, launches and
             copies are counted. Collection and reanalysis stay on the CPU.
         compiled: whether compiled steps play, too; compiling eight layers takes minutes.
+        out: the document; shapes and tasks that were not measured now stay in an existing one.
     """
     checkout = upstream and Checkout(upstream, upstream_python or Path(sys.executable))
     if checkout:
@@ -75,13 +77,22 @@ def main(
     if device == 'cuda' and not torch.cuda.is_available():
         raise ValueError('--device cuda: expected a GPU, torch finds none; write --device cpu')
     console = Console(width=190)
-    document: Numbers = {'torch': torch.__version__, 'steps': steps, 'threads': threads, 'shapes': {}}
+    document: Numbers = {'conditions': {}, 'shapes': {}}
+    conditions = {
+        'device': torch.cuda.get_device_name()
+        if device == 'cuda'
+        else torch.backends.cpu.get_cpu_capability(),
+        'torch': torch.__version__,
+        'steps': steps,
+    }
     caches = caches_on(device, compiled)
     for shape in shapes:
         print(f'measuring {shape} ...', file=sys.stderr, flush=True)
         document['shapes'][shape] = measure_shape(
             SHAPES[shape], caches, steps, history, threads, checkout, device
         )
+        document['conditions'][shape] = conditions
+        write(out, document)
     if shapes:
         console.print(shapes_table(document['shapes'], threads))
     torch.set_num_threads(threads[0])
@@ -93,8 +104,16 @@ def main(
             shape: measure_reanalysis(shape, segments, reanalysis_simulations) for shape in REANALYSED
         }
         console.print(reanalysis_table(document['reanalysis']))
-    document['gpu'] = torch.cuda.get_device_name() if device == 'cuda' else 'not measured'
-    print(json.dumps(document))
+    write(out, document)
+    print(f'JSON: {out}')
+
+
+def write(path: Path, document: Numbers) -> None:
+    """Put what was measured into a JSON file, in the place of the same shapes and tasks."""
+    known = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {section: known.get(section, {}) | document.get(section, {}) for section in known | document}
+    path.write_text(json.dumps(found, indent=1) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -107,10 +107,14 @@ class Comparison:
         return {'environment steps to the return': steps, f'{self.clock} seconds to the return': time}
 
     def table(self) -> Table:
-        """One row for each quantity: means of both arms, and their ratio with its interval."""
+        """The :meth:`cells` for a terminal."""
         title = (
             f'{self.clock.capitalize()} seconds for 1,000 environment steps, and more; mean of {self.seeds}'
         )
+        return text_table(self.cells(), title)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """One row for each quantity: means of both arms, and their ratio with its interval; a head first."""
         rows = [('', STOCK, PLUGIN, f'{PLUGIN} / {STOCK}')]
         for name, quantity in self.quantities.items():
             rows.append((name, *self._means(quantity), self._shown(self.ratio(quantity))))
@@ -119,7 +123,7 @@ class Comparison:
             rows.append((f'trainings that reached {self.until:g}', str(stock), str(plugin), ''))
         elif (difference := self.difference_of_returns()) is not None:
             rows.append((RETURN, *self._means(mean_return), f'difference {self._shown(difference)}'))
-        return text_table(rows, title)
+        return rows
 
     def _means(self, quantity: Callable[[Row], float | None]) -> list[str]:
         return [f'{np.mean(values):,.4g}' for values in self.values(quantity)]

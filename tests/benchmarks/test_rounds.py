@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from contextlib import closing
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark_kv_cache
 import pytest
 import torch
 from cache_growth import BASE
@@ -51,6 +53,19 @@ def test_the_command_refuses_it_in_one_line(tmp_path: Path, warm_python: str) ->
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f'--upstream {tmp_path}: expected a checkout')
+
+
+def test_what_was_measured_before_stays_in_the_file(tmp_path: Path) -> None:
+    out = tmp_path / 'new' / 'bench.json'
+    benchmark_kv_cache.write(
+        out, {'shapes': {'atari': {'stock': 3}, 'memory': {}}, 'reanalysis': {'2/2/64': 5}}
+    )
+    benchmark_kv_cache.write(out, {'shapes': {'atari': {'floor': 2}}, 'collection': {}})
+    assert json.loads(out.read_text()) == {
+        'shapes': {'atari': {'floor': 2}, 'memory': {}},
+        'reanalysis': {'2/2/64': 5},
+        'collection': {},
+    }
 
 
 def test_what_a_worker_dies_of_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,227 @@
+"""Tables of the documentation, rendered from the results files that the commands wrote.
+
+    python benchmarks/tables.py
+
+writes each table between its marks, `<!-- table NAME -->` and `<!-- end of table -->`, in the pages of
+:data:`PAGES`. The files are in `benchmarks/results`: `planning.json` of `benchmark_kv_cache.py --out`, and a
+folder of rows for each `lzero-kv compare --out`, and the lines that `studies/planning` prints.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
+from lzero_kv.sweep.rows import read_rows
+
+PAGES = (ROOT / 'docs' / 'measurements.md', ROOT / 'benchmarks' / 'results.md')
+RESULTS = ROOT / 'benchmarks' / 'results'
+MARKED = re.compile(r'(<!-- table ([\w-]+) -->\n).*?(\n<!-- end of table -->)', re.DOTALL)
+
+Cells = Sequence[Sequence[str]]
+"""Rows of a table, its head first."""
+
+SHAPES = {
+    'atari': '2 layers, 768 wide, 50 simulations',
+    'stack4': '4 layers, 768 wide, 50 simulations',
+    'multitask': '8 layers, 768 wide, 50 simulations',
+    'memory': '4 layers, 256 wide, 162 tokens, 50 simulations',
+    'lunarlander': '4 layers, 256 wide, 50 simulations',
+    'cartpole': '2 layers, 64 wide, 25 simulations',
+}
+NAMES = {'stock': 'stock', 'rebuild': 'default', 'shift': "`'shift'`", 'floor': 'floor'}
+"""Of the contestants in the pages."""
+REDUCED = ('float16', 'int8')
+
+
+def planning() -> Cells:
+    """Environment steps: times, ratios and bytes of each shape, one row."""
+    head = [
+        'shape',
+        'stock, ms',
+        'default',
+        'shift',
+        'floor',
+        'default over the floor',
+        'root inference, default',
+    ]
+    rows = [[*head, 'cache, MiB: stock', 'default', 'shift']]
+    for shape, found in _shapes().items():
+        stock, rebuild, shift, floor = (_timed(found[name]) for name in NAMES)
+        faster = [f'{one["times_as_fast"]:.2f}' for one in (rebuild, shift, floor)]
+        over, root = f'{rebuild["over_floor"]:.2f}', f'{rebuild["root_times_as_fast"]:.2f}'
+        size = [_mib(found[name]) for name in ('stock', 'rebuild', 'shift')]
+        rows.append([f'{shape}: {SHAPES[shape]}', _ms(stock), *faster, over, root, *size])
+    return rows
+
+
+def planning_details() -> Cells:
+    """Environment steps: a row for each shape and cache."""
+    head = ['shape', 'cache', 'step, ms', 'times as fast as stock', 'over the floor']
+    rows = [[*head, 'root inference, times as fast', 'model, cache, tree, rest: % of time', 'cache, MiB']]
+    for shape, found in _shapes().items():
+        label = f'{shape}: {SHAPES[shape]}'
+        for name, shown in NAMES.items():
+            time = _timed(found[name])
+            row = [label, shown, _ms(time), f'{time["times_as_fast"]:.2f}', f'{time["over_floor"]:.2f}']
+            rows.append(row + (['', '', ''] if name == 'floor' else _details(found[name])))
+            label = ''
+    return rows
+
+
+def fewer_bits() -> Cells:
+    """Reduced precisions: times as fast as stock, and what they decide beside float32."""
+    windows = ('rebuild', 'shift')
+    head = ['shape', 'default: float32', *REDUCED, 'shift: float32', *REDUCED]
+    rows = [[*head, 'root actions: float16, int8', 'nats: float16, int8']]
+    for shape, found in _shapes().items():
+        if 'rebuild float16' not in found:
+            continue
+        names = [name for window in windows for name in (window, *(f'{window} {bits}' for bits in REDUCED))]
+        faster = [f'{_timed(found[n])["times_as_fast"]:.2f}' if n in found else 'refused' for n in names]
+        quality = [found[f'rebuild {bits}']['quality'] for bits in REDUCED if f'rebuild {bits}' in found]
+        same = ', '.join(f'{100 * one["root_actions"]:.0f} %' for one in quality)
+        rows.append([shape, *faster, same, ', '.join(f'{one["nats"]:.4f}' for one in quality)])
+    return rows
+
+
+def trained_model() -> Cells:
+    """What a trained model decides in fewer bits."""
+    found = _lines('trained_model.jsonl')
+    clear, size = found[0]['clear_roots'], found[0]['value_size']
+    head = ['', 'same most visited action', f'the same, of {clear} roots whose visits differ by more than 2']
+    rows = [[*head, 'visits, nats', f'value error, values are {size:.1f}', 'returns of eight episodes']]
+    for one in found[1:]:
+        same = [f'{100 * one[name]:.1f} %' for name in ('same_action', 'same_action_where_clear')]
+        errors = [f'{one[name]:.2g}' for name in ('visits_nats', 'value_error')]
+        returns = found[0]['returns'] if one['returns'] is None else one['returns']
+        rows.append([one['precision'], *same, *errors, ', '.join(map(str, sorted(set(returns))))])
+    return rows
+
+
+def wrong_entries() -> Cells:
+    """Returns of one model with each cache."""
+    rows = [
+        ['simulations, episodes', "LightZero's cache", "`'shift'`: its windows", 'default, exact windows']
+    ]
+    for one in _lines('wrong_entries.jsonl'):
+        means, differences = one['means'], one['differences']
+        cells = [
+            '{:.1f}: {:.1f} [{:.1f}, {:.1f}]'.format(means[name], *differences[name])
+            for name in ('shift', 'default')
+        ]
+        number = f'{one["simulations"]}, {len(one["returns"]["stock"])}'
+        rows.append([number, f'{means["stock"]:.1f}', *cells])
+    return rows
+
+
+def whole_training(folder: str) -> Cells:
+    """What `lzero-kv compare` printed."""
+    return _comparison(folder).cells()
+
+
+def each_seed(folder: str) -> Cells:
+    """The pairs of a comparison."""
+    found = _comparison(folder)
+    head = ['seed', 'search: stock', PLUGIN, 'whole: stock', PLUGIN, f'whole, {PLUGIN} / {STOCK}']
+    reach = found.until is not None
+    rows = [[*head, 'environment steps: stock' if reach else 'return: stock', PLUGIN]]
+    for pair in zip(found.stock, found.plugin, strict=True):
+        search, whole = ([seconds(found.clock, part, row) for row in pair] for part in (SEARCH, WHOLE))
+        times = [f'{value:.1f}' for value in (*search, *whole)]
+        rows.append([str(pair[0]['seed']), *times, f'{whole[1] / whole[0]:.2f}'])
+        rows[-1] += [_end(row) if reach else f'{mean_return(row):.1f}' for row in pair]
+    return rows
+
+
+def _end(row: dict[str, Any]) -> str:
+    return f'{row["env_steps"]:,}' if row['reached'] else f'not by {row["env_steps"]:,}'
+
+
+@cache
+def _comparison(folder: str) -> Comparison:
+    return Comparison.of(read_rows(RESULTS / folder)[1])
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding='utf-8').splitlines()]
+
+
+@cache
+def _shapes() -> dict[str, dict[str, Any]]:
+    found = json.loads((RESULTS / 'planning.json').read_text(encoding='utf-8'))['shapes']
+    return {shape: found[shape] for shape in SHAPES if shape in found}
+
+
+def _timed(numbers: dict[str, Any]) -> dict[str, Any]:
+    return numbers['threads']['1']
+
+
+def _ms(time: dict[str, Any]) -> str:
+    return f'{time["step_ms"]["median"]:,.0f}'
+
+
+def _mib(numbers: dict[str, Any]) -> str:
+    return f'{numbers["cache_mib"]:.{0 if numbers["cache_mib"] >= 2 else 1}f}'
+
+
+def _details(numbers: dict[str, Any]) -> list[str]:
+    shares = ' / '.join(
+        f'{100 * numbers["share_of_time"][part]:.0f}' for part in ('model', 'cache', 'tree', 'rest')
+    )
+    return [f'{_timed(numbers)["root_times_as_fast"]:.2f}', shares, _mib(numbers)]
+
+
+TABLES: dict[str, Callable[[], Cells]] = {
+    'planning': planning,
+    'planning-details': planning_details,
+    'fewer-bits': fewer_bits,
+    'trained-model': trained_model,
+    'wrong-entries': wrong_entries,
+    **{
+        f'{name}-{folder}': partial(table, folder)
+        for name, table in (('training', whole_training), ('seeds', each_seed))
+        for folder in ('cartpole',)
+    },
+}
+
+
+def markdown(cells: Cells) -> str:
+    """The table in Markdown."""
+    lines = [f'| {" | ".join(row)} |' for row in cells]
+    return '\n'.join([lines[0], '|' + '---|' * len(cells[0]), *lines[1:]])
+
+
+def rendered(text: str) -> str:
+    """A page with its marked tables as the results files have them.
+
+    Raises:
+        ValueError: it has a mark of no table.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        if name not in TABLES:
+            raise ValueError(f'no table {name!r}: write one of {", ".join(TABLES)}')
+        return begin + markdown(TABLES[name]()) + end
+
+    return MARKED.sub(table, text)
+
+
+def main() -> None:
+    """Render the tables of all pages in place."""
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding='utf-8')), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()
