@@ -45,22 +45,12 @@ REDUCED = ('float16', 'int8')
 
 def planning() -> Cells:
     """Environment steps: times, ratios and bytes of each shape, one row."""
-    head = [
-        'shape',
-        'stock, ms',
-        'default',
-        'shift',
-        'floor',
-        'default over the floor',
-        'root inference, default',
-    ]
-    rows = [[*head, 'cache, MiB: stock', 'default', 'shift']]
+    rows = [['shape', 'stock, ms', 'default', 'shift', 'floor', 'cache, MiB: stock', 'default']]
     for shape, found in _shapes().items():
-        stock, rebuild, shift, floor = (_timed(found[name]) for name in NAMES)
-        faster = [f'{one["times_as_fast"]:.2f}' for one in (rebuild, shift, floor)]
-        over, root = f'{rebuild["over_floor"]:.2f}', f'{rebuild["root_times_as_fast"]:.2f}'
-        size = [_mib(found[name]) for name in ('stock', 'rebuild', 'shift')]
-        rows.append([f'{shape}: {SHAPES[shape]}', _ms(stock), *faster, over, root, *size])
+        stock, *others = (_timed(found[name]) for name in NAMES)
+        faster = [_faster(one) for one in others]
+        size = [_mib(found[name]) for name in ('stock', 'rebuild')]
+        rows.append([f'{shape}: {SHAPES[shape]}', _ms(stock), *faster, *size])
     return rows
 
 
@@ -72,26 +62,37 @@ def planning_details() -> Cells:
         label = f'{shape}: {SHAPES[shape]}'
         for name, shown in NAMES.items():
             time = _timed(found[name])
-            row = [label, shown, _ms(time), f'{time["times_as_fast"]:.2f}', f'{time["over_floor"]:.2f}']
+            row = [label, shown, _ms(time), _faster(time), f'{time["over_floor"]:.2f}']
             rows.append(row + (['', '', ''] if name == 'floor' else _details(found[name])))
             label = ''
     return rows
 
 
 def fewer_bits() -> Cells:
+    """Reduced precisions: times as fast as stock, exact windows."""
+    rows = [['shape', 'float32', *REDUCED]]
+    return rows + [[shape, *_by_precision(found, 'rebuild')] for shape, found in _reduced().items()]
+
+
+def fewer_bits_details() -> Cells:
     """Reduced precisions: times as fast as stock, and what they decide beside float32."""
-    windows = ('rebuild', 'shift')
     head = ['shape', 'default: float32', *REDUCED, 'shift: float32', *REDUCED]
     rows = [[*head, 'root actions: float16, int8', 'nats: float16, int8']]
-    for shape, found in _shapes().items():
-        if 'rebuild float16' not in found:
-            continue
-        names = [name for window in windows for name in (window, *(f'{window} {bits}' for bits in REDUCED))]
-        faster = [f'{_timed(found[n])["times_as_fast"]:.2f}' if n in found else 'refused' for n in names]
+    for shape, found in _reduced().items():
+        faster = [*_by_precision(found, 'rebuild'), *_by_precision(found, 'shift')]
         quality = [found[f'rebuild {bits}']['quality'] for bits in REDUCED if f'rebuild {bits}' in found]
         same = ', '.join(f'{100 * one["root_actions"]:.0f} %' for one in quality)
         rows.append([shape, *faster, same, ', '.join(f'{one["nats"]:.4f}' for one in quality)])
     return rows
+
+
+def _reduced() -> dict[str, dict[str, Any]]:
+    return {shape: found for shape, found in _shapes().items() if 'rebuild float16' in found}
+
+
+def _by_precision(found: dict[str, Any], window: str) -> list[str]:
+    names = [window, *(f'{window} {bits}' for bits in REDUCED)]
+    return [_faster(_timed(found[name])) if name in found else 'refused' for name in names]
 
 
 def trained_model() -> Cells:
@@ -166,6 +167,10 @@ def _timed(numbers: dict[str, Any]) -> dict[str, Any]:
     return numbers['threads']['1']
 
 
+def _faster(time: dict[str, Any]) -> str:
+    return f'{time["times_as_fast"]:.2f}'
+
+
 def _ms(time: dict[str, Any]) -> str:
     return f'{time["step_ms"]["median"]:,.0f}'
 
@@ -185,6 +190,7 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'planning': planning,
     'planning-details': planning_details,
     'fewer-bits': fewer_bits,
+    'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,
     'wrong-entries': wrong_entries,
     **{

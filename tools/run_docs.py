@@ -3,8 +3,8 @@ docs/.
 
 Python snippets of one page share a namespace and run in order. Commands run in the order of the pages, in the
 project's folder with `.venv/bin` in front of PATH. Left out: `make test`, which is what CI runs; `make docs`,
-which is this; `make soak`, which takes half an hour; and `pip install .`, which would replace the editable
-install, and has a test of its own in tests/packaging.
+which is this; `make soak`, `make bench` and `make compare`, which take half an hour and more; and
+`pip install .`, which would replace the editable install, and has a test of its own in tests/packaging.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r'^```(\w+)\n(.*?)^```', re.MULTILINE | re.DOTALL)
-NOT_HERE = {'make test', 'make docs', 'make soak', 'pip install .', "pip install '.[llm]'"}
+NOT_HERE = {f'make {target}' for target in ('test', 'docs', 'soak', 'bench', 'compare')}
+NOT_HERE |= {'pip install .', "pip install '.[llm]'"}
 CONFIGS = """
 from easydict import EasyDict
 import atari_unizero_kv_config

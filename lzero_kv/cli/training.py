@@ -18,7 +18,7 @@ from typing import Any
 import lzero_kv
 from lzero_kv.sweep.rows import versions
 
-TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy', 'lzero_kv')
+TOLD = ('LightZero', 'DI-engine', 'torch', 'numpy')
 PACKAGES = Path(lzero_kv.__file__).resolve().parents[1]
 UNBOUNDED = 10**10  # of the entry's own bounds
 TOLD_SECONDS = 0.25

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +21,9 @@ HEADER = 'sweep'
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Versions of the packages that numbers depend on, and of Python, for a header."""
-    found = {'Python': platform.python_version()}
+    """Versions of what numbers depend on: these packages, Python and lzero_kv as it was imported."""
+    # Not by an import: the public names of the package lead to the host.
+    found = {'Python': platform.python_version(), 'lzero_kv': sys.modules['lzero_kv'].__version__}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)

@@ -113,9 +113,8 @@ def locked_build(environment: Environment, stages: list[Stage]) -> bool:
         require_space(environment.folder, todo)
         whole = len(todo) == len(stages)
         verb, size = ('building', ': 1.7 GB, two to ten minutes') if whole else ('going on with', '')
-        console.say(
-            f'{verb} {environment.folder}{size} (Python {PYTHON_VERSION}, pip; log: {environment.log.name})'
-        )
+        log = environment.log.relative_to(environment.folder.parent)
+        console.say(f'{verb} {environment.folder}{size} (Python {PYTHON_VERSION}, pip; log: {log})')
         build(environment, stages, todo)
     return True
 

@@ -32,7 +32,7 @@ from lzero_kv.mistakes import Mistakes, describe, did_you_mean
 from lzero_kv.sweep.rows import versions
 
 RECORDS = '.jsonl'
-TOLD = ('torch', 'transformers', 'lzero_kv')
+TOLD = ('torch', 'transformers')
 
 
 def _several(value: Any) -> Any:

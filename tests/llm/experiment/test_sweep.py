@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.llm.experiment.documents import Document
-from lzero_kv.sweep.rows import ROWS, read_rows, unit_of
+from lzero_kv.sweep.rows import ROWS, read_rows, unit_of, versions
 from lzero_kv.sweep.sweep import Progress, Sweep, claimed
 from tests.llm.experiment import made
 
@@ -114,6 +114,15 @@ def test_a_header_that_was_torn_is_written_again(tmp_path: Path) -> None:
     (tmp_path / ROWS).write_bytes(b'{"sweep": {"mod')
     Sweep(tmp_path, made.HEADER)
     assert lines(tmp_path) == [{'sweep': made.HEADER}]
+
+
+def test_a_header_names_the_package_that_was_imported_installed_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr('lzero_kv.__version__', '7.5.3')
+    found = versions('torch', 'no-such-package')
+    assert (found['lzero_kv'], found['no-such-package']) == ('7.5.3', 'not installed')
+    assert set(found) == {'torch', 'no-such-package', 'Python', 'lzero_kv'}
 
 
 def test_another_sweep_is_refused_with_each_difference_and_changes_nothing(tmp_path: Path) -> None:
