@@ -193,11 +193,9 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,
     'wrong-entries': wrong_entries,
-    **{
-        f'{name}-{folder}': partial(table, folder)
-        for name, table in (('training', whole_training), ('seeds', each_seed))
-        for folder in ('cartpole',)
-    },
+    'training-cartpole': partial(whole_training, 'cartpole'),
+    'seeds-cartpole': partial(each_seed, 'cartpole'),
+    'training-pong': partial(whole_training, 'pong'),
 }
 
 

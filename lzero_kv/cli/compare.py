@@ -143,7 +143,8 @@ def _measure(call: TrainingCall, request: Request, seeds: int) -> list[Row]:
         def measure(training: Training) -> list[Row]:
             name = f'{training.task}, {training.id}'
             done = whole - request.env_steps * len(sweep.left(trainings))
-            bar.say(f'{name}: training for {request.env_steps:,} environment steps')
+            until = '' if request.until is None else f', or until an evaluation returns {request.until:g}'
+            bar.say(f'{name}: training for {request.env_steps:,} environment steps{until}')
 
             def hear(numbers: dict[str, Any]) -> None:
                 state = (
@@ -203,9 +204,11 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
     given = training_call(Path(request.config), request.arguments)
     call, _ = alone(given, folder, flag=request.name == PLUGIN)
     call.config['policy']['model']['world_model_cfg'].pop('cache_validation_mode', None)
-    progress = Progress(
-        UNBOUNDED, lambda progress: hear(progress.counts), evaluates=request.until is not None
-    )
+
+    def tell(progress: Progress) -> None:
+        hear({'steps': progress.collected, 'iterations': progress.iterations})
+
+    progress = Progress(UNBOUNDED, tell, evaluates=request.until is not None)
     if progress.evaluates:
         call.config['env']['stop_value'] = request.until
     clock, returns, whole, stops = Clock(), [], ExitStack(), []

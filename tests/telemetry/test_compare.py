@@ -84,6 +84,7 @@ def test_a_training_ends_where_an_evaluation_reaches_the_return(
         assert all(row['processor'][part] > 0 for part in PARTS)
         assert sum(row['processor'][part] for part in PARTS) < row['processor'][WHOLE]
     said = ' '.join(capsys.readouterr().out.split())
+    assert 'training for 900 environment steps, or until an evaluation returns 2 lzero_kv, seed 0' in said
     assert 'environment steps to the return' in said and '│ trainings that reached 2 │ 1 │ 1 │' in said
     assert '1 reached a return of 2 without the flag and 1 with it, in ' in said
 
