@@ -9,10 +9,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from testing.warm_python import warm_python as started
 
 VARIABLE = 'WARM_PYTHON'
+
+# A machine that is busy with other programs fails no test.
+settings.register_profile('untimed', deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('untimed')
 
 
 def pytest_configure(config: pytest.Config) -> None:

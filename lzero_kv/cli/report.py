@@ -89,7 +89,7 @@ def _show(run: RunLog, path: Path) -> None:
         show_line(f'{run.ranks} processes: counters, entries and bytes are their sums, occupancy the largest')
     if speed := run.speed():
         show_table(speed_table(speed, run.speed(last=True)))
-    show_table(statistics_table(run.totals(), 'Whole run'))
+    show_table(statistics_table(run.totals(), 'Whole run', meanings=True))
     if any(len(series.steps) > 1 for series in run.scalars.values()):
         show_table(statistics_table(run.last(), 'Last point'))
     if validation := run.validation():

@@ -64,7 +64,7 @@ METRICS = named(
     _counter('queries', Unit.COUNT, "Lookups of a history's KV: its keys and values."),
     _counter('hits', Unit.COUNT, 'Queries whose KV was in the pool.'),
     _counter('misses', Unit.COUNT, 'Queries whose KV was not in the pool.'),
-    _ratio('hit_rate', Unit.FRACTION, 'Hits divided by queries; no point where nothing was queried.'),
+    _ratio('hit_rate', Unit.FRACTION, 'Hits divided by queries; missing where nothing was queried.'),
     _counter('stores', Unit.COUNT, 'Histories whose KV was written into the pool.'),
     _counter('overwrites', Unit.COUNT, 'Stores that renewed the slot of a key already in the pool.'),
     _counter('evictions', Unit.ENTRIES, 'Entries removed by the policy because the pool was full.'),

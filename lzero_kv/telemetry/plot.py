@@ -30,6 +30,7 @@ LINES = {
     'total': ('#aa3377', (0, (6, 2, 1, 2))),
 }
 BYTE_UNITS = (('B', 1), ('KiB', 2**10), ('MiB', 2**20), ('GiB', 2**30))
+COLUMNS = 2
 DASHES = ('solid', (0, (4, 2)), (0, (1, 1.5)))
 MARKED_POINTS = 60  # beyond this, markers hide the line
 MAPS = (
@@ -40,7 +41,7 @@ MAPS = (
 
 
 def plot_run(run: RunLog, path: Path) -> Path:
-    """Draw the dashboard's charts over environment steps, one panel below the other, and write them as PNG.
+    """Draw the dashboard's charts over environment steps, two in a row, and write them as PNG.
 
     The charts of a validation follow where the log has them, and the maps of layer budgets. What
     :func:`constant_charts` names is left out.
@@ -59,16 +60,23 @@ def plot_run(run: RunLog, path: Path) -> Path:
     left_out = constant_charts(run)
     charts = [chart for chart in _charts(run) if chart.heading not in left_out]
     maps = MAPS if run.layers() else ()
-    rows = len(charts) + len(maps) + bool(maps)
-    figure = Figure(figsize=(9, 2.1 * rows + 0.6), layout='constrained')
+    above = -(-len(charts) // COLUMNS)
+    rows = above + len(maps) + bool(maps)
+    figure = Figure(figsize=(11, 2.1 * rows + 0.6), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(f'KV cache of {run.folder}', fontsize=10)
     panels: list[Axes] = []
-    for row, one in enumerate((*charts, *maps)):
-        panels.append(figure.add_subplot(rows, 1, row + 1, sharex=panels[0] if panels else None))
-        panels[-1].tick_params(labelbottom=one is (*charts, *maps)[-1])
-        _draw(panels[-1], one, run) if isinstance(one, Chart) else _draw_map(panels[-1], run, *one)
-    panels[-1].set_xlabel('environment steps')
+
+    def panel(columns: int, place: int) -> Axes:
+        panels.append(figure.add_subplot(rows, columns, place, sharex=panels[0] if panels else None))
+        return panels[-1]
+
+    for place, chart in enumerate(charts, 1):
+        _draw(panel(COLUMNS, place), chart, run)
+    for row, one in enumerate(maps, above + 1):
+        _draw_map(panel(1, row), run, *one)
+    for lowest in panels[-1:] if maps else panels[-COLUMNS:]:
+        lowest.set_xlabel('environment steps')
     if maps:
         _draw_kept_tokens(figure.add_subplot(rows, 1, rows), run)
     try:
@@ -136,7 +144,8 @@ def _draw(panel: Axes, chart: Chart, run: RunLog) -> None:
         top = 100.0 if label == '%' else highest / divisor or 1.0
         panel.set_ylim(-0.05 * top, 1.08 * top)
     panel.grid(alpha=0.3)
-    if panel.lines:
+    told = len(chart.metrics) == 1 and not lines.keys() & LINES.keys()  # by the heading
+    if panel.lines and not told:
         panel.legend(
             loc='center left', bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, handlelength=3.5
         )

@@ -16,6 +16,7 @@ import lzero_kv
 from lzero_kv.cli import main
 from lzero_kv.cli.doctor import Mark, _entry_check, distribution_check, package_folder, rom_check
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
+from lzero_kv.lightzero import host
 from testing.families import FAMILIES, policy_config
 
 pytest.importorskip('lzero', reason='the doctor is tested against an installed LightZero')
@@ -72,6 +73,20 @@ def test_the_installation_alone(warm_python: str) -> None:
         assert subject in found
     assert 'LightZero 0.2.0 (as tested)' in done.stdout
     assert done.stdout.splitlines()[-1].startswith('The plugin can engage here.')
+
+
+def test_what_imports_of_the_host_warn_of_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checked = host.check_supported
+
+    def warning() -> object:
+        sys.stderr.write('FutureWarning: of a library\n')
+        return checked()
+
+    monkeypatch.setattr(host, 'check_supported', warning)
+    assert main(['doctor']) == 0
+    assert capsys.readouterr().err == ''
 
 
 def test_a_config_for_which_the_plugin_engages(tmp_path: Path, warm_python: str) -> None:

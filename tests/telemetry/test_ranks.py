@@ -119,7 +119,7 @@ def test_the_log_and_the_report_say_how_many_processes(
     out = capsys.readouterr().out
     assert '3 processes: counters, entries and bytes are their sums, occupancy the largest' in out
     rows = [line.replace(' ', '').strip('│').split('│') for line in out.splitlines() if '│' in line]
-    assert rows.count(['ranks', '3', '3', '3']) == 1  # the whole run is its one point
+    assert [row[:4] for row in rows].count(['ranks', '3', '3', '3']) == 1  # the whole run is its one point
     assert any(RANK_METRICS['ranks'].sentence in text for text in texts_of(tmp_path))
 
 

@@ -10,6 +10,7 @@ import matplotlib.image
 import pytest
 
 from lzero_kv.cli import main
+from lzero_kv.telemetry.metrics import METRICS
 
 from .driving import write_experiment, write_stock_experiment
 
@@ -26,8 +27,9 @@ def test_report_prints_tables_and_writes_the_plot(tmp_path: Path, warm_python: s
     lines = done.stdout.splitlines()
     assert lines[0] == f'log: {folder}, 120 environment steps, 42 training iterations'
     assert lines[-1] == f'plot: {tmp_path / "exp" / "kv_cache.png"}'
-    queries = [line.replace(' ', '').strip('│').split('│') for line in lines if 'queries' in line]
-    assert queries == [['queries', '120', '600', '720'], ['queries', '20', '100', '120']]
+    queries = [line.replace(' ', '').strip('│').split('│') for line in lines if line.startswith('│ queries')]
+    meaning = METRICS['queries'].sentence.replace(' ', '')  # told once
+    assert queries == [['queries', '120', '600', '720', meaning], ['queries', '20', '100', '120']]
     assert matplotlib.image.imread(tmp_path / 'exp' / 'kv_cache.png').shape[2] == 4
 
 
@@ -69,7 +71,7 @@ def test_a_resumed_run_in_the_same_folder_is_a_run_of_its_own(
     write_experiment(tmp_path, points=4)
     assert main(['report', str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    lines = [line.replace(' ', '') for line in out.splitlines() if 'queries' in line]
+    lines = [line.replace(' ', '') for line in out.splitlines() if line.startswith('│ queries')]
     queries = [line.split('│')[2] for line in lines]
     assert queries == ['120', '20', '80', '20']
     assert out.count(f'log: {folder}, ') == 2

@@ -178,7 +178,8 @@ def stock_table(beside: Any) -> Table:
         table.add_row('unexplained', f'{found.unexplained:,}', '-', 'Differences without a proven cause.')
     if found.value.count:
         moved = f'{found.value.mean:.2g}'
-        table.add_row('value moved by', moved, '-', 'Mean over the wrong answers, in units of return.')
+        meaning = 'Mean over the wrong answers, in units of return; small while a model is young.'
+        table.add_row('value moved by', moved, '-', meaning)
     return table
 
 
