@@ -40,7 +40,7 @@ FLAGS = (
     '--hide-scrollbars',
 )
 START_SECONDS = 60.0
-DRAW_SECONDS = 60.0
+DRAW_SECONDS = 180.0
 MAX_BYTES = 150_000
 COLOURS = 128
 
@@ -162,6 +162,7 @@ def _browser(width: int, height: int) -> Iterator[Any]:
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_binary))
         try:
             driver.set_window_size(width, height)
+            driver.set_script_timeout(DRAW_SECONDS)
             yield driver
         finally:
             driver.quit()
