@@ -99,7 +99,7 @@ def main(minutes: float = 30, out: Path = Path('data_lz/long_pong')) -> None:
         minutes: on the wall, after which no other pair of pieces begins.
         out: the folder of rows, states, logs and the picture.
     """
-    sweep, end = Sweep(out, SETTINGS | dict(methods=['training'])), time.monotonic() + 60 * minutes
+    sweep, end = Sweep(out, dict(settings=SETTINGS, methods=['training'])), time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         number = min(sum(row['task'] == arm for row in sweep.rows) for arm in ARMS)
         sweep.run([Piece(arm, number) for arm in ARMS], partial(_measured, out=out))
