@@ -153,7 +153,7 @@ def _measure(call: TrainingCall, request: Request, seeds: int) -> list[Row]:
                 bar.show(done + min(numbers['steps'], request.env_steps), whole, state)
 
             asked = dataclasses.replace(request, name=training.task, seed=training.seed)
-            return [answer_of('compare', asked, sweep.folder / f'{training.task}_{training.seed}.log', hear)]
+            return [answer_of(__name__, asked, sweep.folder / f'{training.task}_{training.seed}.log', hear)]
 
         return sweep.run(trainings, measure)
 
@@ -212,7 +212,7 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
     if progress.evaluates:
         call.config['env']['stop_value'] = request.until
     clock, returns, whole, stops = Clock(), [], ExitStack(), []
-    with whole, _watched(call, progress, clock, whole, returns, stops):
+    with whole, watched(call, progress, clock, whole, returns, stops):
         call.run(seed=request.seed, max_env_step=request.env_steps, max_train_iter=UNBOUNDED)
     return {
         'task': request.name,
@@ -226,13 +226,13 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
         'device': str(progress.policy._cfg.device),
         'processor': dict(clock.processor),
         'wall': dict(clock.wall),
-        'peak_bytes': _peak_bytes(),
+        'peak_bytes': peak_bytes(),
         'returns': returns,
     }
 
 
 @contextmanager
-def _watched(
+def watched(
     call: TrainingCall,
     progress: Progress,
     clock: Clock,
@@ -296,7 +296,7 @@ def _acting_class(call: TrainingCall) -> type:
     return KVPolicy
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Most resident memory of this process, or, with a GPU, most memory of tensors there."""
     import torch
 

@@ -59,11 +59,11 @@ def told_versions() -> dict[str, str]:
     return {**versions(*TOLD), 'machine': platform.platform()}
 
 
-def answer_of(command: str, request: Request, log: Path, hear: Hear) -> Any:
-    """What ``train`` of a command's module returns, run by :mod:`lzero_kv.cli.child`.
+def answer_of(module: str, request: Request, log: Path, hear: Hear) -> Any:
+    """What ``train`` of a module returns, run by :mod:`lzero_kv.cli.child`.
 
     Args:
-        command: the name of the module.
+        module: its name.
         request: what is trained.
         log: file of what the process writes; an existing one is replaced.
         hear: is given each report of progress.
@@ -72,7 +72,7 @@ def answer_of(command: str, request: Request, log: Path, hear: Hear) -> Any:
         ValueError: it ended without an answer; the message says why and where its log is.
     """
     reader, writer = os.pipe()
-    arguments = [command, str(writer), json.dumps(asdict(request))]
+    arguments = [module, str(writer), json.dumps(asdict(request))]
     # The same package as here, also where that is a checkout; and threads wait for each other on few cores.
     path = os.pathsep.join([str(PACKAGES), *filter(None, [os.environ.get('PYTHONPATH')])])
     environment = {'OMP_NUM_THREADS': '1', **os.environ, 'PYTHONPATH': path}

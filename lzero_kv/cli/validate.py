@@ -119,7 +119,7 @@ def _run_modes(request: Request, modes: Sequence[str]) -> list[ModeRun]:
             bar.say(f'mode {mode}: training for {request.env_steps:,} environment steps')
             asked, log = dataclasses.replace(request, name=mode), Path(request.folder) / f'{mode}.log'
             try:
-                runs.append(MODE_RUN.validate_python(answer_of('validate', asked, log, hear)))
+                runs.append(MODE_RUN.validate_python(answer_of(__name__, asked, log, hear)))
             except ValueError as error:
                 raise ValueError(f'mode {mode}: {error}') from error
     return runs
