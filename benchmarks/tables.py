@@ -4,7 +4,7 @@
 
 writes each table between its marks, `<!-- table NAME -->` and `<!-- end of table -->`, in the pages of
 :data:`PAGES`. The files are in `benchmarks/results`: `planning.json` of `benchmark_kv_cache.py --out`, and a
-folder of rows for each `lzero-kv compare --out`, and the lines that `studies/planning` prints.
+folder of rows for each `lzero-kv compare --out`, and what `studies/planning` writes and prints.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
 from lzero_kv.sweep.rows import read_rows
+from studies.planning import long_pong
 
 PAGES = (ROOT / 'docs' / 'measurements.md', ROOT / 'benchmarks' / 'results.md')
 RESULTS = ROOT / 'benchmarks' / 'results'
@@ -196,6 +197,7 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'training-cartpole': partial(whole_training, 'cartpole'),
     'seeds-cartpole': partial(each_seed, 'cartpole'),
     'training-pong': partial(whole_training, 'pong'),
+    'long-pong': lambda: long_pong.cells(read_rows(RESULTS / 'long_pong')[1]),
 }
 
 

@@ -55,8 +55,8 @@ ARMS = {STOCK: '#999999', PLUGIN: '#0072b2'}
 """Colours of the two curves."""
 MODULE = 'studies.planning.long_pong'
 PICTURE = 'returns.png'
-LAST = 20
-"""Episodes at either end of a training whose mean the table shows."""
+SHOWN = 20
+"""Episodes at either end of a training whose mean return the table shows."""
 SETTINGS = dict(
     sizes=dict(
         collector_env_num=4,
@@ -104,7 +104,8 @@ def main(minutes: float = 30, out: Path = Path('data_lz/long_pong')) -> None:
         number = min(sum(row['task'] == arm for row in sweep.rows) for arm in ARMS)
         sweep.run([Piece(arm, number) for arm in ARMS], partial(_measured, out=out))
     if sweep.rows:
-        show_table(table(sweep.rows))
+        title = 'Pong; parts: processor seconds for 1,000 environment steps'
+        show_table(text_table(cells(sweep.rows), title))
         show_line(f'picture: {draw(sweep.rows, out / PICTURE)}')
 
 
@@ -316,21 +317,20 @@ def of_arm(rows: Sequence[Row], arm: str) -> Row:
     return own[-1] | dict(processor=dict(spent), returns=returns)
 
 
-def table(rows: Sequence[Row]) -> Any:
-    """What each arm did so far, and its processor seconds for 1,000 environment steps by part."""
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Table of what each arm did so far, with its processor seconds for 1,000 environment steps by part."""
     trained = [of_arm(rows, arm) for arm in ARMS if any(row['task'] == arm for row in rows)]
-    lines: dict[str, list[str]] = {'': [row['task'] for row in trained]}
+    lines = {'': [row['task'] for row in trained]}
     lines['environment steps'] = [f'{row["env_steps"]:,}' for row in trained]
     lines['training iterations'] = [f'{row["iterations"]:,}' for row in trained]
     lines['processor hours'] = [f'{row["processor"][WHOLE] / 3600:.2f}' for row in trained]
     for part in (SEARCH, ROOTS, SAMPLING, LEARNING, REST, WHOLE):
         lines[part] = [f'{seconds("processor", part, row):.1f}' for row in trained]
     values = [[value for _, value in row['returns']] for row in trained]
-    lines['episodes'] = [f'{len(own)}' for own in values]
-    for name, part in ((f'first {LAST}', slice(LAST)), (f'last {LAST}', slice(-LAST, None))):
-        lines[f'mean return of the {name}'] = [f'{np.mean(own[part]):.2f}' for own in values]
-    title = 'Pong; parts: processor seconds for 1,000 environment steps'
-    return text_table([(name, *shown) for name, shown in lines.items()], title)
+    lines['episodes'] = [str(len(own)) for own in values]
+    lines[f'mean return of the first {SHOWN}'] = [f'{np.mean(own[:SHOWN]):.1f}' for own in values]
+    lines[f'mean return of the last {SHOWN}'] = [f'{np.mean(own[-SHOWN:]):.1f}' for own in values]
+    return [[name, *shown] for name, shown in lines.items()]
 
 
 def draw(rows: Sequence[Row], path: Path) -> Path:
