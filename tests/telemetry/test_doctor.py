@@ -50,7 +50,7 @@ def write_config(
 def run(python: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [python, '-m', 'lzero_kv.cli', 'doctor', *map(str, arguments)]
     variables = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=variables)
 
 
 def marks(output: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from .driving import write_experiment, write_stock_experiment
 
 def run(python: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [python, '-m', 'lzero_kv.cli', *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_report_prints_tables_and_writes_the_plot(tmp_path: Path, warm_python: str) -> None:

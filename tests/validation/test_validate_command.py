@@ -35,7 +35,7 @@ def command(python: str, *arguments: object) -> list[str]:
 
 def validate(python: str, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(python, *arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        command(python, *arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
 
 
