@@ -171,7 +171,7 @@ def test_arguments_of_a_config_are_for_validate_alone(capsys: pytest.CaptureFixt
 
 def test_the_config_is_given_its_arguments() -> None:
     call = training_call(CARTPOLE, ['--smoke', '--seed', '5'])
-    assert call.options == {'seed': 5, 'model_path': None, 'max_env_step': 40}
+    assert call.options == {'seed': 5, 'model_path': None, 'max_env_step': 100}
     assert call.config['policy']['num_simulations'] == 8
     with pytest.raises(ConfigError, match=r'exited with code 2 .*: unrecognized arguments: --smok\w* 7'):
         training_call(CARTPOLE, ['--smoking', '7'])
