@@ -196,6 +196,8 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'wrong-entries': wrong_entries,
     'training-cartpole': partial(whole_training, 'cartpole'),
     'seeds-cartpole': partial(each_seed, 'cartpole'),
+    'training-cartpole_195': partial(whole_training, 'cartpole_195'),
+    'seeds-cartpole_195': partial(each_seed, 'cartpole_195'),
     'training-pong': partial(whole_training, 'pong'),
     'long-pong': lambda: long_pong.cells(read_rows(RESULTS / 'long_pong')[1]),
 }

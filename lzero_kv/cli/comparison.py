@@ -98,13 +98,18 @@ class Comparison:
         return self.stock[0].get('until')
 
     @property
-    def to_return(self) -> dict[str, Callable[[Row], float | None]]:
-        """What it took to reach the return, over the pairs of which both did; empty without such a pair."""
-        steps = partial(_if_reached, lambda row: row['env_steps'])
-        time = partial(_if_reached, lambda row: row[self.clock][WHOLE])
-        if not self.values(steps)[0]:
+    def to_return(self) -> dict[str, Callable[[Row], float]]:
+        """What a training took until the return, or to its end where it did not reach it (restricted means).
+
+        To leave out what did not reach it would favour the arm that fails. Empty for trainings without
+        evaluations.
+        """
+        if self.until is None:
             return {}
-        return {'environment steps to the return': steps, f'{self.clock} seconds to the return': time}
+        return {
+            'environment steps until then or the end': lambda row: row['env_steps'],
+            f'{self.clock} seconds until then or the end': lambda row: row[self.clock][WHOLE],
+        }
 
     def table(self) -> Table:
         """The :meth:`cells` for a terminal."""
@@ -150,11 +155,11 @@ class Comparison:
 
     def _words_on_reaching(self) -> str:
         stock, plugin = self._reached()
-        reached = f'{stock} reached a return of {self.until:g} without the flag and {plugin} with it'
-        if not self.to_return:
-            return reached
         steps, time = (self._shown(self.ratio(quantity)) for quantity in self.to_return.values())
-        return f"{reached}, in {steps} of stock's environment steps and {time} of its time where both did"
+        return (
+            f'{stock} reached a return of {self.until:g} without the flag and {plugin} with it; until then '
+            f"or the end trainings took {steps} of stock's environment steps and {time} of its time"
+        )
 
     def _words_on_returns(self) -> str:
         if self.until is not None:
@@ -208,10 +213,6 @@ def seconds(clock: str, part: str, row: Row) -> float:
     spent = row[clock]
     own = spent[WHOLE] - sum(spent.get(name, 0.0) for name in PARTS) if part == REST else spent.get(part, 0.0)
     return 1000 * own / row['env_steps']
-
-
-def _if_reached(quantity: Callable[[Row], float], row: Row) -> float | None:
-    return quantity(row) if row.get('reached') else None
 
 
 def mean_return(row: Row) -> float | None:

@@ -16,7 +16,6 @@ from lzero_kv.cli.comparison import (
     PARTS,
     PLUGIN,
     REST,
-    RETURN,
     ROOTS,
     SAMPLING,
     SEARCH,
@@ -85,8 +84,10 @@ def test_a_training_ends_where_an_evaluation_reaches_the_return(
         assert sum(row['processor'][part] for part in PARTS) < row['processor'][WHOLE]
     said = ' '.join(capsys.readouterr().out.split())
     assert 'training for 900 environment steps, or until an evaluation returns 2 lzero_kv, seed 0' in said
-    assert 'environment steps to the return' in said and '│ trainings that reached 2 │ 1 │ 1 │' in said
-    assert '1 reached a return of 2 without the flag and 1 with it, in ' in said
+    assert (
+        'environment steps until then or the end' in said and '│ trainings that reached 2 │ 1 │ 1 │' in said
+    )
+    assert '1 reached a return of 2 without the flag and 1 with it; until then or the end ' in said
 
 
 NO_UNIZERO = 'from lzero.entry import train_muzero as t\nt([{}, dict(policy=dict(type="muzero"))], seed=1)\n'
@@ -185,22 +186,19 @@ def test_seconds_are_for_a_thousand_steps_and_the_parts_add_up() -> None:
     assert (mean_return(one), by_collection(one)) == (17.0, ([240, 500], [10.5, 30.0]))
 
 
-def test_what_a_return_took_is_of_the_pairs_that_reached_it() -> None:
+def test_a_training_that_did_not_reach_the_return_counts_to_its_end() -> None:
     def reached(arm: str, seed: int, steps: int, well: bool) -> Row:
-        spent = row(arm, seed, 10.0, [])
-        return {**spent, 'env_steps': steps, 'until': 195.0, 'reached': well}
+        return {**row(arm, seed, 10.0, []), 'env_steps': steps, 'until': 195.0, 'reached': well}
 
     stock = [reached(STOCK, 0, 400, True), reached(STOCK, 1, 900, False), reached(STOCK, 2, 600, True)]
-    plugin = [reached(PLUGIN, 0, 300, True), reached(PLUGIN, 1, 100, True), reached(PLUGIN, 2, 300, True)]
+    plugin = [reached(PLUGIN, 0, 300, True), reached(PLUGIN, 1, 450, True), reached(PLUGIN, 2, 200, True)]
     found = Comparison(stock, plugin)
     assert (
-        "; 2 reached a return of 195 without the flag and 3 with it, in 0.60 [0.50, 0.75] of stock's "
-        'environment steps and 1.00 [1.00, 1.00] of its time where both did; with fewer'
+        '; 2 reached a return of 195 without the flag and 3 with it; until then or the end trainings took '
+        "0.50 [0.33, 0.75] of stock's environment steps and 1.00 [1.00, 1.00] of its time; with fewer"
     ) in found.sentence()
-    assert EVALUATION in found.quantities and RETURN not in found.quantities
-    none = Comparison(stock[1:2], plugin[:1])
-    assert none.sentence().count('0 reached a return of 195 without the flag and 1 with it; with') == 1
-    assert not none.to_return
+    assert EVALUATION in found.quantities
+    assert found.cells()[-1] == ('trainings that reached 195', '2', '3', '')
 
 
 def test_a_part_that_stock_has_not_has_no_ratio() -> None:
