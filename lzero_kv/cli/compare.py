@@ -211,8 +211,8 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
     progress = Progress(UNBOUNDED, tell, evaluates=request.until is not None)
     if progress.evaluates:
         call.config['env']['stop_value'] = request.until
-    clock, returns, whole, stops = Clock(), [], ExitStack(), []
-    with whole, watched(call, progress, clock, whole, returns, stops):
+    clock, returns, stops = Clock(), [], []
+    with watched(call, progress, clock, returns, stops):
         call.run(seed=request.seed, max_env_step=request.env_steps, max_train_iter=UNBOUNDED)
     return {
         'task': request.name,
@@ -236,11 +236,10 @@ def watched(
     call: TrainingCall,
     progress: Progress,
     clock: Clock,
-    whole: ExitStack,
     returns: list[tuple[int, float]],
     stops: list[bool],
 ) -> Iterator[None]:
-    """Within the block a training is counted and timed; ``whole`` is timed from the first collection on.
+    """Within the block a training is counted and timed, the whole from the first collection on.
 
     Every episode that ends in a collection is added to ``returns``, the host's verdict on every evaluation
     behind the first collection to ``stops``.
@@ -254,7 +253,7 @@ def watched(
     def act(original: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
         if not progress.collected:
             clock.watch_acting(policy)
-            whole.enter_context(clock.timing(WHOLE))
+            stack.enter_context(clock.timing(WHOLE))
         return original(policy, *args, **kwargs)
 
     def evaluate(original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -196,8 +196,8 @@ class State:
 
         call = call_of(request)
         progress = Progress(UNBOUNDED, evaluates=False)
-        clock, returns, whole = Clock(), [], ExitStack()
-        with self.restored() as buffers, whole, watched(call, progress, clock, whole, returns, []):
+        clock, returns = Clock(), []
+        with self.restored() as buffers, watched(call, progress, clock, returns, []):
             call.run(seed=request.seed, max_env_step=self.steps + 1, max_train_iter=UNBOUNDED)
         steps, iterations = self.steps + progress.collected, self.iterations + progress.iterations
         row = {
