@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
 from lzero_kv.sweep.rows import read_rows
+from lzero_kv.telemetry.table import markdown_table
 from studies.planning import long_pong
 
 PAGES = (ROOT / 'docs' / 'measurements.md', ROOT / 'benchmarks' / 'results.md')
@@ -203,12 +204,6 @@ TABLES: dict[str, Callable[[], Cells]] = {
 }
 
 
-def markdown(cells: Cells) -> str:
-    """The table in Markdown."""
-    lines = [f'| {" | ".join(row)} |' for row in cells]
-    return '\n'.join([lines[0], '|' + '---|' * len(cells[0]), *lines[1:]])
-
-
 def rendered(text: str) -> str:
     """A page with its marked tables as the results files have them.
 
@@ -220,7 +215,7 @@ def rendered(text: str) -> str:
         begin, name, end = found.groups()
         if name not in TABLES:
             raise ValueError(f'no table {name!r}: write one of {", ".join(TABLES)}')
-        return begin + markdown(TABLES[name]()) + end
+        return begin + markdown_table(TABLES[name]()) + end
 
     return MARKED.sub(table, text)
 
