@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import resource
 import time
 from collections import Counter
@@ -78,7 +79,10 @@ def compare(
         0, 1 when something is wrong (the reason goes to standard error), 130 when interrupted.
     """
     numbers = {'--env-steps': env_steps, '--seeds': seeds}
-    if problems := [f'{name}: expected 1 or more, got {n}' for name, n in numbers.items() if n < 1]:
+    problems = [f'{name}: expected 1 or more, got {n}' for name, n in numbers.items() if n < 1]
+    if until is not None and not math.isfinite(until):
+        problems.append(f'--until: expected a return, got {until}')
+    if problems:
         raise ValueError('; '.join(problems))
     call = _checked(training_call(config, arguments), out)
     rows = _measure(call, Request(str(config), arguments, '', env_steps, str(out), until=until), seeds)

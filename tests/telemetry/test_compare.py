@@ -107,6 +107,7 @@ train_unizero([main, create], seed=0)
         (None, [], 'a.py is no file; give a config file that LightZero can run'),
         ('x = 1\n', ['--env-steps', '0'], '--env-steps: expected 1 or more, got 0'),
         ('x = 1\n', ['--seeds', '-1'], '--seeds: expected 1 or more, got -1'),
+        ('x = 1\n', ['--until', 'nan'], '--until: expected a return, got nan'),
         ('x = 1\n', [], 'a.py ended without calling a training entry'),
         (NO_UNIZERO, [], "a.py calls train_muzero with the policy 'muzero', for which there is no plugin"),
         (
