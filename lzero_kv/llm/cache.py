@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -194,6 +195,11 @@ class BudgetLayer(CacheLayerMixin):
         keys.budget_layer = self
         return keys, values
 
+    @property
+    def whole(self) -> bool:
+        """Whether the layer holds every token that is within its limit."""
+        return self.tokens.whole(self._number)
+
     def begin(self, mask: torch.Tensor | None, queries: torch.Tensor) -> torch.Tensor | None:
         """Add the tokens of the block; the mask of their attention.
 
@@ -206,7 +212,7 @@ class BudgetLayer(CacheLayerMixin):
         """
         tokens, number, (heads, block) = self.tokens, self._number, queries.shape[1:3]
         held = tokens.append(number, None if number else self._added(mask, block))
-        if tokens.whole(number) and (mask is None or mask.shape[-1] == held.columns):
+        if self.whole and (mask is None or mask.shape[-1] == held.columns):
             return mask
         if block == 1 and tokens.all_real(number):
             return None
@@ -274,6 +280,23 @@ def budget_attention(
     if others.get('output_attentions'):
         raise ValueError('output_attentions=True is not possible under a budget; leave it out')
     mask = layer.begin(attention_mask, query)
-    output = sdpa_attention_forward(module, query, key, value, mask, **others)
+    with nullcontext() if query.shape[2] > 1 or layer.whole else _no_plans():
+        output = sdpa_attention_forward(module, query, key, value, mask, **others)
     layer.end(query, others.get('scaling'))
     return output
+
+
+@contextmanager
+def _no_plans() -> Iterator[None]:
+    """Attention without cuDNN, which torch prefers on a Hopper GPU in half precision.
+
+    cuDNN makes a plan for each number of keys that it has not seen, in 35 ms on an H200: at a single token,
+    one for each layer whose number of tokens is its own. Layers that hold every token keep torch's choice,
+    and with it every bit of transformers.
+    """
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)

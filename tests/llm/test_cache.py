@@ -12,6 +12,7 @@ import torch
 
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 from lzero_kv.llm import BudgetCache, prefill
+from lzero_kv.llm import cache as cache_module
 from testing.language_models import WINDOWS
 
 from .eager import EagerWithMasks
@@ -265,6 +266,34 @@ def test_a_cache_is_freed_with_its_last_reference():
             assert keys() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize('allowed', [True, False])
+def test_only_single_tokens_of_cut_layers_are_attended_without_cudnn(allowed, monkeypatch):
+    (ids, mask), calls = batch(), []
+    model, attend = make('llama'), cache_module.sdpa_attention_forward
+
+    def attend_and_note(module, query, *others, **more):
+        calls.append((query.shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
+        return attend(module, query, *others, **more)
+
+    monkeypatch.setattr(cache_module, 'sdpa_attention_forward', attend_and_note)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        for ratio, single in ((0.5, False), (1.0, allowed)):
+            calls.clear()
+            generate(model, ids, mask, BudgetCache(model.config, dict(ratio=ratio, window=4)), new=3)
+            assert calls == [(PROMPT, allowed)] * 3 + [(1, single)] * 6
+            assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+        cache = BudgetCache(model.config, dict(ratio=0.5, window=4))
+        forward(model, cache, ids, mask)
+        monkeypatch.setattr(cache_module, 'sdpa_attention_forward', lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            forward(model, cache, ids[:, :1], None)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_frozen_budgets_stay_as_the_prompt_made_them():
