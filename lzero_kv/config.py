@@ -13,7 +13,7 @@ from lzero_kv.budget.config import BudgetConfig, Positive
 from lzero_kv.mistakes import Mistakes, describe
 
 Count = Annotated[int, Field(strict=True, ge=1)]
-Precision = Literal['float32', 'float16', 'int8']
+Precision = Literal['float32', 'float16', 'bfloat16', 'int8']
 ValidationMode = Literal['recompute', 'store', 'model']
 
 
@@ -69,8 +69,8 @@ class KVCacheConfig(BaseModel):
     warning."""
     precision: Precision = 'float32'
     """Precision of the large weights in planning on a CPU. 'float32' is exact. 'float16' rounds the weights,
-    'int8' the weights and what they are multiplied with: faster, and approximate. Training, its targets and
-    checkpoints are not touched."""
+    'bfloat16' (for processors with AMX) and 'int8' the weights and what they are multiplied with: faster, and
+    approximate. Training, its targets and checkpoints are not touched."""
     enable_stats: StrictBool = True
     """Whether events are counted."""
     tensorboard: StrictBool = True

@@ -20,7 +20,7 @@ from lzero_kv.lightzero.inference.heads import (
     predict_reward_latent,
 )
 from lzero_kv.lightzero.inference.positions import Placed, positions_of
-from lzero_kv.lightzero.inference.precision import ELEMENTS, available, largest_matrix
+from lzero_kv.lightzero.inference.precision import ELEMENTS, lacking, largest_matrix
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.episodes import Episodes
 from testing.families import Family
@@ -121,10 +121,9 @@ def caches_on(device: str, compiled: bool) -> list[str]:
 
 def precisions_of(family: Family, device: str) -> list[str]:
     """Those of :data:`PRECISIONS` that a model of this width is not refused."""
-    if device != 'cpu' or not available():
-        return []
     largest = largest_matrix(family.embed)
-    return [name for name in PRECISIONS if largest >= ELEMENTS[name.split()[1]]]
+    fit = [name for name, least in ELEMENTS.items() if largest >= least and not lacking(name)]
+    return [name for name in PRECISIONS if name.split()[1] in fit] if device == 'cpu' else []
 
 
 def contestant(family: Family, cache: str, device: str = 'cpu', **further: Any) -> Contestant:

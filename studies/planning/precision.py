@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,6 +29,8 @@ import numpy as np
 import torch
 import tyro
 
+from lzero_kv.config import Precision
+from lzero_kv.lightzero.inference.precision import ELEMENTS, lacking
 from studies.planning import cartpole
 from testing.episodes import Episodes, Root
 from testing.recorder import replaced
@@ -43,9 +45,7 @@ def configs_of(precision: str) -> cartpole.Configs:
     return cartpole.configs_of(SIZES | dict(evaluator_env_num=EPISODES), dict(precision=precision))
 
 
-def train(
-    folder: tyro.conf.Positional[Path], precision: Literal['float32', 'float16', 'int8'] = 'float32'
-) -> None:
+def train(folder: tyro.conf.Positional[Path], precision: Precision = 'float32') -> None:
     """Train until the evaluation returns 200, or for 6,000 environment steps.
 
     Args:
@@ -68,7 +68,7 @@ def compare(checkpoint: tyro.conf.Positional[Path], steps: int = 100) -> None:
     report('float32', expected, expected, returns)
     halves = [range(3), range(3, EPISODES)]
     report('float32, other batches', expected, searched(policy, recorded, steps, halves), None)
-    for precision in ('float16', 'int8'):
+    for precision in (name for name in ELEMENTS if not lacking(name)):
         policy = cartpole.policy_of(configs_of(precision), checkpoint)
         found = searched(policy, recorded, steps, [range(EPISODES)])
         report(precision, expected, found, cartpole.play(policy, range(EPISODES))[1])

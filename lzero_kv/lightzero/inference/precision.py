@@ -1,7 +1,7 @@
 """Matrix products with weights of fewer bits, for inference on a CPU.
 
-With few rows a product is bound by reading its weights, so fewer bytes are less time. The operators are
-FBGEMM's, as torch brings them for x86 processors.
+With few rows a product is bound by reading its weights, so fewer bytes are less time. The operators are those
+that torch brings for x86 processors: FBGEMM's, and oneDNN's for bfloat16.
 """
 
 from __future__ import annotations
@@ -15,19 +15,39 @@ from torch.nn import functional as F
 
 from lzero_kv.config import Precision
 
-ELEMENTS = {'float16': 1 << 17, 'int8': 1 << 19}
-"""Weights from this size on are reduced. Below it a call costs more than its bytes save, measured with AVX2;
-and the last layers of the heads keep float32."""
+ELEMENTS = {'float16': 1 << 17, 'bfloat16': 1 << 17, 'int8': 1 << 19}
+"""Weights from this size on are reduced. Below it a call costs more than its bytes save, measured with AVX2
+(bfloat16: with AMX); and the last layers of the heads keep float32."""
+
+ROWS_EXPECTED = 8
+"""Rows for which oneDNN lays out weights."""
 
 _LEVELS = 63
 """Steps of an activation on either side of zero: seven bits. Without VNNI two products of eight bits each
 overflow the sixteen bits in which processors add them up."""
 
 
-def available() -> bool:
-    """Whether this torch and processor have the operators."""
-    there = hasattr(torch, 'quantize_per_channel') and hasattr(torch.backends, 'quantized')
-    return there and 'fbgemm' in torch.backends.quantized.supported_engines
+def lacking(precision: Precision) -> str | None:
+    """What keeps this torch and processor from that precision; None where nothing does."""
+    if precision == 'bfloat16':
+        capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+        if not (capabilities.get('amx_bf16') and has_packed_products()):
+            return "this processor has no AMX, without which it is no faster than 'float16', and less exact"
+    elif precision != 'float32':
+        there = hasattr(torch, 'quantize_per_channel') and hasattr(torch.backends, 'quantized')
+        if not (there and 'fbgemm' in torch.backends.quantized.supported_engines):
+            return 'torch has no FBGEMM for this processor'
+    return None
+
+
+def has_packed_products() -> bool:
+    """Whether this torch multiplies by weights that lie in oneDNN's order."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
+    )
 
 
 def largest_matrix(embed_dim: int) -> int:
@@ -48,15 +68,19 @@ def reduces(weight: torch.Tensor, precision: Precision) -> bool:
 def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> Any:
     """``x @ weight.T + bias`` for ``x`` ``[..., in]`` in float32, from a copy of the weights of fewer bits.
 
-    'float16' rounds the weights; products and sums are in float32. 'int8' rounds the weights of each output
-    to 255 levels and the inputs of each row to 127, by the row's own largest: who else is in the batch
-    changes nothing. Weights that are not finite, or too large for float16, stay as they are.
+    'float16' rounds the weights; products and sums are in float32. 'bfloat16' rounds weights, inputs and the
+    product in front of its bias; sums are in float32. 'int8' rounds the weights of each output to 255 levels
+    and the inputs of each row to 127, by the row's own largest: who else is in the batch changes nothing.
+    Weights that are not finite, or too large for float16, stay as they are.
     """
     if not weight.abs().max() <= torch.finfo(torch.float16).max:
         return partial(F.linear, weight=weight, bias=bias)
     if precision == 'float16':
         packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         return partial(torch.ops.quantized.linear_dynamic_fp16.default, W_prepack=packed)
+    if precision == 'bfloat16':
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS_EXPECTED)
+        return partial(_bfloat16, packed=packed, bias=bias)
     scales = weight.abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     with warnings.catch_warnings():
@@ -66,6 +90,11 @@ def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> A
         warnings.simplefilter('ignore', UserWarning)
         levels = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
     return partial(_int8, packed=torch.ops.quantized.linear_prepack(levels, None), bias=bias)
+
+
+def _bfloat16(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    product = torch.ops.mkldnn._linear_pointwise.default(x.bfloat16(), packed, None, 'none', [], '')
+    return torch.add(bias, product)
 
 
 def _int8(x: torch.Tensor, packed: Any, bias: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..host import feed_forward, policy_control
-from .precision import Precision, is_large, reduced, reduces
+from .precision import (
+    ROWS_EXPECTED,
+    Precision,
+    has_packed_products,
+    is_large,
+    reduced,
+    reduces,
+)
 
 Layer = Callable[[torch.Tensor], Any]
 """``[N, in]`` to ``[N, out]``. A partial of an operator where it can be: one call, no frame of Python."""
@@ -27,8 +34,6 @@ Layer = Callable[[torch.Tensor], Any]
 PACKED_ELEMENTS = 1 << 17
 """Weights from this size on are packed. Below it, measured with AVX-512, a call of oneDNN costs more than its
 order saves."""
-
-_ROWS_EXPECTED = 8
 
 
 class BlockWeights:
@@ -189,7 +194,7 @@ def affine(
     after, kind = ('none', '') if gelu is None else ('gelu', gelu)
     return partial(
         torch.ops.mkldnn._linear_pointwise.default,
-        W=torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_EXPECTED),
+        W=torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_EXPECTED),
         B=bias,
         attr=after,
         scalars=[],
@@ -242,10 +247,4 @@ def one_by_one(modules: Sequence[nn.Module]) -> Layer:
 
 def packs(weight: torch.Tensor) -> bool:
     """Whether a packed copy of a weight is quicker than the weight."""
-    return (
-        is_large(weight, PACKED_ELEMENTS)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
-    )
+    return is_large(weight, PACKED_ELEMENTS) and has_packed_products()
