@@ -42,7 +42,14 @@ SHAPES = {
 }
 NAMES = {'stock': 'stock', 'rebuild': 'default', 'shift': "`'shift'`", 'floor': 'floor'}
 """Of the contestants in the pages."""
-REDUCED = ('float16', 'int8')
+ON_A_GPU = {
+    'rebuild': 'default, eager',
+    'shift': 'shift, eager',
+    'rebuild graph': 'default, captured',
+    'shift graph': 'shift, captured',
+}
+"""Of the contestants on a GPU, where they have another name than in the results file."""
+REDUCED = ('float16', 'bfloat16', 'int8')
 
 
 def planning() -> Cells:
@@ -68,6 +75,29 @@ def planning_details() -> Cells:
             rows.append(row + (['', '', ''] if name == 'floor' else _details(found[name])))
             label = ''
     return rows
+
+
+def planning_gpu() -> Cells:
+    """Environment steps on a GPU: times and what one simulation asks of it."""
+    head = ['shape', 'cache', 'step, ms', 'x stock', 'simulation, ms', 'root inference, ms', 'kernels']
+    rows = [[*head, 'launches', 'GPU busy, ms', 'reads', 'cache, MiB']]
+    for shape, found in _shapes('planning_gpu.json').items():
+        for name, numbers in found.items():
+            time = _timed(numbers)
+            row = [shape if name == STOCK else '', ON_A_GPU.get(name, name)]
+            row += [f'{time["step_ms"]["median"]:.1f}', _faster(time)]
+            rows.append(row + (_on_a_gpu(numbers, time) if 'simulation_ms' in time else [''] * 7))
+    return rows
+
+
+def _on_a_gpu(numbers: dict[str, Any], time: dict[str, Any]) -> list[str]:
+    kernels, launches, busy, reads = (
+        numbers[f'{name}_per_simulation']
+        for name in ('kernels', 'launches', 'device_busy_ms', 'device_to_host_copies')
+    )
+    times = [f'{time["simulation_ms"]:.2f}', f'{time["root_inference_ms"]["median"]:.1f}']
+    counts = [f'{kernels:.0f}', f'{launches:.0f}', f'{busy:.2f}', f'{reads:.0f}']
+    return [*times, *counts, f'{numbers["cache_mib"]:.1f}']
 
 
 def fewer_bits() -> Cells:
@@ -160,8 +190,8 @@ def _lines(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def _shapes() -> dict[str, dict[str, Any]]:
-    found = json.loads((RESULTS / 'planning.json').read_text(encoding='utf-8'))['shapes']
+def _shapes(file: str = 'planning.json') -> dict[str, dict[str, Any]]:
+    found = json.loads((RESULTS / file).read_text(encoding='utf-8'))['shapes']
     return {shape: found[shape] for shape in SHAPES if shape in found}
 
 
@@ -191,6 +221,7 @@ def _details(numbers: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[], Cells]] = {
     'planning': planning,
     'planning-details': planning_details,
+    'planning-gpu': planning_gpu,
     'fewer-bits': fewer_bits,
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,
@@ -200,6 +231,8 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'training-cartpole_195': partial(whole_training, 'cartpole_195'),
     'seeds-cartpole_195': partial(each_seed, 'cartpole_195'),
     'training-pong': partial(whole_training, 'pong'),
+    'training-pong_gpu': partial(whole_training, 'pong_gpu'),
+    'training-cartpole_gpu': partial(whole_training, 'cartpole_gpu'),
     'long-pong': lambda: long_pong.cells(read_rows(RESULTS / 'long_pong')[1]),
 }
 
