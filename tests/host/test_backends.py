@@ -225,7 +225,8 @@ def test_half_precision_is_rotated_as_by_the_eager_backend() -> None:
     x = torch.randn(3, 2, 4, 6, generator=generator).bfloat16()
     factors = torch.polar(torch.ones(3, 2, 3), torch.randn(3, 2, 3, generator=generator))
     found = rotated(x, torch.view_as_real(factors))
-    assert found.dtype == x.dtype and torch.equal(found, rotate(x, factors))
+    rotate(x, factors)
+    assert found.dtype == x.dtype and torch.equal(found, x)
 
 
 def _refused(*args: Any) -> None:

@@ -106,7 +106,7 @@ def decode(
     for layer, block in enumerate(weights.blocks):
         qkv = block.qkv(block.norm1(x)).view(-1, 3, heads, embed // heads)
         if rotation is not None:
-            qkv[:, :2] = rotate(qkv[:, :2], rotation[:, None])
+            rotate(qkv[:, :2], rotation[:, None])
         if windows is not None:
             window = qkv[:ahead].view(beside, steps, 3, heads, -1)
             place, kv = windows.out[:, layer], window[:, :, 1:].permute(0, 2, 3, 1, 4)
@@ -169,7 +169,7 @@ def prefill(
     for block in weights.blocks:
         qkv = block.qkv(block.norm1(x)).view(rows, steps, 3, heads, -1)
         if rotation is not None:
-            qkv[:, :, :2] = rotate(qkv[:, :, :2], rotation[:, :, None])
+            rotate(qkv[:, :, :2], rotation[:, :, None])
         query, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         yield Projected(query, keys, values, mask)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
@@ -222,15 +222,16 @@ def additive_mask(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return to_device(mask, like.device).to(like.dtype)[..., :width]
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (Su et al. 2021, RoFormer, section 3.4.2) of ``[..., heads, head_dim]`` in
-    the dtype of ``x``.
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> None:
+    """Rotary position embedding (Su et al. 2021, RoFormer, section 3.4.2) of ``[..., heads, head_dim]``, in
+    place; numbers of less than float32 are rotated in float32.
 
     ``rotation`` is complex ``[..., head_dim / 2]``, one factor for each pair of neighbouring features.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-2).type_as(x)
+    torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2)).mul_(rotation.unsqueeze(-2))
+    if wide is not x:
+        x.copy_(wide)
 
 
 def attention_probabilities(

@@ -164,6 +164,9 @@ def layers_of(
     rest, layers = [m for m in modules if not isinstance(m, nn.Dropout)], list[Layer]()
     while rest:
         module = rest.pop(0)
+        if type(module) is nn.GELU:
+            layers.append(partial(F.gelu, approximate=module.approximate))
+            continue
         if not is_plain(module):
             layers.append(module)
             continue
