@@ -3,7 +3,7 @@
     python benchmarks/tables.py
 
 writes each table between its marks, `<!-- table NAME -->` and `<!-- end of table -->`, in the pages of
-:data:`PAGES`. The files are in `benchmarks/results`: `planning.json` of `benchmark_kv_cache.py --out`, and a
+:data:`PAGES`. The files are in `benchmarks/results`: `planning*.json` of `benchmark_kv_cache.py --out`, and a
 folder of rows for each `lzero-kv compare --out`, and what `studies/planning` writes and prints.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
+from lzero_kv.sweep.intervals import Bootstrap
 from lzero_kv.sweep.rows import read_rows
 from lzero_kv.telemetry.table import markdown_table
 from studies.planning import long_pong
@@ -52,10 +54,14 @@ ON_A_GPU = {
 REDUCED = ('float16', 'bfloat16', 'int8')
 
 
-def planning() -> Cells:
+PROCESSORS = {'AVX-512 and AMX': 'planning.json', 'AVX2': 'planning_avx2.json'}
+"""Results files of `benchmark_kv_cache.py` by what the processor had."""
+
+
+def planning(file: str = 'planning.json') -> Cells:
     """Environment steps: times, ratios and bytes of each shape, one row."""
     rows = [['shape', 'stock, ms', 'default', 'shift', 'floor', 'cache, MiB: stock', 'default']]
-    for shape, found in _shapes().items():
+    for shape, found in _shapes(file).items():
         stock, *others = (_timed(found[name]) for name in NAMES)
         faster = [_faster(one) for one in others]
         size = [_mib(found[name]) for name in ('stock', 'rebuild')]
@@ -102,24 +108,32 @@ def _on_a_gpu(numbers: dict[str, Any], time: dict[str, Any]) -> list[str]:
 
 def fewer_bits() -> Cells:
     """Reduced precisions: times as fast as stock, exact windows."""
-    rows = [['shape', 'float32', *REDUCED]]
-    return rows + [[shape, *_by_precision(found, 'rebuild')] for shape, found in _reduced().items()]
+    rows = [['processor', 'shape', 'float32', *REDUCED]]
+    return rows + [[*of, *_by_precision(found, 'rebuild')] for of, found in _reduced()]
 
 
 def fewer_bits_details() -> Cells:
-    """Reduced precisions: times as fast as stock, and what they decide beside float32."""
-    head = ['shape', 'default: float32', *REDUCED, 'shift: float32', *REDUCED]
-    rows = [[*head, 'root actions: float16, int8', 'nats: float16, int8']]
-    for shape, found in _reduced().items():
+    """Reduced precisions: times as fast as stock with both windows, and what the default decides beside
+    float32."""
+    head = ['processor', 'shape', 'default: float32', *REDUCED, 'shift: float32', *REDUCED]
+    rows = [[*head, f'same root action: {", ".join(REDUCED)}', f'visits, nats: {", ".join(REDUCED)}']]
+    for of, found in _reduced():
         faster = [*_by_precision(found, 'rebuild'), *_by_precision(found, 'shift')]
-        quality = [found[f'rebuild {bits}']['quality'] for bits in REDUCED if f'rebuild {bits}' in found]
-        same = ', '.join(f'{100 * one["root_actions"]:.0f} %' for one in quality)
-        rows.append([shape, *faster, same, ', '.join(f'{one["nats"]:.4f}' for one in quality)])
+        quality = [found.get(f'rebuild {bits}', {}).get('quality') for bits in REDUCED]
+        same = ', '.join(f'{100 * one["root_actions"]:.0f} %' if one else '-' for one in quality)
+        nats = ', '.join(f'{one["nats"]:.4f}' if one else '-' for one in quality)
+        rows.append([*of, *faster, same, nats])
     return rows
 
 
-def _reduced() -> dict[str, dict[str, Any]]:
-    return {shape: found for shape, found in _shapes().items() if 'rebuild float16' in found}
+def _reduced() -> list[tuple[tuple[str, str], dict[str, Any]]]:
+    """Processor and shape, and what was measured there."""
+    return [
+        ((processor, shape), found)
+        for processor, file in PROCESSORS.items()
+        for shape, found in _shapes(file).items()
+        if 'rebuild float16' in found
+    ]
 
 
 def _by_precision(found: dict[str, Any], window: str) -> list[str]:
@@ -132,12 +146,12 @@ def trained_model() -> Cells:
     found = _lines('trained_model.jsonl')
     clear, size = found[0]['clear_roots'], found[0]['value_size']
     head = ['', 'same most visited action', f'the same, of {clear} roots whose visits differ by more than 2']
-    rows = [[*head, 'visits, nats', f'value error, values are {size:.1f}', 'returns of eight episodes']]
+    rows = [[*head, 'visits, nats', f'value error, values are {size:.1f}', 'mean return of eight episodes']]
     for one in found[1:]:
         same = [f'{100 * one[name]:.1f} %' for name in ('same_action', 'same_action_where_clear')]
         errors = [f'{one[name]:.2g}' for name in ('visits_nats', 'value_error')]
         returns = found[0]['returns'] if one['returns'] is None else one['returns']
-        rows.append([one['precision'], *same, *errors, ', '.join(map(str, sorted(set(returns))))])
+        rows.append([one['precision'], *same, *errors, f'{statistics.mean(returns):.0f}'])
     return rows
 
 
@@ -154,6 +168,25 @@ def wrong_entries() -> Cells:
         ]
         number = f'{one["simulations"]}, {len(one["returns"]["stock"])}'
         rows.append([number, f'{means["stock"]:.1f}', *cells])
+    return rows
+
+
+def wrong_entries_of_models() -> Cells:
+    """Mean returns of several models with each cache, and differences from LightZero's over the models."""
+    head = ['trained with, seed', "LightZero's cache", "`'shift'`: its windows", 'default, exact windows']
+    found = sorted(_lines('wrong_entries_of_models.jsonl'), key=lambda one: str(one['training']))
+    rows, others = [head], ('shift', 'default')
+    for one in found:
+        means = one['means']
+        apart = [f'{means[name]:.1f}: {means[name] - means[STOCK]:.1f}' for name in others]
+        rows.append([', '.join(one['training'].rsplit('_', 1)), f'{means[STOCK]:.1f}', *apart])
+    columns = {name: [one['means'][name] for one in found] for name in (STOCK, *others)}
+    rows.append(['mean of the models', f'{statistics.mean(columns[STOCK]):.1f}'])
+    for name in others:
+        over = Bootstrap().difference(columns[name], columns[STOCK])
+        rows[-1].append(
+            f'{statistics.mean(columns[name]):.1f}: {over.value:.1f} [{over.low:.1f}, {over.high:.1f}]'
+        )
     return rows
 
 
@@ -221,11 +254,13 @@ def _details(numbers: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[], Cells]] = {
     'planning': planning,
     'planning-details': planning_details,
+    'planning-avx2': partial(planning, PROCESSORS['AVX2']),
     'planning-gpu': planning_gpu,
     'fewer-bits': fewer_bits,
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,
     'wrong-entries': wrong_entries,
+    'wrong-entries-of-models': wrong_entries_of_models,
     'training-cartpole': partial(whole_training, 'cartpole'),
     'seeds-cartpole': partial(each_seed, 'cartpole'),
     'training-cartpole_195': partial(whole_training, 'cartpole_195'),

@@ -20,7 +20,8 @@ def describe(item: Mapping[str, Any], model: type[BaseModel], expected: Mapping[
     """
     (first, *inner), value, fields = item['loc'], item['input'], model.model_fields
     name = str(first)
-    if inner and _is_model(nested := fields[name].annotation):
+    nested: Any = fields[name].annotation if inner else None
+    if _is_model(nested):
         return f'{name}.{describe({**item, "loc": inner}, nested, expected)}'
     if item['type'] == 'extra_forbidden':
         return f'{name}: there is no such field{did_you_mean(name, list(fields))}'

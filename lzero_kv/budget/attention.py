@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -244,7 +244,7 @@ class AttentionRecord:
 
     Arguments:
         groups: ``G``; divides the query heads.
-        window: queries that are remembered.
+        window: queries that are remembered; :attr:`window` may be int64 ``[B, 1, 1]``, one for each row.
         decay: factor of the accumulated attention at each query, ``rho``.
         reads: what to keep, of ``'accumulated'`` and ``'recent'``; the latter takes ``heads * window``
             numbers for a token.
@@ -252,7 +252,7 @@ class AttentionRecord:
 
     def __init__(self, groups: int, window: int, decay: float, reads: Collection[str]) -> None:
         self.groups = groups
-        self.window = window
+        self.window: Any = window
         self.decay = decay
         self.reads = frozenset(reads)
         self.accumulated: torch.Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -329,7 +330,7 @@ def _joined(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         room = held.new_empty(*held.shape[:2], end + _SPARE, held.shape[3])
         room[:, :, :columns] = held
     room[:, :, columns:end] = new
-    joined = room[:, :, :end]
+    joined: Any = room[:, :, :end]
     joined.room = room
     return joined
 

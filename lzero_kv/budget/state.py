@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,7 +108,8 @@ class LayerLoss(NamedTuple):
 
     def since(self, previous: LayerLoss) -> LayerLoss:
         """What came after ``previous``."""
-        return LayerLoss(*(now - before for now, before in zip(self, previous, strict=True)))
+        passed: list[Any] = [now - before for now, before in zip(self, previous, strict=True)]
+        return LayerLoss(*passed)
 
 
 class BudgetCounters:

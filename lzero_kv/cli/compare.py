@@ -9,7 +9,7 @@ import json
 import math
 import resource
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -170,8 +170,8 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.processor: Counter[str] = Counter()
-        self.wall: Counter[str] = Counter()
+        self.processor: dict[str, float] = defaultdict(float)
+        self.wall: dict[str, float] = defaultdict(float)
         self._within_part = False
 
     @contextmanager
@@ -286,7 +286,7 @@ def watched(
         yield
 
 
-def _acting_class(call: TrainingCall) -> type:
+def _acting_class(call: TrainingCall) -> Any:
     """The class whose ``_forward_collect`` is the outermost: the plugin's where the flag is on."""
     from ding.utils import POLICY_REGISTRY
 

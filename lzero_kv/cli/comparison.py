@@ -120,7 +120,7 @@ class Comparison:
 
     def cells(self) -> list[tuple[str, ...]]:
         """One row for each quantity: means of both arms, and their ratio with its interval; a head first."""
-        rows = [('', STOCK, PLUGIN, f'{PLUGIN} / {STOCK}')]
+        rows: list[tuple[str, ...]] = [('', STOCK, PLUGIN, f'{PLUGIN} / {STOCK}')]
         for name, quantity in self.quantities.items():
             rows.append((name, *self._means(quantity), self._shown(self.ratio(quantity))))
         if self.until is not None:

@@ -181,7 +181,8 @@ def _shown_on(bar: Bar) -> Watch:
         left = bar.show(progress.work_done, progress.work, f'{documents}, {current}').time_remaining
         if not bar.drawn and time.monotonic() - line > LINE_SECONDS:
             line = time.monotonic()
-            bar.say(', '.join(filter(None, (documents, left and f'about {duration(left)} left', current))))
+            rest = f'about {duration(left)} left' if left else ''
+            bar.say(', '.join(filter(None, (documents, rest, current))))
 
     return show
 

@@ -52,6 +52,7 @@ def report(
         beside = [other for other in runs if other.folder == run.folder]
         path = _plot_path(run, logdir, out, alone=len(beside) == len(runs))
         if len(beside) > 1:
+            assert run.file is not None  # runs of one folder are told apart by it
             number = beside.index(run) + 1
             path = path.with_stem(f'{path.stem}_{number}')
             show_line(f'run {number} of {len(beside)} in its folder, told apart by file: {run.file.name}')

@@ -139,7 +139,8 @@ class BudgetCache(Cache):
     def reset(self) -> None:
         """Forget everything: the cache of a new prompt."""
         self._tokens = self._empty()
-        for layer in self.layers:
+        own: list[Any] = self.layers
+        for layer in own:
             layer.tokens, layer.length = self._tokens, 0
 
 
@@ -184,7 +185,7 @@ class BudgetLayer(CacheLayerMixin):
                 f'{self.length + block}; shorten the prompt or max_new_tokens'
             )
         try:
-            keys, values = self.tokens.join(self._number, key_states, value_states)
+            joined: tuple[Any, torch.Tensor] = self.tokens.join(self._number, key_states, value_states)
         except RuntimeError as error:
             raise RuntimeError(
                 "the attention of the layer before was not seen: a budget needs attn_implementation='sdpa' "
@@ -192,8 +193,8 @@ class BudgetLayer(CacheLayerMixin):
             ) from error
         self.length += block
         self.is_initialized = True
-        keys.budget_layer = self
-        return keys, values
+        joined[0].budget_layer = self
+        return joined
 
     @property
     def whole(self) -> bool:
@@ -265,7 +266,7 @@ class BudgetLayer(CacheLayerMixin):
 def budget_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: Any,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     **others: Any,

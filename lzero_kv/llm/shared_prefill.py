@@ -74,7 +74,8 @@ class SharedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Join the block to every cache; they hold the same tensors until tokens are dropped."""
-        keys, values = key_states.contiguous(), value_states.contiguous()
+        keys: Any = key_states.contiguous()
+        values = value_states.contiguous()
         for layer in self._layers:
             layer.update(keys, values)
         keys.budget_layer = self

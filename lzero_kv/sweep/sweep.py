@@ -36,14 +36,17 @@ class Document(Protocol):
     @property
     def task(self) -> str:
         """Kind of document."""
+        ...
 
     @property
     def id(self) -> str:
         """Unlike that of every other document of the task."""
+        ...
 
     @property
     def size(self) -> float:
         """Work of the document, in any unit."""
+        ...
 
 
 Score = Callable[[Any], Iterable[Row]]

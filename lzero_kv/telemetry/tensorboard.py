@@ -212,16 +212,18 @@ def _add_described(writer: Any, text: str, value: float, step: int, meaning: str
 
     tensorboardX writes descriptions that TensorBoard's reader warns of; it gets none.
     """
-    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto import summary_pb2
     from torch.utils.tensorboard import SummaryWriter as TorchWriter
 
     if not isinstance(writer, TorchWriter):
         writer.add_scalar(text, value, step)
         return
-    plugin = SummaryMetadata.PluginData(plugin_name='scalars')
-    metadata = SummaryMetadata(summary_description=meaning, plugin_data=plugin)
-    point = Summary.Value(tag=text, simple_value=float(value), metadata=metadata)
-    writer.file_writer.add_summary(Summary(value=[point]), step)
+    proto: Any = summary_pb2  # its classes are made at import
+    plugin = proto.SummaryMetadata.PluginData(plugin_name='scalars')
+    metadata = proto.SummaryMetadata(summary_description=meaning, plugin_data=plugin)
+    point = proto.Summary.Value(tag=text, simple_value=float(value), metadata=metadata)
+    file_writer: Any = writer.file_writer
+    file_writer.add_summary(proto.Summary(value=[point]), step)
 
 
 def interval(now: CacheStats, previous: CacheStats | None) -> CacheStats:

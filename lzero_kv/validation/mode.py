@@ -138,6 +138,7 @@ class StockMode:
                 given = int(stock_timesteps[row]), int(batch.timesteps[row])
                 found.append((Lookup(UNREAD), self._restart_causes(parent, *given)))
                 continue
+            assert asked is not None  # of reanalysis alone
             lookup = self.stock.lookup_node(row, self._latents[parent][row])
             causes = proofs.served_causes(lookup, asked) if lookup.found else CRASHED
             found.append((lookup, causes))

@@ -322,7 +322,7 @@ class ReducedOracle(Oracle):
 
     def __init__(self, world_model: Any, window: str, precision: Precision) -> None:
         super().__init__(world_model, window)
-        self._precision = precision
+        self._precision: Precision = precision
         self._made: InferenceWeights | None = None
 
     @property

@@ -60,7 +60,7 @@ def _twin(policy: Any, **world_model: Any) -> Any:
     """A policy of the same weights, with empty caches and other options of the world model."""
     config = copy.deepcopy(policy._cfg)
     config.model.world_model_cfg.update(world_model)
-    twin = create_policy(config, enable_field=['learn', 'collect', 'eval'])
+    twin: Any = create_policy(config, enable_field=['learn', 'collect', 'eval'])
     twin._collect_model.load_state_dict(policy._collect_model.state_dict())
     twin.recompute_pos_emb_diff_and_clear_cache()  # as LightZero does after learning
     twin._collect_model.eval()

@@ -113,7 +113,7 @@ def _convert(folder: Path) -> None:
 
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None and spec.submodule_search_locations
-    source = dict(
+    source: dict[str, Any] = dict(
         pretrained_model_name_or_path=spec.submodule_search_locations[0],
         gguf_file=_GGUF,
         local_files_only=True,

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lzero_kv.budget import ALLOCATIONS
 from lzero_kv.llm.experiment.methods import FULL
-from lzero_kv.llm.experiment.summary import Summary, by_ratio, pareto_front
+from lzero_kv.llm.experiment.summary import Memory, Summary, by_ratio, pareto_front
 from lzero_kv.sweep.intervals import Estimate
 
 # Colours that colour-blind readers tell apart; further algorithms take matplotlib's own.
@@ -71,6 +71,12 @@ def draw_quality(found: Sequence[Summary], path: Path) -> None:
     figure.savefig(path, dpi=DPI)
 
 
+def _memory(one: Summary) -> Memory:
+    """Of a summary that has some: others are not drawn."""
+    assert one.memory is not None
+    return one.memory
+
+
 def _draw_measure(panel: Axes, shown: Sequence[Summary], name: str) -> None:
     panel.set_xscale('log', base=2)
     panel.grid(alpha=0.3, axis='y')
@@ -79,7 +85,7 @@ def _draw_measure(panel: Axes, shown: Sequence[Summary], name: str) -> None:
         number: Estimate = getattr(one, name)
         beside = BESIDE * (algorithms.index(one.algorithm) - (len(algorithms) - 1) / 2)
         panel.errorbar(
-            100 * one.memory.part * 2**beside,
+            100 * _memory(one).part * 2**beside,
             number.value,
             [[max(0, number.value - number.low)], [max(0, number.high - number.value)]],
             fmt=_marker(one),
@@ -104,7 +110,7 @@ def _draw_measure(panel: Axes, shown: Sequence[Summary], name: str) -> None:
 def _draw_front(panel: Axes, shown: Sequence[Summary], name: str) -> None:
     """The steps of what the bytes buy at best."""
     sign = 1 if name == 'kl' else -1
-    points = [(one.memory.part, sign * getattr(one, name).value) for one in shown]
+    points = [(_memory(one).part, sign * getattr(one, name).value) for one in shown]
     front = [points[index] for index in pareto_front(points)]
     parts, means = zip(*front, strict=True)
     right = max(part for part, _ in points)
@@ -139,10 +145,10 @@ def draw_layers(found: Sequence[Summary], path: Path) -> None:
     heights = [len(_names(one.method for one in group)) for group in groups.values()]
     figure = _figure(9, sum(0.22 * height + 0.5 for height in heights) + 0.6)
     panels = figure.subplots(len(groups), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    image = None
+    image: Any = None
     for panel, (ratio, group) in zip(panels, groups.items(), strict=True):
         methods = _names(one.method for one in group)
-        shares = np.stack([_mean_of(group, method, lambda one: one.memory.shares) for method in methods])
+        shares = np.stack([_mean_of(group, method, lambda one: _memory(one).shares) for method in methods])
         image = panel.imshow(
             shares / shares.mean(axis=1, keepdims=True), aspect='auto', cmap='PuOr_r',
             norm=TwoSlopeNorm(1, 0, MOST), interpolation='nearest',
@@ -169,12 +175,12 @@ def draw_kept(found: Sequence[Summary], path: Path) -> None:
     ]
     figure = _figure(2.2 * columns + 1.2, 1.9 * len(lines) + 0.6)
     panels = figure.subplots(len(lines), columns, squeeze=False, sharex=True, sharey=True)
-    image = None
+    image: Any = None
     for line, (ratio, methods, group) in zip(panels, lines, strict=True):
         for panel in line[len(methods) :]:
             panel.axis('off')
         for panel, method in zip(line, methods, strict=False):
-            kept = _mean_of(group, method, lambda one: one.memory.kept)
+            kept = _mean_of(group, method, lambda one: _memory(one).kept)
             edge = len(kept) - 0.5
             image = panel.imshow(
                 100 * kept, aspect='auto', cmap='viridis', norm=PowerNorm(0.5, 0, 100),

@@ -104,7 +104,7 @@ class Plan(BaseModel):
             items = error.errors()
         if items[0]['loc']:
             raise Mistakes('sweep', [describe(item, cls, _EXPECTED) for item in items])
-        raise items[0]['ctx']['error']
+        raise items[0].get('ctx', {})['error']
 
     @property
     def texts(self) -> list[str]:
@@ -204,7 +204,7 @@ def _digest(source: str) -> str:
 def _read_by(method: Method) -> set[str]:
     """Fields of a PromptBudget that a method reads."""
     tables = (SELECTIONS, method.algorithm), (ALLOCATIONS, method.allocation)
-    chosen = {name for table, key in tables for name in parameters_of(table[key])}
+    chosen = {name for table, key in tables if key for name in parameters_of(table[key])}
     special = {name for table, _ in tables for one in table.values() for name in parameters_of(one)}
     return (_PARAMETERS - special) | chosen
 

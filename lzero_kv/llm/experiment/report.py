@@ -135,12 +135,13 @@ def _control(full: Summary) -> str:
 
 def _best(group: Sequence[Summary]) -> str:
     texts = []
-    if measured := [one for one in group if one.kl]:
-        best = min(measured, key=lambda one: one.kl.value)
-        texts.append(f'lowest KL {_interval(best.kl, _kl)} with {best.method}{_as_good(best, measured)}')
-    if scored := [one for one in group if one.relative]:
-        best = max(scored, key=lambda one: one.relative.value)
-        texts.append(f'best score {best.relative.value:.0f} % of full with {best.method}')
+    if measured := [(one.kl, one) for one in group if one.kl]:
+        kl, best = min(measured, key=lambda pair: pair[0].value)
+        as_good = _as_good(best, [one for _, one in measured])
+        texts.append(f'lowest KL {_interval(kl, _kl)} with {best.method}{as_good}')
+    if scored := [(one.relative, one) for one in group if one.relative]:
+        score, best = max(scored, key=lambda pair: pair[0].value)
+        texts.append(f'best score {score.value:.0f} % of full with {best.method}')
     return '; '.join(texts)
 
 

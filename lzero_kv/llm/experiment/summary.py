@@ -130,8 +130,8 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
     Raises:
         ValueError: a number is not finite.
     """
-    values = [row.get(name) for row in rows]
-    if None in values:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if len(values) < len(rows):
         return []
     if not np.isfinite(values).all():
         place = rows[int(np.argmin(np.isfinite(values)))]
