@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
-from lzero_kv.sweep.intervals import Bootstrap
 from lzero_kv.sweep.rows import read_rows
 from lzero_kv.telemetry.table import markdown_table
 from studies.planning import long_pong
@@ -171,25 +170,6 @@ def wrong_entries() -> Cells:
     return rows
 
 
-def wrong_entries_of_models() -> Cells:
-    """Mean returns of several models with each cache, and differences from LightZero's over the models."""
-    head = ['trained with, seed', "LightZero's cache", "`'shift'`: its windows", 'default, exact windows']
-    found = sorted(_lines('wrong_entries_of_models.jsonl'), key=lambda one: str(one['training']))
-    rows, others = [head], ('shift', 'default')
-    for one in found:
-        means = one['means']
-        apart = [f'{means[name]:.1f}: {means[name] - means[STOCK]:.1f}' for name in others]
-        rows.append([', '.join(one['training'].rsplit('_', 1)), f'{means[STOCK]:.1f}', *apart])
-    columns = {name: [one['means'][name] for one in found] for name in (STOCK, *others)}
-    rows.append(['mean of the models', f'{statistics.mean(columns[STOCK]):.1f}'])
-    for name in others:
-        over = Bootstrap().difference(columns[name], columns[STOCK])
-        rows[-1].append(
-            f'{statistics.mean(columns[name]):.1f}: {over.value:.1f} [{over.low:.1f}, {over.high:.1f}]'
-        )
-    return rows
-
-
 def whole_training(folder: str) -> Cells:
     """What `lzero-kv compare` printed."""
     return _comparison(folder).cells()
@@ -260,7 +240,6 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,
     'wrong-entries': wrong_entries,
-    'wrong-entries-of-models': wrong_entries_of_models,
     'training-cartpole': partial(whole_training, 'cartpole'),
     'seeds-cartpole': partial(each_seed, 'cartpole'),
     'training-cartpole_195': partial(whole_training, 'cartpole_195'),

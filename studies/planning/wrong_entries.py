@@ -5,14 +5,13 @@
 
 ``train`` takes LightZero's own settings for CartPole, with this cache, and keeps a checkpoint every 100
 updates. ``play`` plays episodes from the same starts with each cache of :data:`CACHES`, in turn, and prints a
-line of JSON for each checkpoint and number of simulations: the returns, and the means of their differences
-from LightZero's with bootstrap intervals of 95 % over the starts.
+line of JSON for each number of simulations: the returns, and the means of their differences from LightZero's
+with bootstrap intervals of 95 % over the starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
@@ -50,18 +49,18 @@ def train(folder: tyro.conf.Positional[Path], env_steps: int = 6000) -> None:
 
 
 def play(
-    checkpoints: tyro.conf.Positional[tuple[Path, ...]],
+    checkpoint: tyro.conf.Positional[Path],
     simulations: tuple[int, ...] = (25, 100, 200),
     episodes: int = 32,
 ) -> None:
     """Print the returns of each cache for each number of simulations.
 
     Args:
-        checkpoints: of trainings by ``train``, or by ``lzero-kv compare`` of LightZero's CartPole.
+        checkpoint: of a training by ``train``.
         simulations: of a search.
         episodes: for each cache; a multiple of eight.
     """
-    for checkpoint, number in itertools.product(checkpoints, simulations):
+    for number in simulations:
         sizes = SIZES | dict(num_simulations=number, evaluator_env_num=ROWS)
         configs = {name: cartpole.configs_of(sizes, options) for name, options in CACHES.items()}
         policies = {name: cartpole.policy_of(own, checkpoint) for name, own in configs.items()}
@@ -72,7 +71,6 @@ def play(
         others = [name for name in CACHES if name != 'stock']
         differences = {name: Bootstrap().difference(returns[name], returns['stock']) for name in others}
         line = dict(
-            training=checkpoint.absolute().parents[1].name,
             checkpoint=checkpoint.name,
             simulations=number,
             means={name: float(np.mean(own)) for name, own in returns.items()},
