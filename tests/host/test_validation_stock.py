@@ -186,7 +186,9 @@ def test_a_root_lost_in_a_smaller_batch(tmp_path: Path) -> None:
     roots = counters_of(policy).roots
     assert_accounted(roots)
     assert roots.compared == 3 * 16 + 11
-    assert set(roots.causes) == {Cause.ROOT_LOST} and roots.causes[Cause.ROOT_LOST] == roots.different > 0
+    # which rows are lost is the processor's: where not all of a batch are, they are shorter than the rest
+    assert roots.causes[Cause.ROOT_LOST] == roots.different > 0
+    assert set(roots.causes) <= {Cause.ROOT_LOST, Cause.ZERO_PADDING}
 
 
 @BOTH_MODES
