@@ -51,13 +51,11 @@ ON_A_GPU = {
 }
 """Of the contestants on a GPU, where they have another name than in the results file."""
 REDUCED = ('float16', 'bfloat16', 'int8')
-
-
 PROCESSORS = {'AVX-512 and AMX': 'planning.json', 'AVX2': 'planning_avx2.json'}
 """Results files of `benchmark_kv_cache.py` by what the processor had."""
 
 
-def planning(file: str = 'planning.json') -> Cells:
+def planning(file: str = PROCESSORS['AVX-512 and AMX']) -> Cells:
     """Environment steps: times, ratios and bytes of each shape, one row."""
     rows = [['shape', 'stock, ms', 'default', 'shift', 'floor', 'cache, MiB: stock', 'default']]
     for shape, found in _shapes(file).items():
@@ -203,7 +201,7 @@ def _lines(name: str) -> list[dict[str, Any]]:
 
 
 @cache
-def _shapes(file: str = 'planning.json') -> dict[str, dict[str, Any]]:
+def _shapes(file: str = PROCESSORS['AVX-512 and AMX']) -> dict[str, dict[str, Any]]:
     found = json.loads((RESULTS / file).read_text(encoding='utf-8'))['shapes']
     return {shape: found[shape] for shape in SHAPES if shape in found}
 

@@ -220,10 +220,7 @@ def test_what_cannot_pay_or_be_checked_is_refused(name: str, model: dict[str, An
 @pytest.mark.parametrize(
     ('name', 'reason'),
     [
-        (
-            'bfloat16',
-            'this processor has no AMX, without which',
-        ),
+        ('bfloat16', 'this processor has no AMX, without which'),
         ('int8', 'torch has no FBGEMM for this processor'),
     ],
 )

@@ -171,7 +171,8 @@ def layers_of(
             layers.append(module)
             continue
         gelu, behind = None, rest[0] if rest else None
-        if precision and packs(module.weight) and isinstance(behind, nn.GELU):
+        fuses = precision and packs(module.weight) and not reduces(module.weight, precision)
+        if fuses and isinstance(behind, nn.GELU):
             gelu = behind.approximate
             rest.pop(0)
         layers.append(affine(module.weight, module.bias, gelu, precision=precision))
@@ -186,11 +187,10 @@ def affine(
     precision: Precision | None = 'float32',
 ) -> Layer:
     """``x @ weight.T + bias``; where that pays, by a packed copy of the weights in ``precision`` (None: by
-    the weights themselves), and then with the GELU behind it (``gelu`` 'none' or 'tanh')."""
+    the weights themselves). One in float32 has the GELU behind it, too (``gelu`` 'none' or 'tanh')."""
     weight, bias = weight.detach(), bias.detach()
     if precision and reduces(weight, precision):
-        product = reduced(weight, bias, precision)
-        return product if gelu is None else lambda x: F.gelu(product(x), approximate=gelu)
+        return reduced(weight, bias, precision)
     if not (precision and packs(weight)):
         return partial(F.linear, weight=weight, bias=bias)
     # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.

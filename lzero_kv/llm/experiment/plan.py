@@ -101,10 +101,10 @@ class Plan(BaseModel):
         try:
             return cls.model_validate(_with_experiments(dict(given)))
         except ValidationError as error:
-            items = error.errors()
+            items: Any = error.errors()
         if items[0]['loc']:
             raise Mistakes('sweep', [describe(item, cls, _EXPECTED) for item in items])
-        raise items[0].get('ctx', {})['error']
+        raise items[0]['ctx']['error']
 
     @property
     def texts(self) -> list[str]:
@@ -203,8 +203,8 @@ def _digest(source: str) -> str:
 
 def _read_by(method: Method) -> set[str]:
     """Fields of a PromptBudget that a method reads."""
-    tables = (SELECTIONS, method.algorithm), (ALLOCATIONS, method.allocation)
-    chosen = {name for table, key in tables if key for name in parameters_of(table[key])}
+    tables: Any = (SELECTIONS, method.algorithm), (ALLOCATIONS, method.allocation)
+    chosen = {name for table, key in tables for name in parameters_of(table[key])}
     special = {name for table, _ in tables for one in table.values() for name in parameters_of(one)}
     return (_PARAMETERS - special) | chosen
 
