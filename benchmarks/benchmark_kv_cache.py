@@ -5,8 +5,8 @@
 One environment step of eight environments: root inference and a search. All contestants have the same
 weights (checked: they predict the same values), see the same observations and search with the same
 tie-break, and take turns. Windows are full before anything is timed (the memory shape: ``--history`` steps
-long). Times are medians; the JSON document has their quartiles, too. With one thread (the default) they are
-processor time, else wall-clock time.
+long). Times are medians, with quartiles in the JSON document; ratios are medians of those of each round. With
+one thread (the default) they are processor time, else wall-clock time.
 """
 
 from __future__ import annotations

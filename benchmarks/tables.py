@@ -80,6 +80,59 @@ def planning_details() -> Cells:
     return rows
 
 
+def counts() -> Cells:
+    """What one simulation does beside computing: a row for each shape and cache."""
+    head = ['shape', 'cache', 'operators', 'host reads', 'allocations', 'MiB allocated', 'MiB moved']
+    rows = [[*head, 'peak above cache, MiB', 'kept after the step, MiB']]
+    for shape, found in _shapes().items():
+        for name in ('stock', 'rebuild', 'shift'):
+            whole = [
+                found[name][f'{part}_per_simulation'] for part in ('operators', 'host_reads', 'allocations')
+            ]
+            sizes = [found[name][f'mib_{part}_per_simulation'] for part in ('allocated', 'moved')]
+            sizes += [found[name][f'step_{part}_mib'] for part in ('peak', 'kept')]
+            row = [f'{count:.0f}' for count in whole] + [f'{size:.1f}' for size in sizes]
+            rows.append([shape if name == STOCK else '', NAMES[name], *row])
+    return rows
+
+
+def collection() -> Cells:
+    """Environment steps per second of real collection."""
+    found = _document(PROCESSORS['AVX-512 and AMX'])['collection']
+    rows = [['environment steps per second', 'stock', 'default', "`'shift'`"]]
+    for task, caches in found.items():
+        rates = {name: f'{one["steps_per_second"]["median"]:.0f}' for name, one in caches.items()}
+        faster = [
+            f'{rates[name]} ({caches[name]["times_as_fast"]:.2f} times)' for name in ('rebuild', 'shift')
+        ]
+        rows.append([task, rates[STOCK], *faster])
+    return rows
+
+
+def compiled() -> Cells:
+    """The compiled backend beside the eager one, in times as fast as stock."""
+    names = 'rebuild', 'rebuild compiled', 'shift', 'shift compiled', 'floor'
+    head = ['default, eager', 'default, compiled', "`'shift'`, eager", "`'shift'`, compiled", 'floor']
+    return [['shape', *head]] + [
+        [shape, *(_faster(_timed(found[name])) for name in names)]
+        for shape, found in _shapes().items()
+        if 'rebuild compiled' in found
+    ]
+
+
+def reanalysis() -> Cells:
+    """Reanalysis of a batch of roots."""
+    rows = [['shape', 'roots', 'simulations', 'stock, s', 'default', "`'shift'`"]]
+    for shape, found in _document(PROCESSORS['AVX-512 and AMX'])['reanalysis'].items():
+        faster = [
+            f'{found["stock_s"] / found[f"{name}_s"]:.2g} times as fast' for name in ('rebuild', 'shift')
+        ]
+        rows.append(
+            [shape, str(found['roots']), str(found['simulations']), f'{found["stock_s"]:.1f}', *faster]
+        )
+    return rows
+
+
 def planning_gpu() -> Cells:
     """Environment steps on a GPU: times and what one simulation asks of it."""
     head = ['shape', 'cache', 'step, ms', 'x stock', 'simulation, ms', 'root inference, ms', 'kernels']
@@ -201,8 +254,12 @@ def _lines(name: str) -> list[dict[str, Any]]:
 
 
 @cache
+def _document(file: str) -> dict[str, Any]:
+    return json.loads((RESULTS / file).read_text(encoding='utf-8'))
+
+
 def _shapes(file: str = PROCESSORS['AVX-512 and AMX']) -> dict[str, dict[str, Any]]:
-    found = json.loads((RESULTS / file).read_text(encoding='utf-8'))['shapes']
+    found = _document(file)['shapes']
     return {shape: found[shape] for shape in SHAPES if shape in found}
 
 
@@ -234,6 +291,10 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'planning-details': planning_details,
     'planning-avx2': partial(planning, PROCESSORS['AVX2']),
     'planning-gpu': planning_gpu,
+    'counts': counts,
+    'collection': collection,
+    'compiled': compiled,
+    'reanalysis': reanalysis,
     'fewer-bits': fewer_bits,
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,

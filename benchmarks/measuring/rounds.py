@@ -131,18 +131,19 @@ def take_turns(players: Sequence[Any], steps: int, threads: int) -> dict[str, li
 
 
 def compared(rounds: dict[str, list[tuple[float, float]]], name: str, simulations: int) -> Numbers:
-    """Times of one contestant, beside stock's and the floor's."""
-    medians = {other: np.median(values, axis=0) for other, values in rounds.items()}
-    step, root = medians[name]
+    """Times of one contestant, beside stock's and the floor's of the same rounds: a machine that gets slower
+    on the way changes the times, and hardly their quotients."""
+    steps, roots = np.transpose(rounds[name])
+    stock, floor = (np.transpose(rounds[other]) for other in ('stock', FLOOR))
     numbers = {
-        'step_ms': summary([of for of, _ in rounds[name]]),
-        'times_as_fast': round(float(medians['stock'][0] / step), 2),
-        'over_floor': round(float(step / medians[FLOOR][0]), 2),
+        'step_ms': summary(steps),
+        'times_as_fast': round(float(np.median(stock[0] / steps)), 2),
+        'over_floor': round(float(np.median(steps / floor[0])), 2),
     }
-    if not np.isnan(root):
-        numbers['root_inference_ms'] = summary([of for _, of in rounds[name]])
-        numbers['root_times_as_fast'] = round(float(medians['stock'][1] / root), 2)
-        numbers['simulation_ms'] = round(float(step - root) / simulations, 3)
+    if not np.isnan(roots).any():
+        numbers['root_inference_ms'] = summary(roots)
+        numbers['root_times_as_fast'] = round(float(np.median(stock[1] / roots)), 2)
+        numbers['simulation_ms'] = round(float(np.median(steps - roots)) / simulations, 3)
     return numbers
 
 

@@ -55,7 +55,8 @@ def cached_search(
     transforms = scalar_transforms(mcts)
     first = FirstActions()
     with torch.no_grad():
-        model.eval()
+        if model.training:  # walking through all modules takes as long as a third of a simulation
+            model.eval()
         grown = model.world_model.begin_search(latent_state_roots, timestep, config.num_simulations)
         bounds = tree.MinMaxStatsList(rows)
         bounds.set_delta(config.value_delta_max)

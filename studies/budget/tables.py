@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from lzero_kv.telemetry.table import markdown_table
+
 Row = dict[str, Any]
 
 COLUMNS = {
@@ -48,13 +50,11 @@ def rich_table(rows: Iterable[Row], cue: str) -> Table:
 
 def detailed(rows: Iterable[Row]) -> str:
     """All measures of the given rows, in Markdown."""
-    return _markdown(
-        ['ratio', 'method', *COLUMNS, 'node KiB', 'search ms'],
-        [
-            [f'{row["ratio"]:g}', row['method'], *(cell(row, of) for of in COLUMNS.values()), *_sizes(row)]
-            for row in rows
-        ],
-    )
+    lines = [
+        [f'{row["ratio"]:g}', row['method'], *(cell(row, of) for of in COLUMNS.values()), *_sizes(row)]
+        for row in rows
+    ]
+    return markdown_table([['ratio', 'method', *COLUMNS, 'node KiB', 'search ms'], *lines])
 
 
 def overview(rows: Sequence[Row]) -> str:
@@ -66,7 +66,7 @@ def overview(rows: Sequence[Row]) -> str:
         for ratio in ratios
         for name, of in OVERVIEW.items()
     }
-    lines = []
+    lines = [['', *(f'{name}, {ratio:g}' for ratio in ratios for name in OVERVIEW)]]
     for method in dict.fromkeys(row['method'] for row in rows if row['ratio'] < 1):
         line = [method]
         for ratio in ratios:
@@ -75,17 +75,8 @@ def overview(rows: Sequence[Row]) -> str:
                 text = cell(row, of)
                 line.append(f'**{text}**' if row[of] == best[ratio, of] else text)
         lines.append(line)
-    return _markdown(['', *(f'{name}, {ratio:g}' for ratio in ratios for name in OVERVIEW)], lines)
+    return markdown_table(lines)
 
 
 def _sizes(row: Row) -> list[str]:
     return [f'{row["node_bytes"] / 1024:.1f}', f'{row["search_ms"]:.0f}']
-
-
-def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [heads, ['---', *['---:'] * (len(heads) - 1)], *lines]
-    return (
-        '\n'.join(f'| {" | ".join(row)} |' for row in rows)
-        .replace('|dv|', '\\|dv\\|')
-        .replace('|dr|', '\\|dr\\|')
-    )

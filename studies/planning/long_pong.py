@@ -17,7 +17,6 @@ import json
 import os
 import sys
 import time
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,6 +49,7 @@ from lzero_kv.cli.training_call import TrainingCall, alone
 from lzero_kv.sweep.rows import Row
 from lzero_kv.sweep.sweep import Sweep, claimed
 from lzero_kv.telemetry.table import text_table
+from studies.planning import pong_env
 
 ARMS = {STOCK: '#999999', PLUGIN: '#0072b2'}
 """Colours of the two curves."""
@@ -58,24 +58,11 @@ PICTURE = 'returns.png'
 SHOWN = 20
 """Episodes at either end of a training whose mean return the table shows."""
 SETTINGS = dict(
-    sizes=dict(
-        collector_env_num=4,
-        evaluator_env_num=1,
-        game_segment_length=200,
-        num_simulations=20,
-        batch_size=32,
-        num_unroll_steps=5,
-        num_layers=2,
-        num_heads=4,
-        embed_dim=64,
-        replay_ratio=0.1,
-        train_start_after_envsteps=0,
-        env_manager='base',
-    ),
-    policy=dict(learning_rate=3e-4, replay_buffer_size=100_000),
-    channels=16,
+    env=dict(max_episode_steps=10_000),
+    sizes=dict(collector_env_num=4, evaluator_env_num=1, env_manager='base'),
+    policy=dict(learning_rate=3e-4, game_segment_length=200, replay_buffer_size=200_000),
 )
-"""What differs from this project's Atari config; ``channels`` of the encoder, where LightZero has 64."""
+"""What differs from this project's CartPole config, beside the environment."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +129,17 @@ def train(request: Request, hear: Hear) -> Row:
 
 def call_of(request: Request) -> TrainingCall:
     """The training of a piece, as LightZero is called."""
-    from lzero_kv.configs.atari_unizero_kv_config import FULL, make_config
+    from lzero_kv.configs.cartpole_unizero_kv_config import FULL, make_config
 
-    settings, shape = json.loads(request.arguments[0]), (1, 64, 64)
-    main, create = make_config('PongNoFrameskip-v4', 0, size=type(FULL)(FULL | settings['sizes']))
-    main.env.update(gray_scale=True, observation_shape=shape)
-    main.policy.update(settings['policy'], gray_scale=True)
-    main.policy.model.update(num_channels=settings['channels'], observation_shape=shape, image_channel=1)
+    settings = json.loads(request.arguments[0])
+    main, create = make_config('CartPole-v0', 0, size=type(FULL)(FULL | settings['sizes']))
+    main.env.update(settings['env'])
+    main.policy.update(settings['policy'])
+    main.policy.model.update(
+        observation_shape=2 * len(pong_env.PLACES), action_space_size=len(pong_env.ACTIONS)
+    )
+    main.policy.model.world_model_cfg.action_space_size = len(pong_env.ACTIONS)
+    create.env.update(type='pong_positions', import_names=['studies.planning.pong_env'])
     folder = Path(request.folder) / 'training' / f'{request.name}_{request.seed}'
     return alone(TrainingCall('train_unizero', main, create), folder, flag=request.name == PLUGIN)[0]
 
@@ -161,7 +152,7 @@ class State:
         pieces: how many were trained.
         steps, iterations: environment steps and training iterations so far.
         policy: model, target model and optimizer as LightZero saves them; None before the first piece.
-        buffer: the replay buffer's attributes, observations compressed.
+        buffer: the replay buffer's attributes.
         row: of the last piece.
     """
 
@@ -177,7 +168,14 @@ class State:
         """The saved state, or a new one. The file is one of this study's: it is unpickled."""
         import torch
 
-        return cls(**torch.load(path, weights_only=False)) if path.exists() else cls()
+        if not path.exists():
+            return cls()
+        state = cls(**torch.load(path, weights_only=False))
+        for segment in (state.buffer or {}).get('game_segment_buffer', ()):
+            held = vars(segment)
+            # unpickled arrays are views, which have a negative size for the host's log of the buffer's memory
+            held.update({name: found.copy() for name, found in held.items() if isinstance(found, np.ndarray)})
+        return state
 
     def save(self, path: Path) -> None:
         """Replace the saved state; a process that dies on the way leaves the old one."""
@@ -212,7 +210,7 @@ class State:
             'returns': [(steps, value) for _, value in returns],
             'versions': told_versions(),
         }
-        policy, buffer = progress.policy._state_dict_learn(), packed(buffers[-1])
+        policy, buffer = progress.policy._state_dict_learn(), held_by(buffers[-1])
         return State(self.pieces + 1, steps, iterations, policy, buffer, row)
 
     @contextmanager
@@ -220,7 +218,6 @@ class State:
         """Within the block a training of the host begins with this state; yields its replay buffers."""
         from ding.worker import BaseLearner
         from lzero.mcts import UniZeroGameBuffer
-        from lzero.model.common import RepresentationNetworkUniZero
         from lzero.worker import MuZeroCollector
 
         buffers: list[Any] = []
@@ -240,14 +237,13 @@ class State:
         def buffer(original: Any, made: Any, *args: Any, **kwargs: Any) -> None:
             original(made, *args, **kwargs)
             if self.buffer is not None:
-                vars(made).update(unpacked(self.buffer))
+                vars(made).update(self.buffer)
             buffers.append(made)
 
         places = {
             BaseLearner: learner,
             MuZeroCollector: collector,
             UniZeroGameBuffer: buffer,
-            RepresentationNetworkUniZero: _narrow,
         }
         with ExitStack() as stack:
             for owner, call in places.items():
@@ -255,56 +251,17 @@ class State:
             yield buffers
 
 
-def _narrow(
-    original: Any, encoder: Any, shape: Any, blocks: int, channels: int, *args: Any, **kwargs: Any
-) -> None:
-    """Let the encoder's last layer take as many channels as there are; the host's takes 64."""
-    from torch import nn
-
-    original(encoder, shape, blocks, channels, *args, **kwargs)
-    encoder.last_linear = nn.Linear(channels * 8 * 8, encoder.embedding_dim, bias=False)
-
-
-def packed(buffer: Any) -> dict[str, Any]:
-    """All that a replay buffer holds but its config; frames, of which each value is a byte / 255, as bytes.
-
-    Raises:
-        ValueError: a frame is none of bytes, so that it would be changed.
-    """
+def held_by(buffer: Any) -> dict[str, Any]:
+    """All that a replay buffer holds but its config, and gym's generators, which cannot be unpickled."""
     held = {name: value for name, value in vars(buffer).items() if name != '_cfg'}
-    return held | dict(game_segment_buffer=[_packed_segment(one) for one in buffer.game_segment_buffer])
+    return held | dict(game_segment_buffer=list(map(_without_generator, buffer.game_segment_buffer)))
 
 
-def unpacked(held: dict[str, Any]) -> dict[str, Any]:
-    """What :func:`packed` was given, bit for bit."""
-    return held | dict(game_segment_buffer=[_unpacked_segment(one) for one in held['game_segment_buffer']])
-
-
-def _packed_segment(segment: Any) -> Any:
+def _without_generator(segment: Any) -> Any:
     changed = copy.copy(segment)
-    changed.obs_segment = _bytes_of(segment.obs_segment)
     changed.action_space = copy.copy(segment.action_space)
-    changed.action_space._np_random = None  # gym cannot unpickle its generator
+    changed.action_space._np_random = None
     return changed
-
-
-def _unpacked_segment(segment: Any) -> Any:
-    changed = copy.copy(segment)
-    changed.obs_segment = _frames_of(segment.obs_segment)
-    return changed
-
-
-def _bytes_of(frames: np.ndarray) -> tuple[tuple[int, ...], bytes]:
-    found = frames.shape, zlib.compress(np.rint(frames * 255).astype(np.uint8).tobytes(), 1)
-    if frames.dtype != np.float32 or not np.array_equal(_frames_of(found), frames):
-        raise ValueError('expected frames of bytes / 255 in float32; write scale=True in the env config')
-    return found
-
-
-def _frames_of(found: tuple[tuple[int, ...], bytes]) -> np.ndarray:
-    shape, compressed = found
-    # divided last: an array that is a view has a negative size for the host's log of the buffer's memory
-    return np.frombuffer(zlib.decompress(compressed), np.uint8).reshape(shape).astype(np.float32) / 255
 
 
 def of_arm(rows: Sequence[Row], arm: str) -> Row:

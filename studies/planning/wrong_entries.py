@@ -5,13 +5,14 @@
 
 ``train`` takes LightZero's own settings for CartPole, with this cache, and keeps a checkpoint every 100
 updates. ``play`` plays episodes from the same starts with each cache of :data:`CACHES`, in turn, and prints a
-line of JSON for each number of simulations: the returns, and the means of their differences from LightZero's
-with bootstrap intervals of 95 % over the starts.
+line of JSON for each checkpoint and number of simulations: the returns, and the means of their differences
+from LightZero's with bootstrap intervals of 95 % over the starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -49,18 +50,18 @@ def train(folder: tyro.conf.Positional[Path], env_steps: int = 6000) -> None:
 
 
 def play(
-    checkpoint: tyro.conf.Positional[Path],
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]],
     simulations: tuple[int, ...] = (25, 100, 200),
     episodes: int = 32,
 ) -> None:
-    """Print the returns of each cache for each number of simulations.
+    """Print the returns of each cache for each checkpoint and number of simulations.
 
     Args:
-        checkpoint: of a training by ``train``.
+        checkpoints: of trainings by ``train`` or ``lzero-kv compare``, in folders of their own.
         simulations: of a search.
         episodes: for each cache; a multiple of eight.
     """
-    for number in simulations:
+    for checkpoint, number in itertools.product(checkpoints, simulations):
         sizes = SIZES | dict(num_simulations=number, evaluator_env_num=ROWS)
         configs = {name: cartpole.configs_of(sizes, options) for name, options in CACHES.items()}
         policies = {name: cartpole.policy_of(own, checkpoint) for name, own in configs.items()}
@@ -71,7 +72,7 @@ def play(
         others = [name for name in CACHES if name != 'stock']
         differences = {name: Bootstrap().difference(returns[name], returns['stock']) for name in others}
         line = dict(
-            checkpoint=checkpoint.name,
+            checkpoint='/'.join(checkpoint.parts[-3:]),
             simulations=number,
             means={name: float(np.mean(own)) for name, own in returns.items()},
             differences={name: dataclasses.astuple(found) for name, found in differences.items()},

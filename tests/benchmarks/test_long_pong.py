@@ -10,7 +10,6 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,20 +20,14 @@ from lzero_kv.cli.comparison import PLUGIN, STOCK
 from lzero_kv.cli.training import Request
 from lzero_kv.sweep.rows import read_rows
 from studies.planning import long_pong as study
+from studies.planning import pong_env
 from studies.planning.long_pong import State
 
-SIZES = dict(
-    collector_env_num=2,
-    num_simulations=3,
-    batch_size=4,
-    embed_dim=24,
-    max_episode_steps=26,
-    replay_ratio=0.06,
-)
+SIZES = dict(collector_env_num=2, num_simulations=3, batch_size=4, embed_dim=24, replay_ratio=0.06)
 SETTINGS = dict(
+    env=dict(max_episode_steps=26),
     sizes=study.SETTINGS['sizes'] | SIZES,
-    policy=dict(learning_rate=2e-3, replay_buffer_size=500),
-    channels=8,
+    policy=study.SETTINGS['policy'] | dict(learning_rate=2e-3, replay_buffer_size=500),
 )
 A_MOMENT = 1e-6
 """Minutes: one pair of pieces, then no other."""
@@ -85,7 +78,7 @@ def test_a_training_goes_on_where_the_last_call_stopped(pong: Pong) -> None:
         assert [before.iterations, after.iterations] == [3, 6] == [row['iterations'] for row in own]
         assert [[step for step, _ in row['returns']] for row in own] == [[52, 52], [104, 104]]
         # the first episodes are there as they were; the second ones, of another seed, stand behind them
-        held, later = (study.unpacked(state.buffer)['game_segment_buffer'] for state in (before, after))
+        held, later = (state.buffer['game_segment_buffer'] for state in (before, after))
         assert len(held) == 2 and len(later) == 4 and same(held, later[:2])
         assert not any(same(one.obs_segment, other.obs_segment) for one in held for other in later[2:])
         moments = after.policy['optimizer_world_model']['state'].values()
@@ -121,16 +114,32 @@ def test_a_piece_begins_with_all_that_the_last_one_ended_with(pong: Pong, tmp_pa
         buffer = UniZeroGameBuffer(config.policy)
     assert same(policy.learn_mode.state_dict(), state.policy)
     assert learner.train_iter == state.iterations == 6 and buffers == [buffer]
-    held = study.unpacked(state.buffer)
-    assert same({name: value for name, value in vars(buffer).items() if name != '_cfg'}, held)
+    assert same({name: value for name, value in vars(buffer).items() if name != '_cfg'}, state.buffer)
     assert buffer.get_num_of_transitions() == 104
 
 
-def test_a_frame_that_would_be_changed_is_refused() -> None:
-    for frames in (np.array([0.3], np.float32), np.array([1.0])):
-        segment = SimpleNamespace(obs_segment=frames)
-        with pytest.raises(ValueError, match='expected frames of bytes / 255 in float32'):
-            study.packed(SimpleNamespace(game_segment_buffer=[segment]))
+def test_the_emulator_tells_where_the_ball_is_and_pays_the_points() -> None:
+    config = dict(max_episode_steps=2_000)
+    environments = [pong_env.PongPositionsEnv(config), pong_env.PongPositionsEnv(config)]
+    for environment in environments:
+        environment.seed(5)
+    seen, actions = [one.reset() for one in environments], np.random.default_rng(3)
+    before, rewards, moved = seen[0]['observation'], [], []
+    for step in range(1, 2_001):
+        action = int(actions.integers(len(pong_env.ACTIONS)))
+        found = [one.step(action) for one in environments]
+        assert all(np.array_equal(found[0].obs['observation'], one.obs['observation']) for one in found)
+        now = found[0].obs['observation']
+        assert now.dtype == np.float32 and now.shape == (8,) and found[0].obs['timestep'] == step
+        np.testing.assert_allclose(now[4:], np.clip((now[:4] - before[:4]) * 8, -2, 2), atol=1e-6)
+        moved.append(now[0] - before[0])
+        rewards.append(float(found[0].reward))
+        before = now
+        if found[0].done:
+            break
+    assert rewards.count(-1.0) == 21 and set(rewards) <= {-1.0, 0.0, 1.0}
+    assert found[0].info['eval_episode_return'] == sum(rewards)
+    assert min(moved) < 0 < max(moved)  # the paddle goes both ways
 
 
 def test_a_process_that_dies_while_it_saves_leaves_the_last_state(

@@ -57,12 +57,10 @@ def test_all_caches_play_from_the_same_starts(
     )
     checkpoint = tmp_path / 'iteration_7.pth.tar'
     torch.save(cartpole.new_policy(cartpole.configs_of(sizes, {})).learn_mode.state_dict(), checkpoint)
-    wrong_entries.play(checkpoint, simulations=(4, 5), episodes=6)
+    wrong_entries.play((checkpoint,), simulations=(4, 5), episodes=6)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{')]
-    assert [(line['checkpoint'], line['simulations']) for line in lines] == [
-        (checkpoint.name, 4),
-        (checkpoint.name, 5),
-    ]
+    name = '/'.join(checkpoint.parts[-3:])
+    assert [(line['checkpoint'], line['simulations']) for line in lines] == [(name, 4), (name, 5)]
     models = [collect_model(policy).world_model for policy, _ in played]
     assert [type(model).__name__ for model in models] == ['WorldModel', 'KVWorldModel', 'KVWorldModel'] * 4
     assert [model.cache_config.window for model in models if hasattr(model, 'cache_config')] == [

@@ -95,18 +95,18 @@ def decode(
     rows, new, embed = x.shape
     heads, layers = weights.heads, len(weights.blocks)
     x = x.reshape(rows * new, embed)
-    rotation = None if rotation is None else rotation.flatten(0, 1)
+    rotation = None if rotation is None else rotation.flatten(0, 1)[:, None, None]
     ahead = 0  # tokens of windows, which stand in front of the new ones
     if windows is not None:
         beside, steps = windows.x.shape[:2]
         ahead = beside * steps
         x = torch.cat([windows.x.reshape(ahead, embed), x])
         if rotation is not None and windows.rotation is not None:
-            rotation = torch.cat([windows.rotation.flatten(0, 1), rotation])
+            rotation = torch.cat([windows.rotation.flatten(0, 1)[:, None, None], rotation])
     for layer, block in enumerate(weights.blocks):
         qkv = block.qkv(block.norm1(x)).view(-1, 3, heads, embed // heads)
         if rotation is not None:
-            rotate(qkv[:, :2], rotation[:, None])
+            rotate(qkv[:, :2], rotation)
         if windows is not None:
             window = qkv[:ahead].view(beside, steps, 3, heads, -1)
             place, kv = windows.out[:, layer], window[:, :, 1:].permute(0, 2, 3, 1, 4)
@@ -165,11 +165,12 @@ def prefill(
     rows, steps, embed = x.shape
     heads = weights.heads
     mask = causal_mask(lengths, steps, x)
+    rotation = None if rotation is None else rotation[:, :, None, None]
     x = x.reshape(rows * steps, embed)
     for block in weights.blocks:
         qkv = block.qkv(block.norm1(x)).view(rows, steps, 3, heads, -1)
         if rotation is not None:
-            rotate(qkv[:, :, :2], rotation[:, :, None])
+            rotate(qkv[:, :, :2], rotation)
         query, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         yield Projected(query, keys, values, mask)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
@@ -223,13 +224,14 @@ def additive_mask(visible: np.ndarray, like: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Rotary position embedding (Su et al. 2021, RoFormer, section 3.4.2) of ``[..., heads, head_dim]``, in
-    place; numbers of less than float32 are rotated in float32.
+    """Rotary position embedding (Su et al. 2021, RoFormer, section 3.4.2) of ``[..., head_dim]``, in place;
+    numbers of less than float32 are rotated in float32.
 
-    ``rotation`` is complex ``[..., head_dim / 2]``, one factor for each pair of neighbouring features.
+    ``rotation`` is complex ``[..., head_dim / 2]`` and broadcasts: one factor for each pair of neighbouring
+    features.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2)).mul_(rotation.unsqueeze(-2))
+    torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2)).mul_(rotation)
     if wide is not x:
         x.copy_(wide)
 
