@@ -16,7 +16,7 @@ from .precision import precision
 from .recorder import Node, Recorder, replaced
 from .repeatable_tree import host_trees, repeatable
 
-MATRIX_PRODUCTS = ('addmm', 'mm', 'bmm', 'baddbmm', 'linear', '_scaled_dot_product')
+MATRIX_PRODUCTS = ('_mkl_linear', 'addmm', 'mm', 'bmm', 'baddbmm', 'linear', '_scaled_dot_product')
 
 
 @dataclass(frozen=True)

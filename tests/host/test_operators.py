@@ -52,6 +52,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        name = {'_mkl_linear': 'addmm'}.get(name, name)  # the same product, by packed weights
         if func._overloadname == 'out' and name in ('add', 'sub'):
             name += '_out'  # of keys and values; the model's own residuals return a new tensor
         if name not in VIEWS:

@@ -17,29 +17,56 @@ from testing.models import make_policy, world_model_of
 ROUNDING = dict(rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def everything_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models of these tests are narrower than those whose weights are packed by default."""
-    monkeypatch.setattr(weights, 'PACKED_ELEMENTS', 1)
-
-
-@pytest.mark.parametrize('gelu', [None, 'none', 'tanh'])
-@pytest.mark.parametrize('rows', [1, 3, 8, 41])
-def test_packed_weights_give_the_same_numbers(everything_packed: None, rows: int, gelu: str | None) -> None:
-    if not weights.packs(torch.zeros(1 << 9, 1 << 9)):
-        pytest.skip('this build of torch has no oneDNN')
+@pytest.mark.parametrize('rows', [1, 3, 8, 41, 300])
+def test_packed_weights_give_the_same_numbers(rows: int) -> None:
+    if not weights.has_packed_products():
+        pytest.skip('this build of torch has no MKL')
     linear = nn.Linear(30, 42)
-    x = torch.randn(rows, 30, generator=torch.Generator().manual_seed(rows))
+    packed = affine(linear.weight, linear.bias)
+    assert packed is not affine(linear.weight, linear.bias, precision=None)
+    x = torch.randn(rows, 2, 30, generator=torch.Generator().manual_seed(rows))[:, 1]  # rows that lie apart
     with torch.no_grad():
-        expected = linear(x) if gelu is None else nn.GELU(approximate=gelu)(linear(x))
-        torch.testing.assert_close(affine(linear.weight, linear.bias, gelu)(x), expected, **ROUNDING)
+        torch.testing.assert_close(packed(x), linear(x), **ROUNDING)
+        linear.weight.mul_(2)  # a copy: what changed is noticed elsewhere
+        assert not torch.allclose(packed(x), linear(x))
+
+
+def test_a_row_is_multiplied_as_if_it_were_alone() -> None:
+    if not weights.has_packed_products():
+        pytest.skip('this build of torch has no MKL')
+    linear, x = nn.Linear(60, 70), torch.randn(90, 60)
+    packed = affine(linear.weight, linear.bias)
+    assert all(torch.equal(packed(x[:rows]), packed(x)[:rows]) for rows in range(1, 90))
+
+
+def test_a_product_that_is_wrong_for_some_number_of_rows_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(weight: torch.Tensor, bias: torch.Tensor) -> weights.Layer:
+        return lambda x: torch.nn.functional.linear(x, weight, bias) + (len(x) == 27)
+
+    monkeypatch.setattr(weights, '_packed_product', wrong)
+    weights.has_packed_products.cache_clear()
+    try:
+        assert not weights.has_packed_products()
+    finally:
+        weights.has_packed_products.cache_clear()
+
+
+@pytest.mark.parametrize('gelu', ['none', 'tanh'])
+@pytest.mark.parametrize('features', [42, weights.GELU_WIDTH + 1])
+def test_a_gelu_is_that_of_its_module(features: int, gelu: str) -> None:
+    modules = nn.Sequential(nn.Linear(30, features), nn.GELU(approximate=gelu))
+    found = x = torch.randn(7, 30) * torch.logspace(-3, 3, 7)[:, None]
+    with torch.no_grad():
+        for layer in layers_of(modules):
+            found = layer(found)
+        torch.testing.assert_close(found, modules(x), **ROUNDING)
 
 
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
 @pytest.mark.parametrize('family', ['tiny', 'cartpole', 'lunarlander_continuous', 'stack4'])
-def test_searches_with_packed_weights_equal_their_recomputation(
-    everything_packed: None, family: str, window: str
-) -> None:
+def test_searches_with_packed_weights_equal_their_recomputation(family: str, window: str) -> None:
     policy = make_policy(
         family, kv=True, kv_cache=dict(window=window), num_simulations=10, collector_env_num=3
     )
@@ -103,7 +130,7 @@ CHANGES = [write_in_place, step_an_optimizer, replace_data, load_a_state, write_
 
 
 @pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
-def test_the_next_search_has_the_weights_of_now(everything_packed: None, change: Any) -> None:
+def test_the_next_search_has_the_weights_of_now(change: Any) -> None:
     policy = make_policy('tiny', kv=True, num_simulations=6, collector_env_num=3)
     model = world_model_of(policy)
     Episodes(policy, range(3)).run(2)

@@ -31,7 +31,7 @@ def lacking(precision: Precision) -> str | None:
     """What keeps this torch and processor from that precision; None where nothing does."""
     if precision == 'bfloat16':
         capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
-        if not (capabilities.get('amx_bf16') and has_packed_products()):
+        if not (capabilities.get('amx_bf16') and _has_onednn()):
             return "this processor has no AMX, without which it is no faster than 'float16', and less exact"
     elif precision != 'float32':
         there = hasattr(torch, 'quantize_per_channel') and hasattr(torch.backends, 'quantized')
@@ -40,7 +40,7 @@ def lacking(precision: Precision) -> str | None:
     return None
 
 
-def has_packed_products() -> bool:
+def _has_onednn() -> bool:
     """Whether this torch multiplies by weights that lie in oneDNN's order."""
     return (
         torch.backends.mkldnn.is_available()
@@ -55,14 +55,14 @@ def largest_matrix(embed_dim: int) -> int:
     return 4 * embed_dim**2
 
 
-def is_large(weight: torch.Tensor, elements: int) -> bool:
-    """Whether a weight is in float32 on a CPU and has at least so many elements."""
-    return weight.device.type == 'cpu' and weight.dtype == torch.float32 and weight.numel() >= elements
+def is_single(weight: torch.Tensor) -> bool:
+    """Whether a weight is in float32 on a CPU."""
+    return weight.device.type == 'cpu' and weight.dtype == torch.float32
 
 
 def reduces(weight: torch.Tensor, precision: Precision) -> bool:
     """Whether a product with ``weight`` (``[out, in]``) is quicker in that precision."""
-    return precision != 'float32' and is_large(weight, ELEMENTS[precision])
+    return precision != 'float32' and is_single(weight) and weight.numel() >= ELEMENTS[precision]
 
 
 def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> Any:

@@ -1,17 +1,18 @@
 """Transformer and heads of a world model, made ready for inference on a few rows.
 
 The host's modules stay the only home of the weights. Inference runs plain functions over copies of them: the
-three projections of a layer are one matrix product, and on a CPU large single precision matrices are laid out
-once in the order in which oneDNN reads them, instead of at every product. With eight rows that order is worth
-more than anything else: a product is bound by reading its weights.
+three projections of a layer are one matrix product, and on a CPU single precision matrices are laid out once
+in the order in which MKL reads them, instead of at every product. With eight rows that order is worth more
+than anything else: a product is bound by reading its weights.
 
 The copies are made again when the weights change; see :meth:`InferenceWeights.stale`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -19,21 +20,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..host import feed_forward, policy_control
-from .precision import (
-    ROWS_EXPECTED,
-    Precision,
-    has_packed_products,
-    is_large,
-    reduced,
-    reduces,
-)
+from .precision import Precision, is_single, reduced, reduces
 
 Layer = Callable[[torch.Tensor], Any]
 """``[N, in]`` to ``[N, out]``. A partial of an operator where it can be: one call, no frame of Python."""
 
-PACKED_ELEMENTS = 1 << 17
-"""Weights from this size on are packed. Below it, measured with AVX-512, a call of oneDNN costs more than its
-order saves."""
+ROWS_PACKED = 256
+"""Rows for which MKL lays out weights. Fewer are as fast in that order, with AVX2 and with AVX-512; in the
+order for eight rows, 56 take twice as long."""
+GELU_WIDTH = 256
+"""Features from which on torch's tanh costs more than the operators of a GELU by sigmoid."""
+_SLOPE = torch.tensor(2 * math.sqrt(2 / math.pi))
+_CUBIC = 0.044715 * 2 * math.sqrt(2 / math.pi)
 
 
 class BlockWeights:
@@ -157,52 +155,67 @@ class InferenceWeights:
 def layers_of(
     modules: Iterable[nn.Module] | nn.Module, precision: Precision | None = 'float32'
 ) -> tuple[Layer, ...]:
-    """The layers of a sequence of modules: linear layers with the GELU behind them in one call, dropout left
+    """The layers of a sequence of modules: linear layers and GELUs without their modules' calls, dropout left
     out (inference is never in training mode), everything else as it is."""
     if isinstance(modules, nn.Module) and not isinstance(modules, nn.Sequential):
         return (modules,)
-    rest, layers = [m for m in modules if not isinstance(m, nn.Dropout)], list[Layer]()
-    while rest:
-        module = rest.pop(0)
+    layers, width = list[Layer](), 0
+    for module in modules:
         if type(module) is nn.GELU:
-            layers.append(partial(F.gelu, approximate=module.approximate))
-            continue
-        if not is_plain(module):
+            by_sigmoid = module.approximate == 'tanh' and width >= GELU_WIDTH
+            layers.append(_gelu if by_sigmoid else partial(F.gelu, approximate=module.approximate))
+        elif is_plain(module):
+            width = module.out_features if precision and is_single(module.weight) else 0
+            layers.append(affine(module.weight, module.bias, precision=precision))
+        elif not isinstance(module, nn.Dropout):
             layers.append(module)
-            continue
-        gelu, behind = None, rest[0] if rest else None
-        fuses = precision and packs(module.weight) and not reduces(module.weight, precision)
-        if fuses and isinstance(behind, nn.GELU):
-            gelu = behind.approximate
-            rest.pop(0)
-        layers.append(affine(module.weight, module.bias, gelu, precision=precision))
     return tuple(layers)
 
 
-def affine(
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    gelu: str | None = None,
-    *,
-    precision: Precision | None = 'float32',
-) -> Layer:
-    """``x @ weight.T + bias``; where that pays, by a packed copy of the weights in ``precision`` (None: by
-    the weights themselves). One in float32 has the GELU behind it, too (``gelu`` 'none' or 'tanh')."""
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by tanh (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2), ``[..., features]``:
+    ``(1 + tanh(u)) / 2`` is ``sigmoid(2 u)``, which torch computes three times as fast."""
+    return torch.addcmul(_SLOPE, x, x, value=_CUBIC).mul_(x).sigmoid_().mul_(x)
+
+
+def affine(weight: torch.Tensor, bias: torch.Tensor, *, precision: Precision | None = 'float32') -> Layer:
+    """``x @ weight.T + bias`` for ``x`` ``[N, in]``, by a packed copy of the weights in ``precision`` where
+    that pays (None: by the weights themselves)."""
     weight, bias = weight.detach(), bias.detach()
     if precision and reduces(weight, precision):
         return reduced(weight, bias, precision)
-    if not (precision and packs(weight)):
+    if not (precision and is_single(weight) and has_packed_products()):
         return partial(F.linear, weight=weight, bias=bias)
+    return _packed_product(weight, bias)
+
+
+def _packed_product(weight: torch.Tensor, bias: torch.Tensor) -> Layer:
     # What torch's own compiler emits for a linear layer with frozen weights; float32 throughout.
-    after, kind = ('none', '') if gelu is None else ('gelu', gelu)
-    return partial(
-        torch.ops.mkldnn._linear_pointwise.default,
-        W=torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_EXPECTED),
-        B=bias,
-        attr=after,
-        scalars=[],
-        algorithm=kind,
-    )
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, ROWS_PACKED)
+    product = torch.ops.mkl._mkl_linear.default
+
+    def packed_product(x: torch.Tensor) -> torch.Tensor:
+        # torch takes the packed weights where the last argument is the number of rows
+        return product(x, packed, weight, bias, x.shape[0])
+
+    return packed_product
+
+
+@cache
+@torch.no_grad()
+def has_packed_products() -> bool:
+    """Whether this torch multiplies by weights in MKL's order, right for every number of rows.
+
+    Torch itself takes one number of rows alone. MKL names no such limit (oneMKL, cblas_?gemm_pack), and is
+    asked here.
+    """
+    if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, '_mkl_linear')):
+        return False
+    weight = torch.arange(96 * 80, dtype=torch.float32).sin().view(96, 80)
+    x, bias = torch.arange(300 * 80, dtype=torch.float32).cos().view(300, 80), weight[:, 0].contiguous()
+    packed, expected = _packed_product(weight, bias), F.linear(x, weight, bias)
+    rows = (1, 2, 7, 8, 27, 56, ROWS_PACKED, len(x))
+    return all(torch.allclose(packed(x[:n]), expected[:n], rtol=1e-4, atol=1e-4) for n in rows)
 
 
 def layer_norm(norm: nn.LayerNorm) -> Layer:
@@ -246,8 +259,3 @@ def joined(
 def one_by_one(modules: Sequence[nn.Module]) -> Layer:
     """The outputs of several layers side by side."""
     return lambda x: torch.cat([module(x) for module in modules], dim=-1)
-
-
-def packs(weight: torch.Tensor) -> bool:
-    """Whether a packed copy of a weight is quicker than the weight."""
-    return is_large(weight, PACKED_ELEMENTS) and has_packed_products()
