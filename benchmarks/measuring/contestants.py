@@ -20,7 +20,7 @@ from lzero_kv.lightzero.inference.heads import (
     predict_reward_latent,
 )
 from lzero_kv.lightzero.inference.positions import Placed, positions_of
-from lzero_kv.lightzero.inference.precision import ELEMENTS, lacking, largest_matrix
+from lzero_kv.lightzero.inference.precision import REDUCED, lacking
 from lzero_kv.lightzero.inference.weights import InferenceWeights
 from testing.episodes import Episodes
 from testing.families import Family
@@ -62,7 +62,7 @@ GRAPHS: dict[str, dict[str, Any] | None] = {
 PRECISIONS: dict[str, dict[str, Any] | None] = {
     f'{window} {precision}': dict(window=window, backend='eager', precision=precision)
     for window in ('rebuild', 'shift')
-    for precision in ELEMENTS
+    for precision in REDUCED
 }
 """Those that plan with large weights of fewer bits, on a CPU."""
 
@@ -121,8 +121,7 @@ def caches_on(device: str, compiled: bool) -> list[str]:
 
 def precisions_of(family: Family, device: str) -> list[str]:
     """Those of :data:`PRECISIONS` that a model of this width is not refused."""
-    largest = largest_matrix(family.embed)
-    fit = [name for name, least in ELEMENTS.items() if largest >= least and not lacking(name)]
+    fit = [name for name in REDUCED if not lacking(name, family.embed)]
     return [name for name in PRECISIONS if name.split()[1] in fit] if device == 'cpu' else []
 
 

@@ -9,7 +9,7 @@ import torch
 from lzero_kv.cache.window import Window
 from lzero_kv.config import KVCacheConfig, Precision, ValidationMode, option_of, validation_mode_of
 from lzero_kv.lightzero.host import RELEASE, faults, is_release
-from lzero_kv.lightzero.inference.precision import ELEMENTS, lacking, largest_matrix
+from lzero_kv.lightzero.inference.precision import REDUCED, lacking
 
 FLAG = 'use_new_cache_manager'
 PLACE = 'policy.model.world_model_cfg'
@@ -69,7 +69,7 @@ def check_world_model_config(config: Any) -> None:
     precision = option_of(config, 'precision')
     try:
         mode = validation_mode_of(config)
-        if precision in ELEMENTS:
+        if precision in REDUCED:
             problems += _unreduced(config, precision, mode)
         if mode in ('store', 'model') and not is_release():
             problems.append(
@@ -113,14 +113,8 @@ def _unreduced(config: Any, precision: Precision, mode: str | None) -> list[str]
     # configs name a GPU and run without one: the host takes the CPU then
     if str(config.get('device', 'cpu')) != 'cpu' and torch.cuda.is_available():
         problems.append(f'{name}: it is for planning on a CPU, got device={config.device!r}; leave it out')
-    elif reason := lacking(precision):
+    elif reason := lacking(precision, config.embed_dim):
         problems.append(f'{name}: {reason}; leave it out')
-    largest = largest_matrix(config.embed_dim)
-    if largest < ELEMENTS[precision]:
-        problems.append(
-            f'{name}: it pays from {ELEMENTS[precision]:,} weights in a matrix on, the largest here has '
-            f'{largest:,} (4 x embed_dim x embed_dim); leave it out'
-        )
     if precision in ('bfloat16', 'int8') and mode is not None:
         # one node of a hundred is 0.05 or 0.2 away: a number at the edge of two levels (test_precision.py)
         problems.append(

@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from lzero_kv.config import Precision
-from lzero_kv.lightzero.inference.precision import ELEMENTS, lacking
+from lzero_kv.lightzero.inference.precision import REDUCED, lacking
 from studies.planning import cartpole
 from testing.episodes import Episodes, Root
 from testing.recorder import replaced
@@ -68,7 +68,7 @@ def compare(checkpoint: tyro.conf.Positional[Path], steps: int = 100) -> None:
     report('float32', expected, expected, returns)
     halves = [range(3), range(3, EPISODES)]
     report('float32, other batches', expected, searched(policy, recorded, steps, halves), None)
-    for precision in (name for name in ELEMENTS if not lacking(name)):
+    for precision in (name for name in REDUCED if not lacking(name, SIZES['embed_dim'])):
         policy = cartpole.policy_of(configs_of(precision), checkpoint)
         found = searched(policy, recorded, steps, [range(EPISODES)])
         report(precision, expected, found, cartpole.play(policy, range(EPISODES))[1])

@@ -21,12 +21,11 @@ def plugin_in_place() -> None:
     lzero_kv.install()
 
 
-@pytest.mark.skipif(bool(precision.lacking('int8')), reason='this torch has no FBGEMM')
+@pytest.mark.skipif(bool(precision.lacking('int8', 768)), reason='this torch has no FBGEMM')
 def test_each_precision_is_compared_with_float32_at_the_same_roots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for owner in ('lzero_kv.lightzero.inference.precision', 'lzero_kv.lightzero.settings'):
-        monkeypatch.setattr(f'{owner}.ELEMENTS', dict.fromkeys(precision.ELEMENTS, 1))
+    monkeypatch.setattr(precision, 'ELEMENTS', 1)
     monkeypatch.setattr(study, 'SIZES', dict(embed_dim=32, num_simulations=5, env_manager='base'))
     monkeypatch.setattr(study, 'EPISODES', 4)
     policy, checkpoint = cartpole.new_policy(study.configs_of('float32')), tmp_path / 'checkpoint'
@@ -35,7 +34,7 @@ def test_each_precision_is_compared_with_float32_at_the_same_roots(
     torch.save(policy.learn_mode.state_dict(), checkpoint)
     study.compare(checkpoint, steps=3)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{')]
-    reduced = [name for name in ('float16', 'bfloat16', 'int8') if not precision.lacking(name)]
+    reduced = [name for name in ('float16', 'bfloat16', 'int8') if not precision.lacking(name, 768)]
     assert [line['precision'] for line in lines] == ['float32', 'float32, other batches', *reduced]
     assert all(line['roots'] == 4 * 3 for line in lines)
     assert [len(line['returns'] or '') for line in lines] == [4, 0, *[4] * len(reduced)]

@@ -30,12 +30,14 @@ from .validated import assert_accounted, counters_of, validated_policy
 
 def cannot(name: Any) -> bool:
     """Whether this processor cannot compute in a precision, be it slowly."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported() if name == 'bfloat16' else bool(lacking(name))
+    if name == 'bfloat16':
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(lacking(name, 768))
 
 
 REDUCED = [
     pytest.param(name, marks=pytest.mark.skipif(cannot(name), reason=f'no {name} on this processor'))
-    for name in precision.ELEMENTS
+    for name in precision.REDUCED
 ]
 PRECISIONS = pytest.mark.parametrize('name', REDUCED)
 INPUTS_ROUNDED = pytest.mark.parametrize('name', [one for one in REDUCED if 'float16' not in one.values])
@@ -49,9 +51,8 @@ and 0.01 of the nodes in bfloat16 (by 0.05 at most), 0.02 of the nodes in int8."
 @pytest.fixture
 def everything_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models of these tests are narrower than those whose weights are reduced by default."""
-    monkeypatch.setattr(precision, 'ELEMENTS', dict.fromkeys(precision.ELEMENTS, 1))
-    monkeypatch.setattr('lzero_kv.lightzero.settings.ELEMENTS', dict.fromkeys(precision.ELEMENTS, 1))
-    monkeypatch.setattr('lzero_kv.lightzero.settings.lacking', lambda name: None)
+    monkeypatch.setattr(precision, 'ELEMENTS', 1)
+    monkeypatch.setattr('lzero_kv.lightzero.settings.lacking', lambda name, embed_dim: None)
 
 
 def reduced_policy(family: str, name: str, window: str = 'rebuild', **options: Any) -> Any:

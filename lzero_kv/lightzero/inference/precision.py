@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from lzero_kv.config import Precision
 
-ELEMENTS = {'float16': 1 << 17, 'bfloat16': 1 << 17, 'int8': 1 << 19}
-"""Weights from this size on are reduced. Below it a call costs more than its bytes save, measured with AVX2
-(bfloat16: with AMX); and the last layers of the heads keep float32."""
+REDUCED: tuple[Precision, ...] = ('float16', 'bfloat16', 'int8')
+ELEMENTS = 1 << 19
+"""Weights from this size on are reduced. Below it MKL's products in float32 are as fast, measured with
+AVX-512 and AMX; and the last layers of the heads keep float32."""
 
 ROWS_EXPECTED = 8
 """Rows for which oneDNN lays out weights."""
@@ -27,13 +28,20 @@ _LEVELS = 63
 overflow the sixteen bits in which processors add them up."""
 
 
-def lacking(precision: Precision) -> str | None:
-    """What keeps this torch and processor from that precision; None where nothing does."""
+def lacking(precision: Precision, embed_dim: int) -> str | None:
+    """What keeps a transformer of this width, torch or the processor from a reduced precision; None where
+    nothing does."""
+    largest = 4 * embed_dim**2  # in the feed-forward part
+    if largest < ELEMENTS:
+        return (
+            f'it pays from {ELEMENTS:,} weights in a matrix on, the largest here has {largest:,} '
+            f'(4 x embed_dim x embed_dim)'
+        )
     if precision == 'bfloat16':
         capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
         if not (capabilities.get('amx_bf16') and _has_onednn()):
             return "this processor has no AMX, without which it is no faster than 'float16', and less exact"
-    elif precision != 'float32':
+    else:
         there = hasattr(torch, 'quantize_per_channel') and hasattr(torch.backends, 'quantized')
         if not (there and 'fbgemm' in torch.backends.quantized.supported_engines):
             return 'torch has no FBGEMM for this processor'
@@ -50,11 +58,6 @@ def _has_onednn() -> bool:
     )
 
 
-def largest_matrix(embed_dim: int) -> int:
-    """Weights of the largest matrix of a transformer of this width, in its feed-forward part."""
-    return 4 * embed_dim**2
-
-
 def is_single(weight: torch.Tensor) -> bool:
     """Whether a weight is in float32 on a CPU."""
     return weight.device.type == 'cpu' and weight.dtype == torch.float32
@@ -62,7 +65,7 @@ def is_single(weight: torch.Tensor) -> bool:
 
 def reduces(weight: torch.Tensor, precision: Precision) -> bool:
     """Whether a product with ``weight`` (``[out, in]``) is quicker in that precision."""
-    return precision != 'float32' and is_single(weight) and weight.numel() >= ELEMENTS[precision]
+    return precision != 'float32' and is_single(weight) and weight.numel() >= ELEMENTS
 
 
 def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> Any:
