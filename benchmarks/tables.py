@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
+from lzero_kv.sweep.intervals import Bootstrap
 from lzero_kv.sweep.rows import read_rows
 from lzero_kv.telemetry.table import markdown_table
 from studies.planning import long_pong
@@ -221,6 +222,24 @@ def wrong_entries() -> Cells:
     return rows
 
 
+def wrong_entries_models() -> Cells:
+    """Returns of several models with each cache at 200 simulations, and their mean differences."""
+    found = _lines('wrong_entries_models.jsonl')
+    rows = [['model', "LightZero's cache", "`'shift'`: its windows", 'default, exact windows']]
+    for one in found:
+        arm, seed = one['checkpoint'].split('/')[0].rsplit('_', 1)
+        means = [f'{one["means"][name]:.1f}' for name in ('stock', 'shift', 'default')]
+        rows.append([f'trained with {arm}, seed {seed}', *means])
+    values = {name: [one['means'][name] for one in found] for name in ('stock', 'shift', 'default')}
+    cells = []
+    for name in ('shift', 'default'):
+        estimate = Bootstrap().difference(values[name], values['stock'])
+        more = f'{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}] more'
+        cells.append(f'{statistics.mean(values[name]):.1f}: {more}')
+    rows.append([f'mean of {len(found)}', f'{statistics.mean(values["stock"]):.1f}', *cells])
+    return rows
+
+
 def whole_training(folder: str) -> Cells:
     """What `lzero-kv compare` printed."""
     return _comparison(folder).cells()
@@ -299,6 +318,7 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,
     'wrong-entries': wrong_entries,
+    'wrong-entries-models': wrong_entries_models,
     'training-cartpole': partial(whole_training, 'cartpole'),
     'seeds-cartpole': partial(each_seed, 'cartpole'),
     'training-cartpole_195': partial(whole_training, 'cartpole_195'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from testing.models import collect_model, random_weights
 
 
 @pytest.fixture(autouse=True)
-def plugin_in_place() -> None:
-    """As importing the studies put it there; tests of the host in the same process take it out."""
+def plugin_in_place() -> Iterator[None]:
+    """As importing the studies put it there; other tests in the same process expect a host without it."""
     lzero_kv.install()
+    yield
+    lzero_kv.uninstall()
 
 
 @pytest.mark.skipif(bool(precision.lacking('int8', 768)), reason='this torch has no FBGEMM')

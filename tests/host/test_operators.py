@@ -51,6 +51,10 @@ class Operators(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # inference mode hands over composed operators whole
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         name = func.overloadpacket.__name__
         name = {'_mkl_linear': 'addmm'}.get(name, name)  # the same product, by packed weights
         if func._overloadname == 'out' and name in ('add', 'sub'):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,13 @@ class NodesExpanded:
 
 NO_HISTORIES = Histories((), np.empty(0, bool))
 """Where no observer needs them."""
+
+
+@contextmanager
+def observed() -> Iterator[None]:
+    """Without gradients, outside of inference mode, whose tensors could not be written to later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Observer:

@@ -14,7 +14,7 @@ from lzero_kv.cache.window import TOKENS_PER_STEP
 
 from .attention import WindowsBeside, additive_mask, decode
 from .budget import WindowBudget
-from .events import NO_HISTORIES, Histories, NodesExpanded
+from .events import NO_HISTORIES, Histories, NodesExpanded, observed
 from .heads import (
     StepOutputs,
     action_embeddings,
@@ -323,6 +323,7 @@ class Search:
         present = [key for key in touched if key in self._manager.recur_pool]
         self._manager.recur_pool.set_priorities(present, [touched[key] for key in present])
 
+    @observed()
     def _tell(
         self,
         of: Parents,

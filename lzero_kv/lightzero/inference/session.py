@@ -13,7 +13,7 @@ from lzero_kv.cache.window import TOKENS_PER_STEP
 
 from .budget import WindowBudget
 from .compiled import CompiledSearch, StaticStep
-from .events import SearchBegun
+from .events import SearchBegun, observed
 from .expand import Search, SearchByLatent
 from .inputs import check_finite_latents, same_latents, timesteps_of
 from .resources import InferenceResources
@@ -65,8 +65,9 @@ class InferenceSession(InferenceResources):
         self.manager.begin_search(min(windows, rows), windows, upfront=static is not None)
         capacity = self.manager.window_bound
         begun = SearchBegun(root_latents, timestep, roots.stored, roots.next_positions, capacity)
-        for observer in self.observers:
-            observer.search_begun(begun)
+        with observed():
+            for observer in self.observers:
+                observer.search_begun(begun)
         steps = simulations
         if self.exact and int(roots.lengths.min()) + TOKENS_PER_STEP > self.window.kept:
             steps = 0  # every child gets a derived window

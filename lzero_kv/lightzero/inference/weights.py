@@ -109,7 +109,7 @@ class InferenceWeights:
         self.control = policy_control(world_model)
         self._parameters = list(world_model.parameters())
         self._seen = self._fingerprint()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # a search may be the first to ask for them
             self.blocks = [BlockWeights(block, precision) for block in transformer.blocks]
             self.norm: Layer = layer_norm(transformer.ln_f)
             self.reward, self.latent, self.policy, self.value = (
