@@ -28,7 +28,7 @@ Layer = Callable[[torch.Tensor], Any]
 ROWS_PACKED = 256
 """Rows for which MKL lays out weights. Fewer are as fast in that order, with AVX2 and with AVX-512; in the
 order for eight rows, 56 take twice as long."""
-GELU_WIDTH = 256
+GELU_WIDTH = 512
 """Features from which on torch's tanh costs more than the operators of a GELU by sigmoid."""
 _SLOPE = torch.tensor(2 * math.sqrt(2 / math.pi))
 _CUBIC = 0.044715 * 2 * math.sqrt(2 / math.pi)
