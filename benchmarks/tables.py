@@ -323,6 +323,8 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'seeds-cartpole': partial(each_seed, 'cartpole'),
     'training-cartpole_195': partial(whole_training, 'cartpole_195'),
     'seeds-cartpole_195': partial(each_seed, 'cartpole_195'),
+    'training-lunarlander': partial(whole_training, 'lunarlander'),
+    'seeds-lunarlander': partial(each_seed, 'lunarlander'),
     'training-pong': partial(whole_training, 'pong'),
     'training-pong_gpu': partial(whole_training, 'pong_gpu'),
     'training-cartpole_gpu': partial(whole_training, 'cartpole_gpu'),
