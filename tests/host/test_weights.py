@@ -31,14 +31,6 @@ def test_packed_weights_give_the_same_numbers(rows: int) -> None:
         assert not torch.allclose(packed(x), linear(x))
 
 
-def test_a_row_is_multiplied_as_if_it_were_alone() -> None:
-    if not weights.has_packed_products():
-        pytest.skip('this build of torch has no MKL')
-    linear, x = nn.Linear(60, 70), torch.randn(90, 60)
-    packed = affine(linear.weight, linear.bias)
-    assert all(torch.equal(packed(x[:rows]), packed(x)[:rows]) for rows in range(1, 90))
-
-
 def test_a_product_that_is_wrong_for_some_number_of_rows_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -174,7 +174,7 @@ def layers_of(
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
     """GELU by tanh (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2), ``[..., features]``:
-    ``(1 + tanh(u)) / 2`` is ``sigmoid(2 u)``, which torch computes three times as fast."""
+    ``(1 + tanh(u)) / 2`` is ``sigmoid(2 u)``, which torch computes in half the time."""
     return torch.addcmul(_SLOPE, x, x, value=_CUBIC).mul_(x).sigmoid_().mul_(x)
 
 
