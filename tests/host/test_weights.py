@@ -48,12 +48,10 @@ def test_a_product_that_is_wrong_for_some_number_of_rows_is_not_taken(
 @pytest.mark.parametrize('gelu', ['none', 'tanh'])
 @pytest.mark.parametrize('features', [42, weights.GELU_WIDTH + 1])
 def test_a_gelu_is_that_of_its_module(features: int, gelu: str) -> None:
-    modules = nn.Sequential(nn.Linear(30, features), nn.GELU(approximate=gelu))
-    found = x = torch.randn(7, 30) * torch.logspace(-3, 3, 7)[:, None]
-    with torch.no_grad():
-        for layer in layers_of(modules):
-            found = layer(found)
-        torch.testing.assert_close(found, modules(x), **ROUNDING)
+    module = nn.GELU(approximate=gelu)
+    _, layer = layers_of([nn.Linear(3, features), module])
+    x = torch.randn(7, features) * torch.logspace(-3, 3, 7)[:, None]
+    torch.testing.assert_close(layer(x), module(x), **ROUNDING)
 
 
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
