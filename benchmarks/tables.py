@@ -134,6 +134,35 @@ def reanalysis() -> Cells:
     return rows
 
 
+GROWN = {
+    'layers': 'layers',
+    'environments': 'environments',
+    'simulations': 'simulations',
+    'context': 'tokens of a window',
+    'pool': 'windows that the pool holds',
+}
+"""Sizes of `cache_growth.py` as the pages call them."""
+
+
+def growth() -> Cells:
+    """A simulation at the smallest and the largest value of each size."""
+    names = 'stock', 'rebuild', 'shift'
+    counted = {'operators_per_simulation': 0, 'mib_moved_per_simulation': 1, 'cache_mib': 1}
+    heads = ["operators: stock, default, `'shift'`", 'MiB moved', 'cache, MiB']
+    rows = [['size, from → to', 'stock: ms', 'default: ms', "`'shift'`: ms", *heads]]
+    for size, values in _document('growth.json')['growth'].items():
+        (first, smallest), *_, (last, largest) = values.items()
+
+        def moved(name: str, of: str, digits: int, ends: Any = (smallest, largest)) -> str:
+            return ' → '.join(f'{end[name][of]:.{digits}f}' for end in ends)
+
+        there = [name for name in names if name in smallest]
+        times = [moved(name, 'simulation_ms', 1) if name in there else '' for name in names]
+        counts = [', '.join(moved(name, *of) for name in there) for of in counted.items()]
+        rows.append([f'{GROWN[size]}, {first} → {last}', *times, *counts])
+    return rows
+
+
 def planning_gpu() -> Cells:
     """Environment steps on a GPU: times and what one simulation asks of it."""
     head = ['shape', 'cache', 'step, ms', 'x stock', 'simulation, ms', 'root inference, ms', 'kernels']
@@ -314,6 +343,7 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'collection': collection,
     'compiled': compiled,
     'reanalysis': reanalysis,
+    'growth': growth,
     'fewer-bits': fewer_bits,
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,
