@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
+from lzero_kv.lightzero.inference.precision import REDUCED
 from lzero_kv.sweep.intervals import Bootstrap
 from lzero_kv.sweep.rows import read_rows
 from lzero_kv.telemetry.table import markdown_table
@@ -51,7 +52,6 @@ ON_A_GPU = {
     'shift graph': 'shift, captured',
 }
 """Of the contestants on a GPU, where they have another name than in the results file."""
-REDUCED = ('float16', 'bfloat16', 'int8')
 PROCESSORS = {'AVX-512 and AMX': 'planning.json', 'AVX2': 'planning_avx2.json'}
 """Results files of `benchmark_kv_cache.py` by what the processor had."""
 

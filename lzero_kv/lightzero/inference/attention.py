@@ -95,14 +95,15 @@ def decode(
     rows, new, embed = x.shape
     heads, layers = weights.heads, len(weights.blocks)
     x = x.reshape(rows * new, embed)
-    rotation = None if rotation is None else rotation.flatten(0, 1)[:, None, None]
+    rotation = None if rotation is None else rotation.flatten(0, 1)
     ahead = 0  # tokens of windows, which stand in front of the new ones
     if windows is not None:
         beside, steps = windows.x.shape[:2]
         ahead = beside * steps
         x = torch.cat([windows.x.reshape(ahead, embed), x])
         if rotation is not None and windows.rotation is not None:
-            rotation = torch.cat([windows.rotation.flatten(0, 1)[:, None, None], rotation])
+            rotation = torch.cat([windows.rotation.flatten(0, 1), rotation])
+    rotation = None if rotation is None else rotation[:, None, None]
     for layer, block in enumerate(weights.blocks):
         qkv = block.qkv(block.norm1(x)).view(-1, 3, heads, embed // heads)
         if rotation is not None:
