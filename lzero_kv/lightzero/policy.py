@@ -14,7 +14,7 @@ import torch
 from lzero.policy.unizero import UniZeroPolicy
 
 from lzero_kv.lightzero.host import last_observations, simulations_of, zeros_batch
-from lzero_kv.lightzero.inference.roots import NO_ACTION
+from lzero_kv.lightzero.inference.inputs import NO_ACTION
 from lzero_kv.lightzero.world_model import KVWorldModel
 
 

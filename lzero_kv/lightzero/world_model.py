@@ -15,7 +15,7 @@ from lzero_kv.budget import BudgetSnapshot
 from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.lightzero.inference.events import Observer
 from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
-from lzero_kv.lightzero.inference.inputs import timesteps_of
+from lzero_kv.lightzero.inference.inputs import RootInputs, timesteps_of
 from lzero_kv.lightzero.inference.resources import make_manager
 from lzero_kv.lightzero.inference.session import InferenceSession
 from lzero_kv.lightzero.settings import choices_of
@@ -192,13 +192,9 @@ class KVWorldModel(WorldModel):
         if self._validator is not None:
             self._validator.stock_last, self._validator.start_pos = self._host_last, start_pos
         with self.clean_on_failure():
-            roots, outputs = session.roots.infer(
-                env_ids,
-                obs_act_dict['obs'],
-                obs_act_dict['action'],
-                observations,
-                timesteps_of(start_pos, len(observations)),
-            )
+            timesteps = timesteps_of(start_pos, len(observations))
+            last = obs_act_dict['obs'], obs_act_dict['action']
+            roots, outputs = session.roots.infer(RootInputs(env_ids, *last, observations, timesteps).copied())
         session.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
         session.by_latent, session.latest = None, roots
         self.latent_state = roots.latents

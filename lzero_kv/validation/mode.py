@@ -12,14 +12,13 @@ import torch
 
 from lzero_kv.cache.keys import digest_rows
 from lzero_kv.lightzero.inference.events import SearchBegun
+from lzero_kv.lightzero.inference.inputs import NO_ACTION
 from lzero_kv.telemetry.counters import Cause
 from lzero_kv.validation import causes as proofs
 from lzero_kv.validation.causes import StepReplay, StepResult, StockStep
 from lzero_kv.validation.histories import Causes, HistoryName, Logits, StockRow, Truth
 from lzero_kv.validation.stock import Lookup, StockWorldModel, contents
 
-NO_ACTION = -1
-"""LightZero's last action where an episode begins."""
 CRASHED = frozenset({Cause.CRASHED})
 RESTARTED = frozenset({Cause.RESTARTED})
 UNREAD = 'none: nothing is read in reanalysis'
@@ -106,13 +105,13 @@ class StockMode:
         if lookup is None:
             if self._crashes(batch):
                 return CRASHED
-            return frozenset() if event.first[row] else RESTARTED
+            return frozenset() if event.inputs.first[row] else RESTARTED
         if not lookup.found:
             lost = asked is not None and self.stock.has_root(row, asked)
             return frozenset({Cause.ROOT_LOST}) if lost else RESTARTED
-        own, given = event.last_observations[row], batch.observations[row]
+        own, given = event.inputs.last_observations[row], batch.observations[row]
         other = digest_rows(given[None]) != digest_rows(own[None])
-        return proofs.served_causes(lookup, asked or HistoryName(event.env_ids[row], -1, 0), other)
+        return proofs.served_causes(lookup, asked or HistoryName(event.inputs.env_ids[row], -1, 0), other)
 
     def _stock_timesteps(self, batch: Batch) -> np.ndarray:
         """Timesteps (int64 ``[B]``) as the stock code reads them: in reanalysis it takes 0 for the last step
@@ -183,7 +182,7 @@ class StockStore(StockMode):
             kv = contents(lookup.entry)
         else:
             latent = self.stock.tokenizer.encode_to_obs_embeddings(batch.observations[row][None])
-            kv = self._restart(latent, int(event.timesteps[row]))
+            kv = self._restart(latent, int(event.inputs.timesteps[row]))
         return self._served(batch, row, lookup, kv, causes)
 
     def _served(
@@ -252,7 +251,9 @@ class StockModel(StockMode):
         lookups = self._root_lookups(batch)
         causes = [self._root_causes(batch, row, lookups[row]) for row in range(rows)]
         stock.naming, stock.served, self._proofs = batch.names, [], {}
-        inputs = dict(obs=batch.observations, action=batch.actions, current_obs=batch.event.observations)
+        inputs = dict(
+            obs=batch.observations, action=batch.actions, current_obs=batch.event.inputs.observations
+        )
         try:
             _, latents, _, policy, value = stock.forward_initial_inference(inputs, batch.start_pos)
         except Exception as error:  # whatever the stock code meets: that is its answer
@@ -266,7 +267,7 @@ class StockModel(StockMode):
             kv = stock.served[row] if stock.served else None
             action = None if kv is None else self._replay.embed_action(batch.actions[row])
             zeros = 0 if kv is None else longest - kv.shape[1]
-            now = 2 * int(batch.event.timesteps[row])
+            now = 2 * int(batch.event.inputs.timesteps[row])
             # Learned positions follow from the batch; rotations from the timestep, -1 where there is none.
             at = self._wrapped(now - 1, now) if stock.config.rotary_emb else truth.positions
             latent = latents[row].reshape(-1)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .heads import StepOutputs
+from .inputs import RootInputs
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,14 @@ class RootsInferred:
     """A root inference that is done.
 
     Attributes:
-        env_ids: one per row.
-        first: bool ``[B]``, rows that begin an episode.
-        last_observations, last_actions, observations, timesteps: what inference was given.
-        keys: names of the new roots, one per row.
+        inputs: what inference was given; its ``keys`` name the new roots.
         latents: ``[B, 1, embed]``.
         served: what the rows that continue were handed, where an observer needs it.
         stored: the new roots, likewise.
         outputs: the answers.
     """
 
-    env_ids: Sequence[int]
-    first: np.ndarray
-    last_observations: torch.Tensor
-    last_actions: Sequence[Any]
-    observations: torch.Tensor
-    timesteps: np.ndarray
-    keys: Sequence[Any]
+    inputs: RootInputs
     latents: torch.Tensor
     served: Histories
     stored: Histories

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,21 @@ from .tree import ROOT, Parents, SearchTree
 
 NOWHERE = -1
 """No node: what stands beside a row before anything was placed there."""
+
+
+class DerivedWindows(NamedTuple):
+    """Windows that the pass of an action computes, and those of them that are stored behind it.
+
+    Attributes:
+        beside: all of them.
+        rows, slots: int64 ``[N]``, of those that are stored.
+        width: columns of the longest.
+    """
+
+    beside: WindowsBeside
+    rows: np.ndarray
+    slots: np.ndarray
+    width: int
 
 
 class Search:
@@ -124,7 +139,7 @@ class Search:
         """
         of = self.tree.of(parents)
         action = action_embeddings(self._resources.world_model, actions)
-        found, windows, slots = self._place_windows(of)
+        found, derived = self._place_windows(of)
         depth = self._place_path(of) if of.below.any() else 0
         begins, masks, end = self._look(of, depth)
         ahead = np.stack([of.lengths, of.lengths + 1], axis=1)
@@ -139,86 +154,97 @@ class Search:
                 self._resident.columns(self._shown, begins, end, 1, masks[token]),
                 hidden[:, None] if added is None else hidden[:, None] + added[:, now],
                 None if rotation is None else rotation[:, now],
-                windows=None if token else windows,
+                windows=None if token or derived is None else derived.beside,
             )
             if not token:
                 reward, latent = predict_reward_latent(self._weights, hidden)
                 hidden = latent
-        if slots is not None and len(slots[0]):
-            self._resident.store(*slots)
+        if derived is not None and len(derived.slots):
+            self._resident.store(derived.rows, derived.slots, derived.width)
         outputs = predict_policy_value(self._weights, hidden)
         outputs = outputs._replace(latent=latent[:, None], reward=reward[:, None])
-        derived = self._add(of, action, latent, end, correction)
+        will_derive = self._add(of, action, latent, end, correction)
         if self._observers:
-            self._tell(of, actions, found, derived, outputs, end)
+            self._tell(of, actions, found, will_derive, outputs, end)
         return outputs
 
-    def _place_windows(
-        self, of: Parents
-    ) -> tuple[np.ndarray, WindowsBeside | None, tuple[np.ndarray, np.ndarray, int] | None]:
+    def _place_windows(self, of: Parents) -> tuple[np.ndarray, DerivedWindows | None]:
         """Bring the parents' windows beside their rows.
 
         Returns:
-            bool ``[B]``: windows that were there, or never stored before; those that the pass of the action
-            has to compute; and their rows, slots and width.
+            bool ``[B]``: windows that were there, or never stored before; and those that the pass of the
+            action has to compute.
         """
         rows, nodes, manager = self._rows, of.windows, self._manager
         cached = nodes != ROOT if self._roots.stored else nodes >= ROOT
-        slots = np.full(len(rows), NO_SLOT, np.int64)
-        if cached.any():
-            asked = np.flatnonzero(cached)
-            slots[asked] = manager.recur_pool.find(list(map(NodeKey, asked.tolist(), nodes[asked].tolist())))
         moved = nodes != self._placed
-        begins = np.flatnonzero(moved & ~cached)
-        if len(begins):
-            slots[begins] = self._root_slots(begins)
+        slots = self._find_windows(nodes, cached, moved)
         missing = (slots == NO_SLOT) & (moved | cached)
-        at = np.flatnonzero(moved & ~missing)
-        self._placed = nodes
         lengths = self.tree.lengths(rows, nodes)
         manager.count_step(TOKENS_PER_STEP * len(rows), int(of.lengths.sum() - lengths[missing].sum()))
+        self._placed = nodes
+        at = np.flatnonzero(moved & ~missing)
         if len(at):
             self._resident.load(at, slots[at], int(lengths[at].max()))
             if self._shift is not None:
                 self._without_positions(at)
         if not missing.any():
-            return ~missing, None, None
+            return ~missing, None
         at = np.flatnonzero(missing)
-        nodes, lengths = nodes[at], lengths[at]
-        before = self._derived_before[nodes, at]
-        next_positions = self.tree.next_positions(at, nodes)
-        stays = cached[at]
-        keys = list(map(NodeKey, at[stays].tolist(), nodes[stays].tolist()))
+        found, nodes = ~missing, nodes[at]
+        found[at] = ~self._derived_before[nodes, at]
+        return found, self._derive(at, nodes, lengths[at], stays=cached[at])
+
+    def _find_windows(self, nodes: np.ndarray, cached: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """Slots of the windows of ``nodes`` (int64 ``[B]``), ``NO_SLOT`` where there is none: of nodes whose
+        windows are ``cached`` (bool ``[B]``), and of roots that ``moved`` to their rows."""
+        slots = np.full(len(nodes), NO_SLOT, np.int64)
+        if cached.any():
+            asked = np.flatnonzero(cached)
+            keys = list(map(NodeKey, asked.tolist(), nodes[asked].tolist()))
+            slots[asked] = self._manager.recur_pool.find(keys)
+        begins = np.flatnonzero(moved & ~cached)
+        if len(begins):
+            slots[begins] = self._root_slots(begins)
+        return slots
+
+    def _derive(
+        self, rows: np.ndarray, nodes: np.ndarray, lengths: np.ndarray, stays: np.ndarray
+    ) -> DerivedWindows | None:
+        """Compute windows that are not stored, or prepare them for the pass of the action.
+
+        Args:
+            rows, nodes, lengths: int64 ``[N]``.
+            stays: bool ``[N]``, windows that are stored then.
+        """
+        manager, before = self._manager, self._derived_before[nodes, rows]
+        next_positions = self.tree.next_positions(rows, nodes)
+        keys = list(map(NodeKey, rows[stays].tolist(), nodes[stays].tolist()))
         slots = manager.reserve(keys, lengths[stays], next_positions[stays])
         manager.count_window(int(lengths[~before].sum()))
         if before.any():
             manager.count_rebuilt(int(lengths[before].sum()), roots=False)
-        self._derived_before[nodes, at] = True
-        width = int(lengths.max())
-        tokens = self.tree.window_tokens(at, nodes, width)
-        found = ~missing
-        found[at[~before]] = True
+        self._derived_before[nodes, rows] = True
+        window, width = self._window, int(lengths.max())
+        tokens = self.tree.window_tokens(rows, nodes, width)
         if self._budget is not None:
-            self._held[nodes, at] = self._budget.derive(
-                self._resident, at, tokens, lengths, next_positions, stays, slots
+            self._held[nodes, rows] = self._budget.derive(
+                self._resident, rows, tokens, lengths, next_positions, stays, slots
             )
-            return found, None, None
-        self._held[nodes, at] = lengths[:, None]
-        if not self._exact:  # roots that are not stored, computed by themselves: no other window moves
-            kv = self._resources.prefilled(tokens, lengths, next_positions)
-            window = self._window
-            place = self._resident.buffer[..., window - width : window, :]
-            place.index_copy_(0, self._send(at), kv)
-            if len(slots):
-                self._resident.store(at[stays], slots, width)
-            if self._shift is not None:
-                self._without_positions(at)
-            return found, None, None
-        index = None if len(at) == len(rows) else self._send(at)
-        window = self._window
-        out = self._resident.buffer[..., window - width : window, :]
-        beside = self._resources.windows_beside(tokens, lengths, next_positions, out, index)
-        return found, beside, (at[stays], slots, width)
+            return None
+        self._held[nodes, rows] = lengths[:, None]
+        place = self._resident.buffer[..., window - width : window, :]
+        if self._exact:
+            index = None if len(rows) == len(place) else self._send(rows)
+            beside = self._resources.windows_beside(tokens, lengths, next_positions, place, index)
+            return DerivedWindows(beside, rows[stays], slots, width)
+        # roots that are not stored, computed by themselves: no other window moves
+        place.index_copy_(0, self._send(rows), self._resources.prefilled(tokens, lengths, next_positions))
+        if len(slots):
+            self._resident.store(rows[stays], slots, width)
+        if self._shift is not None:
+            self._without_positions(rows)
+        return None
 
     def _root_slots(self, rows: np.ndarray) -> np.ndarray:
         """Where stored roots of ``rows`` (int64 ``[N]``) stand."""

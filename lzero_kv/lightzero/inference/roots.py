@@ -3,15 +3,13 @@ observation."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from lzero_kv.cache.keys import NO_SLOT, NodeKey, RootKey, digest_rows
+from lzero_kv.cache.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.cache.transfer import to_device
 from lzero_kv.cache.window import TOKENS_PER_STEP
 
@@ -20,10 +18,9 @@ from .budget import BudgetedRootStep, WindowBudget
 from .contexts import RootContext, RootContexts
 from .events import NO_HISTORIES, Histories, RootsInferred
 from .heads import StepOutputs, action_embeddings, predict_policy_value
+from .inputs import RootInputs
 from .resources import InferenceResources
 from .rows import ResidentRows
-
-NO_ACTION = -1
 
 
 @dataclass(frozen=True)
@@ -206,115 +203,64 @@ class RootInference:
         self._several = resources.manager.cache_config.root_slots > 1
         self.contexts = RootContexts(resources.window.observations, resources.manager.cache_config.root_slots)
 
-    def infer(
-        self,
-        env_ids: Sequence[int],
-        last_observations: torch.Tensor,
-        last_actions: Sequence[Any],
-        observations: torch.Tensor,
-        timesteps: np.ndarray,
-    ) -> tuple[RootBatch, StepOutputs]:
+    def infer(self, given: RootInputs) -> tuple[RootBatch, StepOutputs]:
         """Append (last action, new observation) to each environment's history and predict at its end.
-
-        Args:
-            env_ids: one per row, all different.
-            last_observations: ``[B, ...]``, what the last action was chosen for; ignored in rows without one.
-            last_actions: one per row; -1 where the episode begins.
-            observations: ``[B, ...]``, the new ones.
-            timesteps: int64 ``[B]``, step of the episode, negative where the environment does not tell.
 
         Raises:
             ValueError: non-finite latent states, unknown environments or actions, or inputs of different
                 lengths. Nothing is stored.
             RuntimeError: the transformer gives nan or inf. Nothing is stored.
         """
-        # the caller may write into its own
-        observations, last_actions = observations.clone(), copy.deepcopy(list(last_actions))
-        first = np.array([is_first_step(action) for action in last_actions])
-        self._check(env_ids, last_observations, last_actions, observations, first)
-        self._resources.take_weights()
+        given.check(environments=len(self._manager.init_pools))
+        resources, first = self._resources, given.first
+        resources.take_weights()
         if self._budget is not None:
             self._budget.advance()
-        latents = self._encode(observations, env_ids)
-        digests = digest_rows(observations)
-        last_digests = [0] * len(first) if first.all() else digest_rows(last_observations[: len(first)])
-        actions = None if first.all() else action_embeddings(self._world_model, last_actions, first)
-        step, found = self._load(env_ids, last_digests, first, last_observations, timesteps)
-        observers = self._resources.observers
-        copied = any(observer.needs_histories for observer in observers)
+        latents = self._encode(given)
+        actions = None if first.all() else action_embeddings(self._world_model, given.last_actions, first)
+        step, found = self._load(given)
+        copied = any(observer.needs_histories for observer in resources.observers)
         served = Histories(step.histories(TOKENS_PER_STEP), found) if copied else NO_HISTORIES
-        windows = self._grown_windows(env_ids, last_digests, first, actions, latents)
-        moved = step.lengths + np.where(first, 1, TOKENS_PER_STEP) > self._resources.window.kept
+        windows = self._grown_windows(given, actions, latents)
         before = np.where(found, step.lengths, 0)
-        hidden = step.append(actions, latents[:, 0], first, 2 * np.maximum(timesteps, 0), windows)
-        self._check_finite(hidden, env_ids)
-        outputs = predict_policy_value(self._resources.weights, hidden)
-        self._remember(
-            env_ids, first, last_digests, last_actions, observations, digests, step, actions, latents
-        )
-        keys = [RootKey(env_id, digest) for env_id, digest in zip(env_ids, digests, strict=True)]
-        for row, env_id in enumerate(env_ids):
-            if first[row] or not self._several:
-                self._manager.init_pools[env_id].clear()  # what came before is not asked for again
-            if moved[row] and self._resources.exact:
-                self._manager.count_window(int(step.lengths[row]), env_id=env_id)
-            else:
-                new = 1 if first[row] else TOKENS_PER_STEP
-                self._manager.count_step(new, int(before[row]), env_id=env_id)
-        step.store(keys)
-        if observers:
+        moved = resources.window.advance(step.lengths + given.new_tokens)[1]
+        hidden = step.append(actions, latents[:, 0], first, 2 * np.maximum(given.timesteps, 0), windows)
+        self._check_finite(hidden, given.env_ids)
+        outputs = predict_policy_value(resources.weights, hidden)
+        self._remember(given, step, actions, latents)
+        self._count(given, step.lengths, before, moved)
+        self._store(given, step)
+        if resources.observers:
             stored = NO_HISTORIES
             if copied:
-                rounded = self._resources.shift_table() is not None
+                rounded = resources.shift_table() is not None
                 stored = Histories(step.histories(0), np.ones(len(first), dtype=bool), rounded)
-            event = RootsInferred(
-                env_ids,
-                first,
-                last_observations,
-                last_actions,
-                observations,
-                timesteps,
-                keys,
-                latents,
-                served,
-                stored,
-                outputs,
-            )
-            for observer in observers:
+            event = RootsInferred(given, latents, served, stored, outputs)
+            for observer in resources.observers:
                 observer.roots_inferred(event)
-        roots = RootBatch(keys, latents, windows, step.lengths, step.next_positions, step.held)
+        roots = RootBatch(given.keys, latents, windows, step.lengths, step.next_positions, step.held)
         return roots, outputs
 
-    def _check(
-        self,
-        env_ids: Sequence[int],
-        last_observations: torch.Tensor,
-        last_actions: Sequence[Any],
-        observations: torch.Tensor,
-        first: np.ndarray,
-    ) -> None:
-        rows, pools = len(observations), len(self._manager.init_pools)
-        if (
-            len(last_actions) != rows
-            or len(env_ids) != rows
-            or (not first.all() and len(last_observations) < rows)
-        ):
-            raise ValueError(
-                f'expected one last observation, last action and environment id for each of {rows} '
-                f'observations, got {len(last_observations)}, {len(last_actions)} and {len(env_ids)}'
-            )
-        unknown = [env_id for env_id in env_ids if not 0 <= env_id < pools]
-        if unknown or len(set(env_ids)) != rows:
-            raise ValueError(
-                f'expected different environment ids in [0, {pools}), got {list(env_ids)}; '
-                f'write env_num=max(collector_env_num, evaluator_env_num) in world_model_cfg'
-            )
+    def _count(self, given: RootInputs, lengths: np.ndarray, before: np.ndarray, moved: np.ndarray) -> None:
+        """Count the tokens that were computed and those that were served: of ``before`` tokens (int64
+        ``[B]``) that were there, ``lengths`` are held now."""
+        for row, env_id in enumerate(given.env_ids):
+            if moved[row] and self._resources.exact:
+                self._manager.count_window(int(lengths[row]), env_id=env_id)
+            else:
+                self._manager.count_step(int(given.new_tokens[row]), int(before[row]), env_id=env_id)
 
-    def _encode(self, observations: torch.Tensor, env_ids: Sequence[int]) -> torch.Tensor:
-        latents = self._world_model.tokenizer.encode_to_obs_embeddings(observations)
+    def _store(self, given: RootInputs, step: RootStep | BudgetedRootStep) -> None:
+        for row, env_id in enumerate(given.env_ids):
+            if given.first[row] or not self._several:
+                self._manager.init_pools[env_id].clear()  # what came before is not asked for again
+        step.store(given.keys)
+
+    def _encode(self, given: RootInputs) -> torch.Tensor:
+        latents = self._world_model.tokenizer.encode_to_obs_embeddings(given.observations)
         finite = torch.isfinite(latents).flatten(1).all(dim=1).tolist()
         if not all(finite):
-            broken = [env_id for env_id, ok in zip(env_ids, finite, strict=True) if not ok]
+            broken = [env_id for env_id, ok in zip(given.env_ids, finite, strict=True) if not ok]
             raise ValueError(
                 f'expected finite latent states, got nan or inf for environments {broken}; '
                 f'check their observations and the weights of the encoder. Nothing was stored'
@@ -330,30 +276,21 @@ class RootInference:
                 f'check the weights of the world model. Nothing was stored'
             )
 
-    def _load(
-        self,
-        env_ids: Sequence[int],
-        last_digests: list[int],
-        first: np.ndarray,
-        last_observations: torch.Tensor,
-        timesteps: np.ndarray,
-    ) -> tuple[RootStep | BudgetedRootStep, np.ndarray]:
+    def _load(self, given: RootInputs) -> tuple[RootStep | BudgetedRootStep, np.ndarray]:
         """The rows' stored histories, computed again where they are gone; and which were found (bool
         ``[B]``)."""
-        slots = np.full(len(first), NO_SLOT, dtype=np.int64)
-        known = np.flatnonzero(~first)
-        for row in known:
-            if self.contexts.get(env_ids[row], last_digests[row]) is None:
-                self._manager.init_pools[env_ids[row]].clear()  # keys and values of another episode, if any
-        if len(known):
-            slots[known] = self._manager.lookup([RootKey(env_ids[row], last_digests[row]) for row in known])
+        slots = np.full(len(given.first), NO_SLOT, dtype=np.int64)
+        known = np.flatnonzero(~given.first)
+        before = [RootKey(given.env_ids[row], given.last_digests[row]) for row in known]
+        for key in before:
+            if self.contexts.get(*key) is None:
+                self._manager.init_pools[key.env_id].clear()  # keys and values of another episode, if any
+        if before:
+            slots[known] = self._manager.lookup(before)
         missed = [int(row) for row in known if slots[row] == NO_SLOT]
         step = self._step(slots)
         if missed:
-            contexts = [
-                self._context(env_ids[row], last_digests[row], last_observations[row], int(timesteps[row]))
-                for row in missed
-            ]
+            contexts = [self._context(given, row) for row in missed]
             self._restore_tokens(contexts)
             kept = self._resources.window.kept
             lengths = np.array([len(context.tokens) for context in contexts], dtype=np.int64)
@@ -361,7 +298,7 @@ class RootInference:
             tokens = torch.stack([right_aligned(list(context.tokens), kept) for context in contexts])
             step.restore(np.array(missed), tokens, lengths, positions)
             for row, length in zip(missed, lengths.tolist(), strict=True):
-                self._manager.count_rebuilt(length, roots=True, env_id=env_ids[row])
+                self._manager.count_rebuilt(length, roots=True, env_id=given.env_ids[row])
         return step, slots != NO_SLOT
 
     def _step(self, slots: np.ndarray) -> RootStep | BudgetedRootStep:
@@ -370,12 +307,14 @@ class RootInference:
             return RootStep(self._resources, slots)
         return BudgetedRootStep(self._resources, self._budget, slots)
 
-    def _context(self, env_id: int, digest: int, observation: torch.Tensor, timestep: int) -> RootContext:
+    def _context(self, given: RootInputs, row: int) -> RootContext:
         """The window that a missing root is computed from: the environment's, or the last observation
         alone."""
+        env_id, digest = given.env_ids[row], given.last_digests[row]
         context = self.contexts.get(env_id, digest)
         if context is None:
-            context = self.contexts.start(env_id, observation.clone(), digest, 2 * max(timestep - 1, 0) + 1)
+            position = 2 * max(int(given.timesteps[row]) - 1, 0) + 1
+            context = self.contexts.start(env_id, given.last_observations[row].clone(), digest, position)
         return context
 
     def _restore_tokens(self, contexts: Sequence[RootContext]) -> None:
@@ -394,19 +333,14 @@ class RootInference:
                 context.tokens.append(next(latents))
 
     def _grown_windows(
-        self,
-        env_ids: Sequence[int],
-        last_digests: list[int],
-        first: np.ndarray,
-        actions: torch.Tensor | None,
-        latents: torch.Tensor,
+        self, given: RootInputs, actions: torch.Tensor | None, latents: torch.Tensor
     ) -> torch.Tensor:
         """Raw embeddings ``[B, kept, embed]`` of every row's window after this step, right-aligned, zero in
         front."""
         kept, windows = self._resources.window.kept, []
-        for row, env_id in enumerate(env_ids):
+        for row, env_id in enumerate(given.env_ids):
             tokens = [latents[row, 0]]
-            context = None if first[row] else self.contexts.get(env_id, last_digests[row])
+            context = None if given.first[row] else self.contexts.get(env_id, given.last_digests[row])
             if context is not None and actions is not None:
                 tokens = [*context.tokens, actions[row], *tokens]
             windows.append(right_aligned(tokens[-kept:], kept))
@@ -414,34 +348,23 @@ class RootInference:
 
     def _remember(
         self,
-        env_ids: Sequence[int],
-        first: np.ndarray,
-        last_digests: list[int],
-        last_actions: Sequence[Any],
-        observations: torch.Tensor,
-        digests: list[int],
+        given: RootInputs,
         step: RootStep | BudgetedRootStep,
         actions: torch.Tensor | None,
         latents: torch.Tensor,
     ) -> None:
         """Extend every environment's window by this step."""
-        for row, env_id in enumerate(env_ids):
-            if first[row]:
-                context = self.contexts.start(
-                    env_id, observations[row], digests[row], int(step.next_positions[row])
-                )
+        for row, (env_id, digest) in enumerate(given.keys):
+            observation = given.observations[row]
+            if given.first[row]:
+                context = self.contexts.start(env_id, observation, digest, int(step.next_positions[row]))
             else:
                 context = self.contexts.extend(
-                    env_id, last_digests[row], last_actions[row], observations[row], digests[row]
+                    env_id, given.last_digests[row], given.last_actions[row], observation, digest
                 )
                 if actions is not None:
                     context.tokens.append(actions[row])
             context.tokens.append(latents[row, 0])
-
-
-def is_first_step(action: Any) -> bool:
-    """Whether ``action`` is the host's mark of the first step of an episode: the number -1."""
-    return np.ndim(action) == 0 and int(action) == NO_ACTION
 
 
 def right_aligned(tokens: Sequence[torch.Tensor], width: int) -> torch.Tensor:
