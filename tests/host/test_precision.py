@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -87,8 +90,9 @@ def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, name: str
         return bias + F.linear(x.bfloat16().float(), weight.bfloat16().float()).bfloat16()
     scales = weight.abs().amax(1, keepdim=True) / 127
     largest = x.abs().amax(-1, keepdim=True)
-    levels = (x / largest * 63).round().double() @ (weight / scales).round().double().T
-    return (levels * largest / 63 * scales.T + bias).float()
+    steps = precision.input_levels()
+    levels = (x / largest * steps).round().double() @ (weight / scales).round().double().T
+    return (levels * largest / steps * scales.T + bias).float()
 
 
 @PRECISIONS
@@ -98,6 +102,25 @@ def test_a_product_is_that_of_rounded_numbers(name: Any, rows: int) -> None:
     product = reduced(weight, bias, name)(x)
     torch.testing.assert_close(product, by_hand(x, weight, bias, name), rtol=1e-5, atol=1e-5)
     assert (product - F.linear(x, weight, bias)).abs().max() > 1e-4
+
+
+@pytest.mark.skipif(cannot('int8'), reason='no int8 on this processor')
+@pytest.mark.parametrize('instructions', ['AVX2', None])
+def test_the_largest_numbers_of_int8_do_not_overflow(instructions: str | None) -> None:
+    code = (
+        'import torch; from lzero_kv.lightzero.inference.precision import input_levels, reduced; '
+        'x = torch.tensor([[1.0], [-1.0]]).expand(2, 70); '
+        'weight = torch.tensor([[1.0], [-1.0], [1.0]]).expand(3, 70); '
+        'print(reduced(weight, torch.zeros(3), "int8")(x).tolist(), input_levels())'
+    )
+    chosen = {} if instructions is None else {'FBGEMM_ENABLE_INSTRUCTIONS': instructions}
+    run = subprocess.run(
+        [sys.executable, '-c', code], env=os.environ | chosen, capture_output=True, text=True, check=True
+    )
+    product, levels = run.stdout.rsplit(maxsplit=1)
+    assert product == '[[70.0, -70.0, 70.0], [-70.0, 70.0, -70.0]]'
+    vnni = getattr(torch.cpu, 'get_capabilities', dict)().get('avx512_vnni')
+    assert levels == ('127' if vnni and instructions is None else '63') or vnni is None
 
 
 @PRECISIONS

@@ -7,7 +7,7 @@ that torch brings for x86 processors: FBGEMM's, and oneDNN's for bfloat16.
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,10 +22,6 @@ AVX-512 and AMX; and the last layers of the heads keep float32."""
 
 ROWS_EXPECTED = 8
 """Rows for which oneDNN lays out weights."""
-
-_LEVELS = 63
-"""Steps of an activation on either side of zero: seven bits. Without VNNI two products of eight bits each
-overflow the sixteen bits in which processors add them up."""
 
 
 def lacking(precision: Precision, embed_dim: int) -> str | None:
@@ -73,7 +69,8 @@ def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> A
 
     'float16' rounds the weights; products and sums are in float32. 'bfloat16' rounds weights, inputs and the
     product in front of its bias; sums are in float32. 'int8' rounds the weights of each output to 255 levels
-    and the inputs of each row to 127, by the row's own largest: who else is in the batch changes nothing.
+    and the inputs of each row to as many or, without VNNI, to 127, by the row's own largest: who else is in
+    the batch changes nothing.
     Weights that are not finite, or too large for float16, stay as they are.
     """
     if not weight.abs().max() <= torch.finfo(torch.float16).max:
@@ -84,6 +81,24 @@ def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> A
     if precision == 'bfloat16':
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), ROWS_EXPECTED)
         return partial(_bfloat16, packed=packed, bias=bias)
+    return partial(_int8, packed=_packed_int8(weight), bias=bias, levels=input_levels())
+
+
+def _bfloat16(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    product = torch.ops.mkldnn._linear_pointwise.default(x.bfloat16(), packed, None, 'none', [], '')
+    return torch.add(bias, product)
+
+
+@cache
+def input_levels() -> int:
+    """Steps of an input of int8 on either side of zero: 127, or 63 where the processor lacks VNNI and two
+    products of eight bits overflow the sixteen bits in which it adds them up."""
+    ones = torch.ones(1, 64)
+    product = _int8(ones, _packed_int8(ones), torch.zeros(1), levels=127)
+    return 127 if product.item() == ones.numel() else 63
+
+
+def _packed_int8(weight: torch.Tensor) -> Any:
     scales = weight.abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
     zeros = torch.zeros(len(scales), dtype=torch.int64)
     with warnings.catch_warnings():
@@ -92,17 +107,12 @@ def reduced(weight: torch.Tensor, bias: torch.Tensor, precision: Precision) -> A
         # for 768 x 2304.
         warnings.simplefilter('ignore', UserWarning)
         levels = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
-    return partial(_int8, packed=torch.ops.quantized.linear_prepack(levels, None), bias=bias)
+    return torch.ops.quantized.linear_prepack(levels, None)
 
 
-def _bfloat16(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    product = torch.ops.mkldnn._linear_pointwise.default(x.bfloat16(), packed, None, 'none', [], '')
-    return torch.add(bias, product)
-
-
-def _int8(x: torch.Tensor, packed: Any, bias: torch.Tensor) -> torch.Tensor:
+def _int8(x: torch.Tensor, packed: Any, bias: torch.Tensor, levels: int) -> torch.Tensor:
     largest = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
-        x / largest, 1 / _LEVELS, _LEVELS + 1, packed
+        x / largest, 1 / levels, levels + 1, packed
     )
     return torch.addcmul(bias, product, largest)
