@@ -30,7 +30,7 @@ from studies.planning import long_pong
 
 PAGES = (ROOT / 'docs' / 'measurements.md', ROOT / 'benchmarks' / 'results.md')
 RESULTS = ROOT / 'benchmarks' / 'results'
-MARKED = re.compile(r'(<!-- table ([\w-]+) -->\n).*?(\n<!-- end of table -->)', re.DOTALL)
+MARKED = re.compile(r'(<!-- table ([\w-]+) -->\n)(?:.*?\n)??(<!-- end of table -->)', re.DOTALL)
 
 Cells = Sequence[Sequence[str]]
 """Rows of a table, its head first."""
@@ -52,11 +52,12 @@ ON_A_GPU = {
     'shift graph': 'shift, captured',
 }
 """Of the contestants on a GPU, where they have another name than in the results file."""
-PROCESSORS = {'AVX-512 and AMX': 'planning.json', 'AVX2': 'planning_avx2.json'}
+PLANNING = 'planning.json'
+PROCESSORS = {'AVX-512 and AMX': PLANNING, 'AVX2': 'planning_avx2.json'}
 """Results files of `benchmark_kv_cache.py` by what the processor had."""
 
 
-def planning(file: str = PROCESSORS['AVX-512 and AMX']) -> Cells:
+def planning(file: str = PLANNING) -> Cells:
     """Environment steps: times, ratios and bytes of each shape, one row."""
     rows = [['shape', 'stock, ms', 'default', 'shift', 'floor', 'cache, MiB: stock', 'default']]
     for shape, found in _shapes(file).items():
@@ -99,7 +100,7 @@ def counts() -> Cells:
 
 def collection() -> Cells:
     """Environment steps per second of real collection."""
-    found = _document(PROCESSORS['AVX-512 and AMX'])['collection']
+    found = _document(PLANNING)['collection']
     rows = [['environment steps per second', 'stock', 'default', "`'shift'`"]]
     for task, caches in found.items():
         rates = {name: f'{one["steps_per_second"]["median"]:.0f}' for name, one in caches.items()}
@@ -124,7 +125,7 @@ def compiled() -> Cells:
 def reanalysis() -> Cells:
     """Reanalysis of a batch of roots."""
     rows = [['shape', 'roots', 'simulations', 'stock, s', 'default', "`'shift'`"]]
-    for shape, found in _document(PROCESSORS['AVX-512 and AMX'])['reanalysis'].items():
+    for shape, found in _document(PLANNING)['reanalysis'].items():
         faster = [
             f'{found["stock_s"] / found[f"{name}_s"]:.2g} times as fast' for name in ('rebuild', 'shift')
         ]
@@ -306,7 +307,7 @@ def _document(file: str) -> dict[str, Any]:
     return json.loads((RESULTS / file).read_text(encoding='utf-8'))
 
 
-def _shapes(file: str = PROCESSORS['AVX-512 and AMX']) -> dict[str, dict[str, Any]]:
+def _shapes(file: str = PLANNING) -> dict[str, dict[str, Any]]:
     found = _document(file)['shapes']
     return {shape: found[shape] for shape in SHAPES if shape in found}
 
@@ -355,6 +356,8 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'seeds-cartpole_195': partial(each_seed, 'cartpole_195'),
     'training-lunarlander': partial(whole_training, 'lunarlander'),
     'seeds-lunarlander': partial(each_seed, 'lunarlander'),
+    'training-simulations': partial(whole_training, 'simulations'),
+    'seeds-simulations': partial(each_seed, 'simulations'),
     'training-pong': partial(whole_training, 'pong'),
     'training-pong_gpu': partial(whole_training, 'pong_gpu'),
     'training-cartpole_gpu': partial(whole_training, 'cartpole_gpu'),
@@ -373,7 +376,7 @@ def rendered(text: str) -> str:
         begin, name, end = found.groups()
         if name not in TABLES:
             raise ValueError(f'no table {name!r}: write one of {", ".join(TABLES)}')
-        return begin + markdown_table(TABLES[name]()) + end
+        return f'{begin}{markdown_table(TABLES[name]())}\n{end}'
 
     return MARKED.sub(table, text)
 
