@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lzero_kv.lightzero.inference.inputs import RootInputs
 from testing.families import Family
 from testing.models import make_policy, world_model_of
 from testing.recorder import replaced
@@ -47,17 +48,18 @@ class Rows:
     def continued(self) -> int:
         return self.total - self.begun
 
-    def note(self, env_ids: Any, last_observations: Any, last_actions: Any, observations: Any) -> None:
-        for row, env in enumerate(env_ids):
-            first = np.ndim(last_actions[row]) == 0 and last_actions[row] == -1
+    def note(self, given: RootInputs) -> None:
+        for row, env in enumerate(given.env_ids):
+            action = given.last_actions[row]
+            first = np.ndim(action) == 0 and action == -1
             if first != (env in self.fresh):
                 self.wrong.append(f'environment {env}: first={first}')
-            if not first and not torch.equal(last_observations[row], self.shown[env]):
+            if not first and not torch.equal(given.last_observations[row], self.shown[env]):
                 self.wrong.append(f'environment {env}: another last observation')
             self.total += 1
             self.begun += first
             self.fresh.discard(env)
-            self.shown[env] = observations[row]
+            self.shown[env] = given.observations[row]
 
 
 class Workers:
@@ -115,9 +117,9 @@ class Workers:
         roots = world_model_of(self.policy).session.roots
         infer = roots.infer
 
-        def watched_infer(env_ids: Any, *arguments: Any) -> Any:
-            self.rows.note(env_ids, *arguments[:3])
-            return infer(env_ids, *arguments)
+        def watched_infer(given: RootInputs) -> Any:
+            self.rows.note(given)
+            return infer(given)
 
         with (
             replaced(roots, 'infer', watched_infer),
