@@ -177,6 +177,19 @@ def planning_gpu() -> Cells:
     return rows
 
 
+def planning_main() -> Cells:
+    """Environment steps on LightZero's git main."""
+    head = ['shape', 'step, ms: flag off', 'its flag on', 'this cache']
+    faster = [f'{part}times as fast as flag off' for part in ('this cache, ', 'root inference, ')]
+    rows = [[*head, faster[0], 'as its flag on', faster[1], 'as its flag on']]
+    for shape, found in _shapes('planning_main.json').items():
+        arms = [_timed(found[f'upstream{arm}']) for arm in ('', ' flag', ' rebuild')]
+        steps, roots = ([arm[part]['median'] for arm in arms] for part in ('step_ms', 'root_inference_ms'))
+        ratios = [f'{other / of[2]:.2f}' for of in (steps, roots) for other in of[:2]]
+        rows.append([shape, *(f'{step:,.0f}' for step in steps), *ratios])
+    return rows
+
+
 def _on_a_gpu(numbers: dict[str, Any], time: dict[str, Any]) -> list[str]:
     kernels, launches, busy, reads = (
         numbers[f'{name}_per_simulation']
@@ -340,6 +353,7 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'planning-details': planning_details,
     'planning-avx2': partial(planning, PROCESSORS['AVX2']),
     'planning-gpu': planning_gpu,
+    'planning-main': planning_main,
     'counts': counts,
     'collection': collection,
     'compiled': compiled,
