@@ -153,15 +153,15 @@ def growth() -> Cells:
     rows = [['size, from → to', 'stock: ms', 'default: ms', "`'shift'`: ms", *heads]]
     for size, values in _document('growth.json')['growth'].items():
         (first, smallest), *_, (last, largest) = values.items()
-
-        def moved(name: str, of: str, digits: int, ends: Any = (smallest, largest)) -> str:
-            return ' → '.join(f'{end[name][of]:.{digits}f}' for end in ends)
-
-        there = [name for name in names if name in smallest]
-        times = [moved(name, 'simulation_ms', 1) if name in there else '' for name in names]
-        counts = [', '.join(moved(name, *of) for name in there) for of in counted.items()]
+        ends = {name: (smallest[name], largest[name]) for name in names if name in smallest}
+        times = [_moved(ends[name], 'simulation_ms', 1) if name in ends else '' for name in names]
+        counts = [', '.join(_moved(pair, *of) for pair in ends.values()) for of in counted.items()]
         rows.append([f'{GROWN[size]}, {first} → {last}', *times, *counts])
     return rows
+
+
+def _moved(ends: tuple[dict[str, Any], dict[str, Any]], of: str, digits: int) -> str:
+    return ' → '.join(f'{end[of]:.{digits}f}' for end in ends)
 
 
 def planning_gpu() -> Cells:
@@ -180,8 +180,8 @@ def planning_gpu() -> Cells:
 def planning_main() -> Cells:
     """Environment steps on LightZero's git main."""
     head = ['shape', 'step, ms: flag off', 'its flag on', 'this cache']
-    faster = [f'{part}times as fast as flag off' for part in ('this cache, ', 'root inference, ')]
-    rows = [[*head, faster[0], 'as its flag on', faster[1], 'as its flag on']]
+    head += ['this cache, times as fast as flag off', 'as its flag on']
+    rows = [[*head, 'root inference, times as fast as flag off', 'as its flag on']]
     for shape, found in _shapes('planning_main.json').items():
         arms = [_timed(found[f'upstream{arm}']) for arm in ('', ' flag', ' rebuild')]
         steps, roots = ([arm[part]['median'] for arm in arms] for part in ('step_ms', 'root_inference_ms'))

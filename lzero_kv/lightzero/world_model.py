@@ -192,9 +192,14 @@ class KVWorldModel(WorldModel):
         if self._validator is not None:
             self._validator.stock_last, self._validator.start_pos = self._host_last, start_pos
         with self.clean_on_failure():
-            timesteps = timesteps_of(start_pos, len(observations))
-            last = obs_act_dict['obs'], obs_act_dict['action']
-            roots, outputs = session.roots.infer(RootInputs(env_ids, *last, observations, timesteps).copied())
+            given = RootInputs(
+                env_ids,
+                obs_act_dict['obs'],
+                obs_act_dict['action'],
+                observations,
+                timesteps_of(start_pos, len(observations)),
+            )
+            roots, outputs = session.roots.infer(given.copied())
         session.manager.clear_recur_cache()  # not before: a refused call leaves the running search as it is
         session.by_latent, session.latest = None, roots
         self.latent_state = roots.latents

@@ -89,7 +89,8 @@ class Validator(Observer):
                 no proven cause.
         """
         self._inferences += 1
-        names = [HistoryName(int(env_id), self._inferences, 0) for env_id in event.inputs.env_ids]
+        given = event.inputs
+        names = [HistoryName(int(env_id), self._inferences, 0) for env_id in given.env_ids]
         asked, lost, truths, roots = [], [], [], []
         for row, name in enumerate(names):
             before, missing, truth, root = self._true_root(event, row, name)
@@ -97,7 +98,7 @@ class Validator(Observer):
             lost.append(missing)
             truths.append(truth)
             roots.append(root)
-        last = self.stock_last or (event.inputs.last_observations, event.inputs.last_actions)
+        last = self.stock_last or (given.last_observations, given.last_actions)
         batch = Batch(event, names, asked, truths, self.start_pos, *last)
         stock = [None] * len(names) if self._mode is None else self._mode.roots(batch)
         outputs = {'policy': event.outputs.policy, 'value': event.outputs.value}
@@ -107,8 +108,8 @@ class Validator(Observer):
                 name,
                 row,
                 None,
-                str(event.inputs.keys[row]),
-                None if event.inputs.first[row] else event.served.row(row),
+                str(given.keys[row]),
+                None if given.first[row] else event.served.row(row),
                 {kind: logits[row].reshape(-1) for kind, logits in outputs.items()},
                 truths[row],
                 stock[row],
@@ -126,18 +127,19 @@ class Validator(Observer):
         self, event: RootsInferred, row: int, name: HistoryName
     ) -> tuple[HistoryName | None, bool, Truth, TrueNode]:
         """The root that a row continues, whether the cache lost it, the truth and the new root."""
-        env_id, timestep = int(event.inputs.env_ids[row]), int(event.inputs.timesteps[row])
-        if event.inputs.first[row]:
-            history = self._histories.begin(env_id, event.inputs.observations[row], 2 * max(timestep, 0))
+        given = event.inputs
+        env_id, timestep = int(given.env_ids[row]), int(given.timesteps[row])
+        if given.first[row]:
+            history = self._histories.begin(env_id, given.observations[row], 2 * max(timestep, 0))
             (token,) = self._histories.tokens(history)
             answer, at = self._oracle.begin(token), (token.position - 1, token.position)
             truth = Truth(None, answer.window.kv(), answer.logits, at, None, token.embedding)
             return None, False, truth, TrueNode(name, answer, Course([token], []))
-        history = self._histories.continued(env_id, event.inputs.last_observations[row], timestep)
+        history = self._histories.continued(env_id, given.last_observations[row], timestep)
         before, lost = history.name, history.stored and not event.served.present[row]
         window = self._histories.window(history)
         course = history.course
-        step = self._histories.extend(env_id, event.inputs.last_actions[row], event.inputs.observations[row])
+        step = self._histories.extend(env_id, given.last_actions[row], given.observations[row])
         answer = self._oracle.step(window, *step)
         truth = _truth(window, Answer(answer.window, answer.value, answer.policy), step)
         return before, lost, truth, TrueNode(name, answer, course.then(step))

@@ -192,8 +192,9 @@ class Search:
             return ~missing, None
         at = np.flatnonzero(missing)
         found, nodes = ~missing, nodes[at]
-        found[at] = ~self._derived_before[nodes, at]
-        return found, self._derive(at, nodes, lengths[at], stays=cached[at])
+        before = self._derived_before[nodes, at]
+        found[at] = ~before
+        return found, self._derive(at, nodes, lengths[at], before, stays=cached[at])
 
     def _find_windows(self, nodes: np.ndarray, cached: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """Slots of the windows of ``nodes`` (int64 ``[B]``), ``NO_SLOT`` where there is none: of nodes whose
@@ -209,16 +210,16 @@ class Search:
         return slots
 
     def _derive(
-        self, rows: np.ndarray, nodes: np.ndarray, lengths: np.ndarray, stays: np.ndarray
+        self, rows: np.ndarray, nodes: np.ndarray, lengths: np.ndarray, before: np.ndarray, stays: np.ndarray
     ) -> DerivedWindows | None:
         """Compute windows that are not stored, or prepare them for the pass of the action.
 
         Args:
             rows, nodes, lengths: int64 ``[N]``.
+            before: bool ``[N]``, windows that were computed before.
             stays: bool ``[N]``, windows that are stored then.
         """
-        manager, before = self._manager, self._derived_before[nodes, rows]
-        next_positions = self.tree.next_positions(rows, nodes)
+        manager, next_positions = self._manager, self.tree.next_positions(rows, nodes)
         keys = list(map(NodeKey, rows[stays].tolist(), nodes[stays].tolist()))
         slots = manager.reserve(keys, lengths[stays], next_positions[stays])
         manager.count_window(int(lengths[~before].sum()))
