@@ -147,7 +147,7 @@ def allocate(
     sinks: int,
     minimum: int = 1,
     step: int = 1,
-    reserved_layers: int | None = None,
+    reserved: int = 0,
 ) -> tuple[int, ...]:
     """Slots of each layer: the window, the sinks and the layer's part of what is left of ``total``.
 
@@ -158,19 +158,18 @@ def allocate(
         window, sinks: newest and first tokens, kept in every layer.
         minimum: slots for other tokens that a layer gets at least, as far as ``total`` allows.
         step: slots are handed out in blocks of this size.
-        reserved_layers: layers whose window and sinks come out of ``total``, more than ``weights`` where only
-            the first layers of a model are known.
+        reserved: slots of ``total`` that are set aside: window and sinks of further layers, where only the
+            first layers of a model are known.
 
     Returns:
-        One number for each weight. With ``step`` 1 their sum is the smaller one of ``total`` and
-        ``sum(contexts)``, as long as no layer is left out.
+        One number for each weight. With ``step`` 1 and nothing ``reserved`` their sum is the smaller one of
+        ``total`` and ``sum(contexts)``.
 
     Raises:
         ValueError: as :func:`apportion`; a number is out of range; or ``total`` does not hold what is always
             kept.
     """
     _check_sizes(total, contexts, window, sinks, minimum, step)
-    layers = len(weights) if reserved_layers is None else reserved_layers
     always = [min(context, window + sinks) for context in contexts]
     if total < sum(always):
         raise ValueError(
@@ -178,7 +177,7 @@ def allocate(
             f'of at least {sum(always)}, got {total}; raise the total or lower window or sinks'
         )
     caps = [context - kept for context, kept in zip(contexts, always, strict=True)]
-    evictable = max(0, total - layers * (window + sinks))
+    evictable = max(0, total - sum(always) - reserved)
     if evictable >= sum(caps):
         return tuple(contexts)
     blocks = apportion(weights, evictable // step, [-(-cap // step) for cap in caps], -(-minimum // step))

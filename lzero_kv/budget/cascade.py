@@ -389,7 +389,8 @@ class BudgetedCache:
                 self.slots[row] = self._slots_of(row, layer, known, size)
 
     def _slots_of(self, row: int, layer: int, known: int, sizes: Sizes) -> tuple[int, ...]:
-        contexts = [self._most(row, number, layer) for number in range(known)]
+        most = [self._most(row, number, layer) for number in range(self.layers)]
+        contexts, deeper, kept = most[:known], most[known:], sizes.window + sizes.sinks
         ahead = self.seen[row] + self._slack
         full = [least(ahead, limit) for limit in self.limits]
         moves = self.dynamic or self._steps < 0  # slots that stay must bound the tokens after these, too
@@ -397,9 +398,10 @@ class BudgetedCache:
             return tuple(contexts)
         weights = self._allocation.weights(self.layers, self.preferences[row])
         # slots that stay are for more tokens than were counted for the total
-        always = sum(min(context, sizes.window + sizes.sinks) for context in contexts)
+        always = sum(min(context, kept + sizes.minimum) for context in contexts)
         numbers = sizes._replace(total=max(sizes.total, always))._asdict()
-        return allocate(weights[:known], contexts=contexts, reserved_layers=self.layers, **numbers)
+        reserved = sum(min(context, kept) for context in deeper)
+        return allocate(weights[:known], contexts=contexts, reserved=reserved, **numbers)
 
     @property
     def _slack(self) -> int:

@@ -179,7 +179,8 @@ class ReferenceCache:
         kept = self.window_of(seen) + self.sinks
         always = [min(context, kept) for context in most]
         caps = [context - least for context, least in zip(most, always, strict=True)]
-        evictable = max(0, self.total(seen) - self.layers * kept)
+        needed = sum(min(context, kept + self.minimum) for context in most)
+        evictable = max(self.total(seen), needed) - sum(always)
         if evictable >= sum(caps):
             return tuple(most)
         weights = reference.weights(layers=self.layers, preferences=self.preferences[row], **self.allocation)

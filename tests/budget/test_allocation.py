@@ -46,7 +46,7 @@ class Problem:
 
     @property
     def evictable(self) -> int:
-        return max(0, self.total - self.layers * (self.window + self.sinks))
+        return max(0, self.total - self.layers * self.reserved)
 
 
 @st.composite
@@ -75,7 +75,7 @@ def slots_of(variant: dict[str, Any], problem: Problem, seen: int | None = None)
         window=problem.window,
         sinks=problem.sinks,
         minimum=problem.minimum,
-        reserved_layers=problem.layers,
+        reserved=(problem.layers - len(weights)) * problem.reserved,
     )
 
 
@@ -153,6 +153,20 @@ def test_the_total_is_spent_and_bounds_hold(variant, problem):
     assert all(0 <= budget <= problem.cap for budget in budgets)
     if problem.evictable >= problem.layers * min(problem.minimum, problem.cap):
         assert all(budget >= min(problem.minimum, problem.cap) for budget in budgets)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.lists(st.tuples(fractions, st.integers(0, 40)), min_size=1, max_size=6),
+    window=st.integers(0, 13), sinks=st.integers(0, 5), minimum=st.integers(0, 3), spare=st.integers(0, 90),
+)  # fmt: skip
+def test_the_total_is_spent_where_layers_have_seen_less_than_the_window(layers, window, sinks, minimum, spare):
+    weights, contexts = zip(*layers, strict=True)
+    total = sum(min(context, window + sinks) for context in contexts) + spare
+    slots = allocate(weights, total, contexts, window=window, sinks=sinks, minimum=minimum)
+    assert sum(slots) == min(total, sum(contexts))
+    assert all(least <= held for least, held in zip(
+        (min(context, window + sinks) for context in contexts), slots, strict=True))  # fmt: skip
 
 
 @every_allocation

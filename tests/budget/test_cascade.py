@@ -385,6 +385,32 @@ def test_no_more_is_held_than_the_slots_in_whole_steps(sizes, interval, layers):
         driver.block()
 
 
+@pytest.mark.parametrize(
+    ('limits', 'dynamic'), by_turns([None, (None, 5, 3, 12, None), (None, 2, 2, 2, 2)], [True, False])
+)
+@pytest.mark.parametrize('length', [1, 5, 7, 8, 11, 23])
+def test_no_layer_holds_more_than_its_slots(limits, dynamic, length):
+    """A sequence that is too short for its ratio keeps window, sinks and ``interval`` others in each layer."""
+    config = config_of(dict(selection='cake'), ratio=0.3, window=6, sinks=1)
+    case = Case(config, layers=5, lengths=(length,), limits=limits, interval=4, dynamic=dynamic, decoded=30)
+    driver = Driver(case)
+    driver.prompt()
+    for number in range(30):
+        held = [len(layer[0][0]) for layer in driver.kept()]
+        assert all(count <= slots for count, slots in zip(held, driver.cache.slots[0], strict=True))
+        room = [min(length + number, 6 + 1 + 4, limit or 99) for limit in limits or [99] * 5]
+        assert all(slots >= least for slots, least in zip(driver.cache.slots[0], room, strict=True))
+        driver.block()
+
+
+def test_sliding_layers_smaller_than_the_window_leave_their_slots_to_the_others():
+    config = config_of(dict(allocation='uniform', selection='cake'), ratio=0.8, window=9, sinks=2)
+    driver = Driver(Case(config, layers=3, lengths=(30,), limits=(None, 6, 4)))
+    driver.prompt()
+    assert driver.cache.slots == [(22, 6, 4)] and sum(driver.cache.slots[0]) == 0.8 * (30 + 6 + 4)
+    assert len(driver.kept()[0][0][0]) == 22
+
+
 @every_allocation
 def test_no_more_is_held_than_the_total_and_one_full_layer(allocation):
     case = Case(config_of(allocation, dict(selection='cake'), **SIZES), layers=5, lengths=(17, 17, 17))
