@@ -72,8 +72,9 @@ class LayerCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys, values, positions, lengths, record and scores, columns to come included."""
-        return sum(getattr(tensor, 'room', tensor).nbytes for _, _, tensor in self._tensors())
+        """Bytes of keys, values, positions, lengths, record and scores; of keys and values those to come and
+        those that have left included, as long as their memory is held."""
+        return sum(_memory(tensor) for _, _, tensor in self._tensors())
 
     def append(
         self,
@@ -264,7 +265,12 @@ class LayerCache:
         for owner, name, tensor in self._tensors():
             if name not in ('lengths', 'queries'):
                 # what was not observed yet is missing behind: nothing may be left
-                own = tensor[..., front:] if name == 'recent' else tensor[:, :, front:]
+                own: Any = tensor[..., front:] if name == 'recent' else tensor[:, :, front:]
+                room = getattr(tensor, 'room', None)
+                if front > _SPARE or (room is None and name in ('keys', 'values')):
+                    own = own.clone()  # a view would keep the memory
+                elif room is not None:
+                    own.room = room[:, :, front:]
                 setattr(owner, name, own)
 
     def pad(self, columns: int) -> None:
@@ -316,6 +322,11 @@ class LayerCache:
 
 _SPARE = 16
 """Columns to come for which room is made: so many single tokens copy none that is held."""
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    room = getattr(tensor, 'room', None)
+    return tensor.nbytes if room is None else room.untyped_storage().nbytes()
 
 
 def _joined(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

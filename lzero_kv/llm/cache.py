@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AttentionInterface
@@ -18,6 +19,14 @@ from lzero_kv.budget.cascade import least
 from lzero_kv.budget.config import INTERVAL
 from lzero_kv.llm.budget import PromptBudget
 from lzero_kv.llm.families import check_attention, check_family, sliding_windows
+
+Function = TypeVar('Function', bound=Callable[..., Any])
+
+
+def uncompiled(function: Function) -> Function:
+    """The function, outside of what ``torch.compile(model)`` compiles: its sizes follow the data."""
+    wrapped: Any = torch.compiler.disable(function)
+    return wrapped
 
 
 class BudgetCache(Cache):
@@ -164,6 +173,7 @@ class BudgetLayer(CacheLayerMixin):
         """Nothing: the first block brings device and dtype."""
         self.is_initialized = True
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,6 +273,7 @@ class BudgetLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
+@uncompiled
 def budget_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -281,23 +292,36 @@ def budget_attention(
     if others.get('output_attentions'):
         raise ValueError('output_attentions=True is not possible under a budget; leave it out')
     mask = layer.begin(attention_mask, query)
-    with nullcontext() if query.shape[2] > 1 or layer.whole else _no_plans():
+    with nullcontext() if query.shape[2] > 1 or layer.whole else NO_PLANS:
         output = sdpa_attention_forward(module, query, key, value, mask, **others)
     layer.end(query, others.get('scaling'))
     return output
 
 
-@contextmanager
-def _no_plans() -> Iterator[None]:
+class _NoPlans:
     """Attention without cuDNN, which torch prefers on a Hopper GPU in half precision.
 
     cuDNN makes a plan for each number of keys that it has not seen, in 35 ms on an H200: at a single token,
     one for each layer whose number of tokens is its own. Layers that hold every token keep torch's choice,
-    and with it every bit of transformers.
+    and with it every bit of transformers. torch has one switch for all threads: the first one inside turns
+    it off, the last one outside sets it as it was.
     """
-    allowed = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._allowed = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._allowed = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cuda.enable_cudnn_sdp(self._allowed)
+
+
+NO_PLANS = _NoPlans()

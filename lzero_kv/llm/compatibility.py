@@ -19,7 +19,7 @@ CAKE_GAMMA = 200
 """``gamma`` of CAKE's own code."""
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
-Budget = Annotated[float, Field(gt=0)]
+Budget = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0.05, le=100)]
 
 
@@ -61,7 +61,7 @@ class CAKEExperimentConfig(_Given):
     """What a series of experiments compares."""
 
     cake_enabled: StrictBool = True
-    """Whether CAKE is run at all; False leaves the model as it is."""
+    """Whether CAKE is run at all; False takes a budget off the model, and sets none."""
     h2o_ratios: list[Ratio] = []
     """H2O's and HACE's ratios: heavy hitters and newest tokens, each such a part of the tokens."""
     layer_allocation_strategies: list[Literal['uniform', 'adaptive', 'attention_based']] = ['attention_based']

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lzero_kv.llm.cache import BudgetCache, BudgetLayer
+from lzero_kv.llm.cache import BudgetCache, BudgetLayer, uncompiled
 from lzero_kv.llm.families import cache_argument
 
 
@@ -61,6 +61,8 @@ class SharedLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = False
+    whole = True
+    """As :attr:`BudgetLayer.whole`: nothing has been dropped while a first block is attended."""
 
     def __init__(self, layers: Sequence[BudgetLayer]) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class SharedLayer(CacheLayerMixin):
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         self.is_initialized = True
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

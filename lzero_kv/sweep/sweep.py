@@ -185,7 +185,7 @@ class Sweep:
 
     def _begin(self, file: Any, header: Any) -> None:
         first = file.readline()
-        if not first.endswith(b'\n'):
+        if _is_torn_header(first):
             file.seek(0)
             file.truncate()
             first = line_of({HEADER: header})
@@ -223,6 +223,12 @@ class Sweep:
             current='' if current is None else f'{current.task} {current.id}',
             waiting=waiting,
         )
+
+
+def _is_torn_header(line: bytes) -> bool:
+    """Whether a first line is none, or what a process left that died while it wrote the header."""
+    begins = line_of({HEADER: {}}).partition(b'}')[0]
+    return not line.strip(b'\0') or (not line.endswith(b'\n') and begins.startswith(line[: len(begins)]))
 
 
 def _to_disk(file: Any) -> None:

@@ -160,7 +160,7 @@ def test_the_total_is_spent_and_bounds_hold(variant, problem):
     layers=st.lists(st.tuples(fractions, st.integers(0, 40)), min_size=1, max_size=6),
     window=st.integers(0, 13), sinks=st.integers(0, 5), minimum=st.integers(0, 3), spare=st.integers(0, 90),
 )  # fmt: skip
-def test_the_total_is_spent_where_layers_have_seen_less_than_the_window(layers, window, sinks, minimum, spare):
+def test_the_total_is_spent_where_layers_saw_less_than_the_window(layers, window, sinks, minimum, spare):
     weights, contexts = zip(*layers, strict=True)
     total = sum(min(context, window + sinks) for context in contexts) + spare
     slots = allocate(weights, total, contexts, window=window, sinks=sinks, minimum=minimum)

@@ -390,7 +390,7 @@ def test_no_more_is_held_than_the_slots_in_whole_steps(sizes, interval, layers):
 )
 @pytest.mark.parametrize('length', [1, 5, 7, 8, 11, 23])
 def test_no_layer_holds_more_than_its_slots(limits, dynamic, length):
-    """A sequence that is too short for its ratio keeps window, sinks and ``interval`` others in each layer."""
+    """A sequence that is too short for its ratio keeps window, sinks and ``interval`` others."""
     config = config_of(dict(selection='cake'), ratio=0.3, window=6, sinks=1)
     case = Case(config, layers=5, lengths=(length,), limits=limits, interval=4, dynamic=dynamic, decoded=30)
     driver = Driver(case)
@@ -449,6 +449,27 @@ def test_bytes_are_what_the_tensors_are(selection):
         expected += 3 * 6 * 3 * 5 * waiting
         assert driver.cache.bytes == 8 * expected
         driver.block()
+
+
+def test_sliding_layers_hold_the_memory_of_their_tokens():
+    """Behind a prompt and behind single tokens, and most tokens copy none that is held."""
+    config = config_of(dict(allocation='uniform', selection='streaming'), ratio=1.0, window=4)
+    driver = Driver(Case(config, layers=3, lengths=(90,) * 2, limits=(5, 7, 3), interval=4, decoded=40))
+    driver.prompt()
+    moved = 0
+    for _ in range(40):
+        layers = [driver.cache[layer] for layer in range(3)]
+        for held in layers:
+            spare = _spare(held.keys)
+            assert 0 <= spare <= 2 * 16
+            assert held.bytes >= held.keys.untyped_storage().nbytes() + held.values.untyped_storage().nbytes()
+            assert held.positions.untyped_storage().nbytes() <= 8 * 2 * 2 * (held.columns + 2 * 16)
+        before = [held.keys.untyped_storage().data_ptr() for held in layers]
+        driver.block()
+        moved += sum(
+            driver.cache[layer].keys.untyped_storage().data_ptr() != before[layer] for layer in range(3)
+        )
+    assert moved <= 3 * 6
 
 
 def _spare(keys: torch.Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -294,6 +295,42 @@ def test_only_single_tokens_of_cut_layers_are_attended_without_cudnn(allowed, mo
         assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize('allowed', [True, False])
+def test_cudnn_comes_back_when_the_last_thread_is_through(allowed):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    entered, left = threading.Event(), threading.Event()
+
+    def go_in_last_and_out_first():
+        with cache_module.NO_PLANS:
+            entered.set()
+        left.set()
+
+    try:
+        with cache_module.NO_PLANS:
+            threading.Thread(target=go_in_last_and_out_first).start()
+            assert entered.wait(60) and left.wait(60)
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.filterwarnings('ignore')  # of recompilations, one for each length that transformers sees
+@torch.no_grad()
+def test_a_compiled_model_goes_around_the_cache():
+    model, (ids, mask) = make('llama'), batch()
+    torch._dynamo.reset()
+    compiled, caches = torch.compile(model, backend='eager'), []
+    found = []
+    for called in (model, compiled):
+        cache = BudgetCache(model.config, dict(ratio=0.3, window=4))
+        found.append([forward(called, cache, ids, mask), forward(called, cache, ids[:, :1], None)])
+        caches.append(cache)
+    torch.testing.assert_close(found[1], found[0])
+    assert caches[1].slots == caches[0].slots
 
 
 def test_frozen_budgets_stay_as_the_prompt_made_them():

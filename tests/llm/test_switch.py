@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -46,6 +47,41 @@ def test_nothing_is_left_on_a_model():
     assert not model.model._forward_pre_hooks
     assert not model.model._forward_pre_hooks_with_kwargs
     disable(model)
+
+
+class Adapter(torch.nn.Module):
+    """What peft wraps a model in: names that it lacks are the model's, so ``base_model`` is there, too."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('base_model'), name)
+
+
+def test_a_model_in_an_adapter_runs_under_the_budget():
+    model, (ids, mask) = make('llama'), batch()
+    expected = generate(model, ids, mask, BudgetCache(model.config, BUDGET))
+    adapted = Adapter(Adapter(model))
+    assert enable(adapted, BUDGET) is adapted
+    assert torch.equal(generate(model, ids, mask), expected)
+    disable(model)
+    assert not model.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_enabled_model_is_enabled_and_can_be_disabled(copied):
+    model, (ids, mask) = make('llama'), batch()
+    expected = generate(enable(model, BUDGET), ids, mask)
+    other = copied(model)
+    assert torch.equal(generate(other, ids, mask), expected)
+    disable(other)
+    assert not other.model._forward_pre_hooks and not other.model._forward_pre_hooks_with_kwargs
+    assert torch.equal(generate(model, ids, mask), expected)
 
 
 def test_enabling_again_replaces_the_budget():

@@ -137,7 +137,7 @@ def _files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
-    found = sorted(_texts_in(path))
+    found = sorted(texts_in(path))
     if not found:
         raise FileNotFoundError(
             f'text must be {SHAKESPEARE!r}, {PYTHON!r}, a file or a folder with .txt or .md files, got '
@@ -146,7 +146,8 @@ def _files(source: str) -> list[Path]:
     return found
 
 
-def _texts_in(folder: Path) -> Iterator[Path]:
+def texts_in(folder: Path) -> Iterator[Path]:
+    """The files of a folder that are read as texts."""
     return (path for path in folder.rglob('*') if path.suffix in ('.txt', '.md') and path.is_file())
 
 

@@ -15,7 +15,7 @@ from lzero_kv.llm.experiment.methods import Method
 from lzero_kv.llm.experiment.models import load
 from lzero_kv.llm.experiment.plan import RECORDS, Plan
 from lzero_kv.llm.experiment.records import read_records
-from lzero_kv.llm.experiment.scoring import SPEED, TIMED_REPEATS, TIMED_TOKENS, score, timing
+from lzero_kv.llm.experiment.scoring import SPEED, score, timing
 from lzero_kv.llm.experiment.tasks import TEXTS, documents
 from lzero_kv.sweep.rows import Row
 from lzero_kv.sweep.sweep import Sweep, Watch
@@ -60,7 +60,7 @@ def measured(model: Any, tokenizer: Any, document: Document, methods: Sequence[M
         yield from score(model, tokenizer, document, methods)
         return
     for method in methods:
-        yield timing(model, document, method, TIMED_TOKENS, repeats=TIMED_REPEATS)
+        yield timing(model, document, method)
 
 
 def documents_of(plan: Plan, tokenizer: Any) -> list[Document]:

@@ -24,7 +24,7 @@ from lzero_kv.budget import ALLOCATIONS, SELECTIONS
 from lzero_kv.budget.choices import parameters_of
 from lzero_kv.budget.config import INTERVAL
 from lzero_kv.llm.budget import PromptBudget
-from lzero_kv.llm.experiment.documents import PYTHON, SHAKESPEARE
+from lzero_kv.llm.experiment.documents import PYTHON, SHAKESPEARE, texts_in
 from lzero_kv.llm.experiment.methods import ALGORITHMS, FULL, Method
 from lzero_kv.llm.experiment.models import DTYPES, SMOLLM2
 from lzero_kv.llm.experiment.tasks import TASKS
@@ -191,12 +191,12 @@ def plan_from_file(path: Path) -> dict[str, Any]:
 
 
 def _digest(source: str) -> str:
-    """The beginning of the SHA-256 of a file; that of the names and sizes in a folder."""
+    """The beginning of the SHA-256 of a file; that of the names and sizes of a folder's texts."""
     path = Path(source).expanduser()
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     if path.is_dir():
-        files = sorted((file.relative_to(path).as_posix(), file.stat().st_size) for file in path.rglob('*'))
+        files = sorted((file.relative_to(path).as_posix(), file.stat().st_size) for file in texts_in(path))
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     return 'of a package'
 

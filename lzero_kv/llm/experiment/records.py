@@ -84,7 +84,7 @@ def read_records(path: str | Path, tokenizer: Any, length: int) -> list[Document
         ValueError: lines that are no such records, up to ten of them, or a file that is no UTF-8 or JSON.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     datasets = _with_own_prompts(path)
     made, problems = [], []
     # JSON may hold other separators of lines inside its texts

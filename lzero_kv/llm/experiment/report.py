@@ -35,9 +35,9 @@ def _kl(value: float) -> str:
 LEGEND = """\
 Each line is one method on the same documents. `KL` is the divergence of its next-token distribution from the
 full cache's, in nats per token; `score` is the task's, 1 for all right, and `% of full` the same divided by
-the full cache's; `bytes` and `peak` (the most at once, while the prompt is read) are parts of the full cache,
-with what is remembered of the attention. In brackets: 95 % bootstrap intervals over documents. In the
-pictures, points of one ratio are drawn side by side."""
+the full cache's. `bytes`, with what is remembered of the attention, and `peak`, the most keys and values at
+once while the prompt is read, are parts of the full cache. In brackets: 95 % bootstrap intervals over
+documents. In the pictures, points of one ratio are drawn side by side."""
 Cell = Callable[[Summary], str | None]
 COLUMNS: dict[str, Cell] = {
     'method': lambda one: one.method,
@@ -137,18 +137,22 @@ def _best(group: Sequence[Summary]) -> str:
     texts = []
     if measured := [(one.kl, one) for one in group if one.kl]:
         kl, best = min(measured, key=lambda pair: pair[0].value)
-        as_good = _as_good(best, [one for _, one in measured])
-        texts.append(f'lowest KL {_interval(kl, _kl)} with {best.method}{as_good}')
-    if scored := [(one.relative, one) for one in group if one.relative]:
+        losses = {one.method: one.kls for _, one in measured}
+        texts.append(f'lowest KL {_interval(kl, _kl)} with {best.method}{_as_good(best.method, losses)}')
+    if scored := [(one.relative, one) for one in group if one.relative and any(one.scores)]:
         score, best = max(scored, key=lambda pair: pair[0].value)
-        texts.append(f'best score {score.value:.0f} % of full with {best.method}')
+        losses = {one.method: tuple(-value for value in one.scores) for _, one in scored}
+        as_good = _as_good(best.method, losses)
+        texts.append(f'best score {score.value:.0f} % of full with {best.method}{as_good}')
     return '; '.join(texts)
 
 
-def _as_good(best: Summary, others: Sequence[Summary]) -> str:
+def _as_good(best: str, losses: Mapping[str, Sequence[float]]) -> str:
     """The methods whose difference from the best one, document by document, may be 0."""
     names = [
-        one.method for one in others if one is not best and ESTIMATES.difference(one.kls, best.kls).low <= 0
+        name
+        for name, own in losses.items()
+        if name != best and ESTIMATES.difference(own, losses[best]).low <= 0
     ]
     return f' (not told apart from {", ".join(names)})' if names else ''
 

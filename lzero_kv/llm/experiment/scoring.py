@@ -26,7 +26,7 @@ from lzero_kv.sweep.rows import Row
 BINS = 32
 """Parts of a prompt for which the kept tokens are counted."""
 TOGETHER = 16
-"""Methods that share a prefill."""
+"""Methods that share a prefill: their caches are held at the same time."""
 SPEED = 'speed'
 """The task whose documents are timed and not scored."""
 TIMED_TOKENS, TIMED_REPEATS = 32, 3
@@ -38,12 +38,10 @@ def score(
     tokenizer: Any,
     document: Document,
     methods: Sequence[Method],
-    *,
-    together: int = TOGETHER,
 ) -> Iterator[Row]:
     """One row for the full cache, then one for each method.
 
-    The prompt is computed once for up to ``together`` methods. Then the target is read with each cache
+    The prompt is computed once for up to :data:`TOGETHER` methods. Then the target is read with each cache
     (teacher forcing), and where the document has answers one is generated greedily from a copy of it.
 
     ``kl``, ``perplexity``, ``agreement`` and ``forced`` are of the tokens that are predicted with the cut
@@ -55,7 +53,6 @@ def score(
         tokenizer: of the model.
         document: what is read.
         methods: with different names; the full cache is added where it is missing.
-        together: caches that are held at the same time.
 
     Yields:
         JSON-able rows. ``task``, ``document``, the fields of :meth:`Method.fields`; ``score``: the document's
@@ -68,13 +65,12 @@ def score(
         ``dispersion`` and ``shift`` per layer, None where the allocation does not read them.
 
     Raises:
-        ValueError: two methods have the same name, ``together`` is less than 1, or the document does not fit
-            the model.
+        ValueError: two methods have the same name, or the document does not fit the model.
     """
-    asked = _with_control(methods, together)
+    asked = _with_control(methods)
     control = None
-    for start in range(0, len(asked), together):
-        group = asked[start : start + together]
+    for start in range(0, len(asked), TOGETHER):
+        group = asked[start : start + TOGETHER]
         caches, logits = _filled(model, document, group)
         while caches:
             method, cache = group[len(group) - len(caches)], caches.pop(0)
@@ -84,44 +80,39 @@ def score(
             del cache
 
 
-def timing(model: Any, document: Document, method: Method, new_tokens: int = 32, *, repeats: int = 3) -> Row:
+def timing(model: Any, document: Document, method: Method) -> Row:
     """Seconds to the first token and for each further one, by prefills and decodings of its own.
 
-    The full cache is transformers' own.
+    Medians of :data:`TIMED_REPEATS` generations of :data:`TIMED_TOKENS` tokens. The full cache is
+    transformers' own.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
         document: its prompt is read, its answer is not.
         method: the cache.
-        new_tokens: tokens that are generated, at least 2.
-        repeats: of both; medians are returned.
 
     Returns:
         ``task``, ``document``, the fields of the method, ``tokens`` of the prompt, ``new_tokens``,
         ``first_token`` and ``next_token`` in seconds.
     """
-    if new_tokens < 2 or repeats < 1:
-        raise ValueError(f'expected at least 2 new_tokens and 1 repeat, got {new_tokens} and {repeats}')
-    seconds = [_timed(model, document, method, new_tokens) for _ in range(repeats)]
+    seconds = [_timed(model, document, method, TIMED_TOKENS) for _ in range(TIMED_REPEATS)]
     first, following = (statistics.median(column) for column in zip(*seconds, strict=True))
     return dict(
         task=document.task,
         document=document.id,
         **method.fields(),
         tokens=len(document.prompt),
-        new_tokens=new_tokens,
+        new_tokens=TIMED_TOKENS,
         first_token=first,
         next_token=following,
     )
 
 
-def _with_control(methods: Sequence[Method], together: int) -> list[Method]:
+def _with_control(methods: Sequence[Method]) -> list[Method]:
     asked = [Method(FULL), *(method for method in methods if method.algorithm != FULL)]
     names = [method.name for method in asked]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f'each method must be given once, got twice: {twice}')
-    if together < 1:
-        raise ValueError(f'together must be at least 1, got {together}')
     return asked
 
 
@@ -190,8 +181,8 @@ def forced(document: Document, logits: torch.Tensor, full: torch.Tensor) -> Row:
     best = said.argmax(-1)
     return dict(
         forced=(best == target).double().mean().item(),
-        # rounding may leave less than 0
-        kl=max(0.0, kl.double().mean().item()),
+        # rounding may leave less than 0; what is no number stays none
+        kl=kl.double().mean().clamp(min=0).item(),
         perplexity=math.exp(loss.item()),
         agreement=(best == right.argmax(-1)).double().mean().item(),
     )

@@ -50,6 +50,8 @@ class Summary:
     """KL divergence of the method's next-token distribution from the full cache's, nats per token."""
     kls: tuple[float, ...]
     """Of each document, in the same order for every method; empty where it is not measured."""
+    scores: tuple[float, ...]
+    """Likewise."""
     perplexity: Estimate | None
     """Geometric mean over documents."""
     agreement: Estimate | None
@@ -104,6 +106,7 @@ def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
         relative=ESTIMATES.relative_score(scores, controls) if scores and sum(controls) else None,
         kl=_mean(_values(rows, 'kl')),
         kls=tuple(_values(rows, 'kl')),
+        scores=tuple(scores),
         perplexity=_geometric_mean(_values(rows, 'perplexity')),
         agreement=_mean(_values(rows, 'agreement')),
         memory=memory,

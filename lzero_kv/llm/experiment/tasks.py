@@ -52,7 +52,8 @@ _LINES = 400
 """Tokens behind the prompt of a program in which a line of code is looked for."""
 _DIGITS = 5
 _DEEPEST = 0.9
-"""Needles lie in the first part of a prompt: not in the window that every method keeps."""
+"""Needles lie in the first part of a prompt: from 1,024 tokens on not in the 68 newest, which every method
+keeps by default."""
 
 
 def documents(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lzero_kv.cli import main
-from lzero_kv.cli.llm import duration
+from lzero_kv.cli.llm import _parsed, duration
 from lzero_kv.sweep.rows import ROWS, read_rows
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -137,6 +137,10 @@ def test_wrong_words_are_refused_before_the_model_is_looked_for(
     assert re.search(expected, said.err), said.err
     assert 'loading' not in said.out
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_parameter_that_is_given_again_adds_to_its_values() -> None:
+    assert _parsed(('gamma=0.8', 'window=16', 'gamma=200,3')) == dict(gamma=[0.8, 200, 3], window=[16])
 
 
 def test_several_mistakes_are_told_at_once(

@@ -126,6 +126,19 @@ def test_the_best_method_is_named_with_those_that_are_as_good(rows: list[dict]) 
     assert 'with hace uniform 0.5;' in best_sentences(summaries(clear))[0]
 
 
+def test_the_best_score_is_named_with_those_that_are_as_good(rows: list[dict]) -> None:
+    """Scores that are equal document by document, and none where no method has any."""
+    scores = {'cake': 1.0, 'hace': 1.0, 'full': 1.0, 'h2o': 0.0, 'snapkv': 0.0, 'streaming': 0.0}
+    half = [dict(row, score=scores[row['algorithm']]) for row in rows if row['task'] == 'needle']
+    for line in best_sentences(summaries(half))[0].splitlines()[1:]:
+        named = re.search(
+            r'; best score 100 % of full with (\w+) .* \(not told apart from (\w+) [^,]*\)$', line
+        )
+        assert named is not None and set(named.groups()) == {'cake', 'hace'}
+    none = [dict(row, score=float(row['algorithm'] == 'full')) for row in half]
+    assert 'best score' not in best_sentences(summaries(none))[0]
+
+
 def test_a_task_that_the_full_cache_cannot_do_says_so(rows: list[dict]) -> None:
     guessed = [dict(row, chance=0.97) if row['task'] == 'needle' else row for row in rows]
     continuation, needle = best_sentences(summaries(guessed))[:2]

@@ -11,9 +11,10 @@ import torch
 from transformers import DynamicCache
 
 from lzero_kv.llm import BudgetCache
+from lzero_kv.llm.experiment import scoring
 from lzero_kv.llm.experiment.documents import Document, encode
 from lzero_kv.llm.experiment.methods import ALGORITHMS, Method
-from lzero_kv.llm.experiment.scoring import BINS, score, timing
+from lzero_kv.llm.experiment.scoring import BINS, forced, score, timing
 from lzero_kv.llm.experiment.tasks import documents
 from tests.llm.experiment.tiny import tiny_llama
 
@@ -163,10 +164,25 @@ def test_the_first_token_counts_only_behind_a_question(model, tokenizer, documen
     assert row['kl'] > 0 and row['forced'] in (0.0, 1.0)
 
 
-def test_groups_of_caches_change_nothing(model, tokenizer, asked):
+def test_groups_of_caches_change_nothing(model, tokenizer, asked, monkeypatch):
     many = [*CUT, Method.parse('hace adaptive window=8 0.3'), Method.parse('h2o uniform window=8 0.4')]
     together = list(score(model, tokenizer, asked, many))
-    assert list(score(model, tokenizer, asked, many, together=2)) == together
+    monkeypatch.setattr(scoring, 'TOGETHER', 2)
+    assert list(score(model, tokenizer, asked, many)) == together
+
+
+def test_a_prompt_of_one_token_is_measured(model, tokenizer, document):
+    single = replace(document, prompt=document.prompt[:1])
+    rows = rows_of(model, tokenizer, single, CUT)
+    assert {row['tokens'] for row in rows.values()} == {1}
+    assert rows['full']['kl'] == 0.0 <= rows[CUT[0].name]['kl']
+
+
+def test_a_divergence_that_is_no_number_stays_none(document):
+    logits = torch.zeros(len(document.target), 11)
+    logits[:, 10] = -math.inf
+    row = forced(replace(document, target=(1,) * len(document.target)), logits, logits)
+    assert math.isnan(row['kl']) and math.isfinite(row['perplexity'])
 
 
 def test_rows_are_json(model, tokenizer, asked, document):
@@ -185,15 +201,13 @@ def test_half_precision_is_scored_in_float32(tokenizer, document):
 def test_mistakes_are_refused_before_the_prompt_is_read(model, tokenizer, document):
     with pytest.raises(ValueError, match=f"given once, got twice: .'{CUT[0].name}'"):
         list(score(model, tokenizer, document, [CUT[0], CUT[0]]))
-    with pytest.raises(ValueError, match='together must be at least 1, got 0'):
-        list(score(model, tokenizer, document, CUT, together=0))
-    with pytest.raises(ValueError, match='at least 2 new_tokens and 1 repeat, got 1 and 3'):
-        timing(model, document, CUT[0], 1)
 
 
 @pytest.mark.parametrize('method', [Method('full'), CUT[0]], ids=lambda method: method.algorithm)
-def test_times_of_a_method(model, document, method):
-    row = timing(model, document, method, new_tokens=5, repeats=2)
+def test_times_of_a_method(model, document, method, monkeypatch):
+    monkeypatch.setattr(scoring, 'TIMED_TOKENS', 5)
+    monkeypatch.setattr(scoring, 'TIMED_REPEATS', 2)
+    row = timing(model, document, method)
     assert row['method'] == method.name and row['document'] == document.id
     assert (row['tokens'], row['new_tokens']) == (PROMPT, 5)
     assert 0 < row['next_token'] < row['first_token'] * 20 and math.isfinite(row['first_token'])

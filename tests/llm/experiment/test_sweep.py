@@ -110,8 +110,9 @@ def test_a_document_that_another_process_wrote_is_not_written_again(tmp_path: Pa
     assert here.rows == there.rows == lines(tmp_path)[1:]
 
 
-def test_a_header_that_was_torn_is_written_again(tmp_path: Path) -> None:
-    (tmp_path / ROWS).write_bytes(b'{"sweep": {"mod')
+@pytest.mark.parametrize('torn', [b'', b'{"sw', b'{"sweep": {"mod', bytes(64)])
+def test_a_header_that_was_torn_is_written_again(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / ROWS).write_bytes(torn)
     Sweep(tmp_path, made.HEADER)
     assert lines(tmp_path) == [{'sweep': made.HEADER}]
 
@@ -148,11 +149,12 @@ def test_another_sweep_is_refused_with_each_difference_and_changes_nothing(tmp_p
     assert (tmp_path / ROWS).read_bytes() == before
 
 
-def test_a_file_that_is_none_of_rows_is_refused_and_kept(tmp_path: Path) -> None:
-    (tmp_path / ROWS).write_text('{"loss": 3}\n')
+@pytest.mark.parametrize('text', ['{"loss": 3}\n', '{"loss": 3}', 'x', '{"sweeps": 3}'])
+def test_a_file_that_is_none_of_rows_is_refused_and_kept(tmp_path: Path, text: str) -> None:
+    (tmp_path / ROWS).write_text(text)
     with pytest.raises(ValueError, match='does not begin with the header of a sweep; write another --out'):
         Sweep(tmp_path, made.HEADER)
-    assert (tmp_path / ROWS).read_text() == '{"loss": 3}\n'
+    assert (tmp_path / ROWS).read_text() == text
 
 
 def test_damage_in_the_middle_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
