@@ -18,8 +18,9 @@ def main(folder: Path) -> list[dict[str, dict[str, float]]]:
         whole = run.totals()  # {} where the training had no cache of lzero_kv
         totals.append(whole)
         for pool, numbers in whole.items():
-            rate, rebuilt = numbers['hit_rate'], numbers['rebuilt_tokens']
-            print(f'{run.folder}  {pool}: {rate:.1%} hits, {rebuilt:.0f} tokens rebuilt')
+            rate = numbers.get('hit_rate')  # None where nothing was looked up
+            hits = 'nothing asked for' if rate is None else f'{rate:.1%} hits'
+            print(f'{run.folder}  {pool}: {hits}, {numbers["rebuilt_tokens"]:.0f} tokens rebuilt')
         series = run.series('nodes', 'hit_rate')
         if series is not None:
             points = zip(series.steps.tolist(), series.values.tolist(), strict=True)

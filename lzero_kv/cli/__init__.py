@@ -41,14 +41,19 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return _run(given)
     except KeyboardInterrupt:
-        later = (
-            'no report was written' if given[0] == 'validate' else 'the same command goes on where it stopped'
-        )
-        show_error(f'interrupted; {later}')
+        show_error(_interrupted(given))
         return INTERRUPTED
     except (ImportError, OSError, ValueError) as error:
         show_error(str(error))
         return 1
+
+
+def _interrupted(given: list[str]) -> str:
+    if given[:1] == ['validate']:
+        return 'interrupted; no report was written'
+    if given[:1] == ['compare'] or given[:2] == ['llm', 'run']:
+        return 'interrupted; the same command goes on where it stopped'
+    return 'interrupted'
 
 
 def _run(given: list[str]) -> int:

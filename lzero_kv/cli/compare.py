@@ -64,7 +64,8 @@ def compare(
     lzero-kv compare CONFIG.py --env-steps 500 -- --smoke. Each training is a process of its own; flag off
     and on take turns (off, on, on, off, ...). A training ends as LightZero ends it: after the collection
     and the learning in which --env-steps was reached. Evaluations are left out, but for --until. Where it
-    was stopped, the same command goes on, and --seeds may grow.
+    was stopped, the same command goes on, and --seeds may grow. Environments run in the training's process:
+    a config with another env_manager is changed, and a note says so.
 
     Args:
         config: a config file that LightZero can run.
@@ -84,22 +85,24 @@ def compare(
         problems.append(f'--until: expected a return, got {until}')
     if problems:
         raise ValueError('; '.join(problems))
-    call = _checked(training_call(config, arguments), out)
+    call, notes = _checked(training_call(config, arguments), out)
     rows = _measure(call, Request(str(config), arguments, '', env_steps, str(out), until=until), seeds)
     found = Comparison.of([row for row in rows if row['seed'] < seeds])
     show_table(found.table())
+    for note in notes:
+        show_line(f'note: {note}')
     show_line(found.sentence())
     show_line(f'rows: {out / ROWS}, picture: {found.draw(out / PICTURE)}')
     return 0
 
 
-def _checked(given: TrainingCall, out: Path) -> TrainingCall:
-    """The training that the plugin would run.
+def _checked(given: TrainingCall, out: Path) -> tuple[TrainingCall, list[str]]:
+    """The training that the plugin would run, and what had to be changed for that, in words.
 
     Raises:
         ConfigError: something cannot be; nothing was trained or written.
     """
-    call, _ = alone(given, out / 'training', flag=True)
+    call, notes = alone(given, out / 'training', flag=True)
     if given.options.get('model') is not None:
         raise ConfigError(
             f'{call.path} builds its model itself, one for both; leave model out of {call.entry}'
@@ -108,7 +111,7 @@ def _checked(given: TrainingCall, out: Path) -> TrainingCall:
         raise ConfigError(f'{call.path} has multi_gpu=True; a comparison is of one process: write False')
     if failed := [check for check in call_checks(call) if check.mark is Mark.FAIL]:
         raise ConfigError(f'{call.path}: ' + '; '.join(' '.join(check.remedy.split()) for check in failed))
-    return call
+    return call, notes
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,11 @@ class Training:
 
 
 def _measure(call: TrainingCall, request: Request, seeds: int) -> list[Row]:
-    settings = json.dumps([call.entry, call.config, call.create_config], default=str, sort_keys=True)
+    # exp_name is relative to the working folder, and the text of an object may hold its address
+    config = {**call.config, 'exp_name': None}
+    settings = json.dumps(
+        [call.entry, config, call.create_config], default=lambda one: type(one).__qualname__, sort_keys=True
+    )
     header = {
         'config': request.config,
         'arguments': request.arguments,
@@ -280,7 +287,8 @@ def watched(
         if progress.evaluates:
             stack.enter_context(around(MuZeroEvaluator, 'eval', evaluate))
         for buffer in (UniZeroGameBuffer, SampledUniZeroGameBuffer):
-            stack.enter_context(around(buffer, 'sample', partial(clock.timed, SAMPLING)))
+            for name in {'sample', 'reanalyze_buffer'} & vars(buffer).keys():
+                stack.enter_context(around(buffer, name, partial(clock.timed, SAMPLING)))
         for collector in (MuZeroCollector, MuZeroSegmentCollector):
             stack.enter_context(around(collector, '_output_log', log))
         yield

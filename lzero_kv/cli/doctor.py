@@ -19,7 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from lzero_kv.cli.console import show_line, show_table
-from lzero_kv.cli.training_call import ENTRIES, PLUGIN, ConfigError, OfConfig, TrainingCall, at, training_call
+from lzero_kv.cli.training_call import (
+    ENTRIES,
+    PLUGIN,
+    ConfigError,
+    OfConfig,
+    TrainingCall,
+    at,
+    import_names,
+    training_call,
+)
 from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.lightzero import host
 from lzero_kv.lightzero.fingerprints import changed
@@ -34,7 +43,7 @@ from lzero_kv.lightzero.settings import (
 
 ASYNC_ENTRY = 'train_unizero_segment_async'
 SHOWN = ('num_layers', 'num_heads', 'embed_dim', 'context_length')
-TRAINED_PYTHON = '3.11'
+TRAINED_PYTHONS = ('3.11', '3.12')
 ROM_RELEASE = 'ale-py==0.12.1'
 # setuptools left pkg_resources out from 82 on
 PAGE_MODULES = ('pkg_resources', 'markdown', 'werkzeug', 'grpc')
@@ -129,9 +138,10 @@ def installation_checks() -> list[Check]:
 def python_check() -> Check:
     """Return which Python runs."""
     version = platform.python_version()
-    if version.startswith(f'{TRAINED_PYTHON}.'):
+    if version.rpartition('.')[0] in TRAINED_PYTHONS:
         return Check(Mark.OK, 'Python', version)
-    return Check(Mark.WARN, 'Python', version, f'the plugin was trained with Python {TRAINED_PYTHON} only')
+    trained = ' and '.join(TRAINED_PYTHONS)
+    return Check(Mark.WARN, 'Python', version, f'the plugin was trained with Python {trained} only')
 
 
 def distribution_check(name: str, if_missing: Mark, remedy: str) -> Check:
@@ -261,8 +271,19 @@ def call_checks(call: TrainingCall) -> list[Check]:
 
     The plugin engages when it is imported (import_names, or the config itself), the entry and the policy are
     ones it knows, the flag is on and the caches can be sized. One check each; any that is not ok keeps the
-    stock cache or stops the training.
+    stock cache or stops the training. A config that cannot be read so far has one check alone.
     """
+    try:
+        return _checks_of(call)
+    except (TypeError, AttributeError, KeyError) as error:
+        remedy = (
+            f'its values cannot be read: {type(error).__name__}: {error}; compare it with a config that '
+            'lzero-kv config prints'
+        )
+        return [Check(Mark.FAIL, 'config', str(call.path), remedy)]
+
+
+def _checks_of(call: TrainingCall) -> list[Check]:
     world_model = at(call.config, 'policy', 'model', 'world_model_cfg')
     choices = _choice_checks(call, world_model)
     checks = [
@@ -280,6 +301,12 @@ def call_checks(call: TrainingCall) -> list[Check]:
 
 
 def _entry_check(call: TrainingCall) -> Check:
+    configs = {'main_config': call.config, 'create_config': call.create_config}
+    plain = [name for name, given in configs.items() if 'policy' in given and not hasattr(given, 'policy')]
+    if plain:
+        written = ' and '.join(f'{name} = EasyDict({name})' for name in plain)
+        remedy = f'the entry reads attributes, which a dict has not; write {written}'
+        return Check(Mark.FAIL, 'training entry', f'{call.entry} with a dict', remedy)
     if call.entry in ENTRIES:
         return Check(Mark.OK, 'training entry', call.entry)
     if call.entry == ASYNC_ENTRY:
@@ -323,13 +350,11 @@ def _process_checks(call: TrainingCall, world_model: Any) -> list[Check]:
 
 def _import_check(call: TrainingCall) -> Check:
     given = at(call.create_config, 'policy', 'import_names') or ()
-    names = [given] if isinstance(given, str) else list(given)
-    found = ', '.join(map(str, names)) or 'none'
-    if isinstance(given, str):
-        # a string is a list of letters to LightZero
-        names = sorted({f'lzero.policy.{at(call.create_config, "policy", "type")}', given, PLUGIN})
+    if not isinstance(given, (list, tuple)):  # a string is a list of letters to LightZero
+        names = import_names(at(call.create_config, 'policy', 'type'), given)
         remedy = f'a list is expected; write policy.import_names={names!r} in the create config'
         return Check(Mark.FAIL, 'import_names', repr(given), remedy)
+    names, found = list(given), ', '.join(map(str, given)) or 'none'
     if PLUGIN in names:
         return Check(Mark.OK, 'import_names', found)
     if call.plugin_imported:

@@ -156,13 +156,16 @@ def device_of(name: str | None) -> str:
 
 
 def _parsed(parameters: Names) -> dict[str, list[Any]]:
-    """Names and values of `gamma=0.8,200`."""
+    """Names and values of `gamma=0.8,200`; a name that is given again adds to its values."""
     from lzero_kv.llm.experiment.methods import value_of
 
-    pairs = {text: text.partition('=') for text in parameters}
-    if wrong := [text for text, (name, _, values) in pairs.items() if not (name and values)]:
+    pairs = [text.partition('=') for text in parameters]
+    if wrong := [''.join(pair) for pair in pairs if not (pair[0] and pair[2])]:
         raise ValueError(f'--parameters: expected NAME=VALUE,VALUE..., got {" ".join(wrong)}')
-    return {name: [value_of(text) for text in values.split(',')] for name, _, values in pairs.values()}
+    found: dict[str, list[Any]] = {}
+    for name, _, values in pairs:
+        found.setdefault(name, []).extend(value_of(text) for text in values.split(','))
+    return found
 
 
 def _to_do(documents: int, methods: int, done: int) -> str:

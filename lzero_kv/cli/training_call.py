@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from lzero_kv.lightzero.install import installed
-from lzero_kv.lightzero.settings import FLAG, POLICIES
+from lzero_kv.lightzero.settings import FLAG, PLACE, POLICIES
 
 PLUGIN = 'lzero_kv.plugin'
 ENTRIES = ('train_unizero', 'train_unizero_segment')
@@ -73,7 +73,8 @@ def training_call(path: Path, arguments: Sequence[str] = ()) -> TrainingCall:
     """Run a file as `python PATH ARGUMENTS` and return the call with which it would start to train.
 
     LightZero's configs build their dictionaries at import or in a `main` with arguments of its own, so only
-    running one tells what it says. What the file prints is dropped.
+    running one tells what it says. What the file prints is dropped. The command line, the search path and
+    the working folder are the same afterwards.
 
     Raises:
         ConfigError: there is no such file, it fails, or it ends without calling an entry.
@@ -85,7 +86,12 @@ def training_call(path: Path, arguments: Sequence[str] = ()) -> TrainingCall:
     sys.path.insert(0, str(path.resolve().parent))
     sink = io.StringIO()
     try:
-        with _entries_replaced(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        with (
+            contextlib.chdir(os.curdir),
+            _entries_replaced(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
             runpy.run_path(str(path), run_name='__main__')
     except _Reached as reached:
         return dataclasses.replace(reached.call, path=path)
@@ -158,7 +164,8 @@ def alone(call: TrainingCall, folder: Path, *, flag: bool) -> tuple[TrainingCall
     be changed for that, in words.
 
     Raises:
-        ConfigError: the entry or the policy is none that the plugin knows.
+        ConfigError: the entry or the policy is none that the plugin knows, or what has to be changed is of
+            another kind than LightZero reads.
     """
     kind = at(call.create_config, 'policy', 'type')
     if call.entry not in ENTRIES or kind not in POLICIES:
@@ -166,22 +173,38 @@ def alone(call: TrainingCall, folder: Path, *, flag: bool) -> tuple[TrainingCall
             f'{call.path} calls {call.entry} with the policy {kind!r}, for which there is no plugin; '
             f'give a config of {" or ".join(ENTRIES)} with {" or ".join(POLICIES)}'
         )
+    world_model = at(call.config, *PLACE.split('.'))
+    if not isinstance(world_model, Mapping):
+        raise ConfigError(
+            f'{call.path}: expected a dictionary {PLACE}, found {world_model!r}; write {PLACE}=dict(...) in '
+            'the main config'
+        )
+    given = at(call.create_config, 'policy', 'import_names') or [f'lzero.policy.{kind}']
+    if not isinstance(given, (list, tuple)):
+        raise ConfigError(
+            f'{call.path}: expected a list policy.import_names, found {given!r}; write '
+            f'policy.import_names={import_names(kind, given)!r} in the create config'
+        )
     config: Any = copy.deepcopy(call.config)
     create_config: Any = copy.deepcopy(call.create_config)
     notes = []
     config['policy']['model']['world_model_cfg'][FLAG] = flag
-    names = list(create_config['policy'].get('import_names') or [f'lzero.policy.{kind}'])
-    if flag and PLUGIN not in names:
+    if flag and PLUGIN not in given:
         notes.append(f"'{PLUGIN}' is not in the config's import_names and was added for this run")
-    names = [name for name in names if name != PLUGIN]
+    names = [name for name in given if name != PLUGIN]
     create_config['policy']['import_names'] = [*names, PLUGIN] if flag else names
-    if create_config['env_manager'].get('type') != 'base':
+    if at(create_config, 'env_manager', 'type') != 'base':
         notes.append("the environments ran in the training's process: env_manager.type='base'")
     create_config['env_manager'] = {'type': 'base'}
     config['policy']['use_wandb'] = False
     # relative: the host puts './' in front of it
     config['exp_name'] = os.path.relpath(folder)
     return dataclasses.replace(call, config=config, create_config=create_config), notes
+
+
+def import_names(kind: Any, given: Any) -> list[str]:
+    """The list to write in the place of import_names that are no list."""
+    return sorted({f'lzero.policy.{kind}', PLUGIN, *([given] if isinstance(given, str) else [])})
 
 
 def at(tree: Any, *names: str) -> Any:

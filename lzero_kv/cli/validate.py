@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,9 +26,9 @@ from lzero_kv.cli.training import (
 )
 from lzero_kv.cli.training_call import ConfigError, OfConfig, TrainingCall, alone, training_call
 from lzero_kv.config import KVCacheConfig
+from lzero_kv.lightzero import host
 from lzero_kv.lightzero.settings import FLAG
 from lzero_kv.telemetry.counters import ValidationCounters
-from lzero_kv.telemetry.reading import columns_of
 from lzero_kv.telemetry.table import validation_table
 from lzero_kv.validation.findings import load_finding
 from lzero_kv.validation.report import (
@@ -37,14 +40,16 @@ from lzero_kv.validation.report import (
     validation_page,
 )
 
+RECOMPUTE = 'recompute'
 MODES = ('store', 'model')
+SIMULATIONS = ('num_simulations', 'collect_num_simulations', 'eval_num_simulations')
 PAGE, PICTURE, NUMBERS = 'validation.md', 'validation.png', 'validation.json'
 
 
 def validate(
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='CONFIG')],
     env_steps: int = 400,
-    modes: tuple[Literal['recompute', 'store', 'model'], ...] = MODES,
+    modes: tuple[Literal['recompute', 'store', 'model'], ...] = (),
     rate: float = 1.0,
     simulations: int | None = None,
     out: Annotated[Path, tyro.conf.arg(metavar='DIR')] = Path('data_lz/validation'),
@@ -57,7 +62,8 @@ def validate(
     only files that you trust. What follows `--` is its own
     command line: lzero-kv validate CONFIG.py --env-steps 200 -- --smoke. Each mode is a training of its
     own, in one process, that ends after --env-steps. DIR gets a page (validation.md, validation.png) that
-    can go into a bug report, the same as validation.json, findings, and what LightZero wrote.
+    can go into a bug report, the same as validation.json, findings, and what LightZero wrote. An earlier
+    report there is removed before the first training.
 
     Args:
         config: a config file that LightZero can run.
@@ -65,7 +71,8 @@ def validate(
             quarter of them at most.
         modes: 'store' compares what each lookup is handed; 'model' also what a stock world model over the
             same weights makes of it: latent states, rewards, policies and values. 'recompute' compares
-            with a computation without a cache alone, on LightZero's development branch too.
+            with a computation without a cache alone. By default 'store' and 'model' with LightZero 0.2.0,
+            'recompute' with its development branch, which has no other.
         rate: fraction of searches whose nodes are compared, above 0; roots always are.
         simulations: of a search; the config's own number if it is not given.
         out: the folder of the report.
@@ -77,7 +84,9 @@ def validate(
     """
     request = Request(str(config), arguments, '', env_steps, str(out), rate=rate, simulations=simulations)
     _check(request, modes)
-    runs = tuple(_run_modes(request, modes))
+    modes_here = _modes_here(modes)
+    _clear(out)
+    runs = tuple(_run_modes(request, modes_here))
     report = ValidationReport(str(config), arguments, command, told_versions(), runs)
     _write(report, out)
     _show(report, out)
@@ -90,16 +99,52 @@ def _check(request: Request, modes: Sequence[str]) -> None:
     for name, number in (('env-steps', request.env_steps), ('simulations', request.simulations)):
         if number is not None and number < 1:
             problems.append(f'--{name}: expected 1 or more, got {number}')
-    if not modes or len(set(modes)) < len(modes):
-        given = ' '.join(modes) or 'none'
-        problems.append(f'--modes: expected some of recompute, store and model, got {given}')
+    if len(set(modes)) < len(modes):
+        problems.append(f'--modes: expected some of recompute, store and model, got {" ".join(modes)}')
     if not 0 < request.rate <= 1:
         problems.append(f'--rate: expected a fraction above 0 and up to 1, got {request.rate:g}')
     if not Path(request.config).is_file():
         problems.append(f'{request.config} is no file; give a config file that LightZero can run')
     if problems:
         raise ValueError('; '.join(problems))
-    _write_page(Path(request.folder), '', 'a')
+
+
+def _modes_here(given: Sequence[str]) -> Sequence[str]:
+    """The modes that were given, or those of the LightZero that is installed.
+
+    Raises:
+        ValueError: they need the caches of the release, and it is not the release.
+    """
+    if list(given) == [RECOMPUTE]:
+        return given
+    with contextlib.redirect_stderr(io.StringIO()):  # what LightZero's own imports warn of
+        release = host.is_release()
+    if release:
+        return given or MODES
+    if given:
+        raise ValueError(
+            '--modes: store and model compare with the caches of LightZero 0.2.0, and another LightZero is '
+            f'installed; write --modes {RECOMPUTE}'
+        )
+    return (RECOMPUTE,)
+
+
+def _clear(out: Path) -> None:
+    """Make the folder and remove an earlier report, which would stand beside a run that failed."""
+    with _writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        for name in (PAGE, PICTURE, NUMBERS):
+            (out / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f'cannot write into {out}: {error.strerror}; choose another with --out') from error
 
 
 def _run_modes(request: Request, modes: Sequence[str]) -> list[ModeRun]:
@@ -127,18 +172,10 @@ def _run_modes(request: Request, modes: Sequence[str]) -> list[ModeRun]:
 
 def _write(report: ValidationReport, out: Path) -> None:
     """Write the page, its picture and the numbers."""
-    _write_page(out, validation_page(report, PICTURE))
-    (out / NUMBERS).write_text(report.as_json() + '\n', encoding='utf-8')
+    with _writing(out):
+        (out / PAGE).write_text(validation_page(report, PICTURE), encoding='utf-8')
+        (out / NUMBERS).write_text(report.as_json() + '\n', encoding='utf-8')
     plot_validation(report, out / PICTURE)
-
-
-def _write_page(out: Path, text: str, how: str = 'w') -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / PAGE).open(how, encoding='utf-8') as file:
-            file.write(text)
-    except OSError as error:
-        raise ValueError(f'cannot write into {out}: {error.strerror}; choose another with --out') from error
 
 
 def _show(report: ValidationReport, out: Path) -> None:
@@ -148,7 +185,7 @@ def _show(report: ValidationReport, out: Path) -> None:
             f'Mode {run.mode}: {run.collected:,} environment steps collected, {run.evaluated:,} evaluated, '
             f'{run.iterations:,} training iterations, {run.simulations} simulations'
         )
-        show_table(validation_table(columns_of(run.counters), title))
+        show_table(validation_table(run.columns, title))
         for note in run.notes:
             show_line(f'note: {note}')
     for run in report.runs:
@@ -182,7 +219,7 @@ def train(request: Request, hear: Hear) -> dict[str, Any]:
         collected=progress.collected,
         evaluated=progress.evaluated,
         iterations=progress.iterations,
-        simulations=int(progress.policy._cfg.num_simulations),
+        simulations=int(progress.policy._mcts_collect._cfg.num_simulations),
         seconds=time.monotonic() - begun,
         failures=failures_in(_findings_of(request), since=wall),
         notes=tuple(notes),
@@ -231,7 +268,8 @@ def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[s
         'validation_folder': str(_findings_of(request)),
     }
     if request.simulations is not None:
-        policy['num_simulations'] = request.simulations
+        # git main searches with the second and the third, the release and reanalysis with the first
+        policy.update(dict.fromkeys(SIMULATIONS, request.simulations))
         if 'num_simulations' in world_model:  # where it is not, the host's own caches are made for 50
             world_model['num_simulations'] = request.simulations
     try:

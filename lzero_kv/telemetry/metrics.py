@@ -181,7 +181,7 @@ VALIDATION_METRICS = named(
     _counter('searches', Unit.COUNT, 'Searches begun.'),
     _counter('validated', Unit.COUNT, 'Searches whose nodes were compared.'),
     _counter('compared', Unit.COUNT, 'Rows of inferences that were compared.'),
-    _counter('equal', Unit.COUNT, 'Rows in which both caches gave the same.'),
+    _counter('equal', Unit.COUNT, 'Rows without a difference.'),
     _counter(
         'different',
         Unit.COUNT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ VERDICTS = {
     'unexplained': '#d55e00',
     'cache_wrong': '#aa3377',
 }
+OF_STOCK = ('different', 'unexplained', 'largest_stock', 'policy_', 'value_')
+"""Beginnings of the names of numbers that need the stock cache."""
 BAR = 0.8  # of the place of one bar
 
 
@@ -40,7 +43,7 @@ class ModeRun:
     """One training in one mode of validation.
 
     Attributes:
-        mode: ``'store'`` or ``'model'``.
+        mode: ``'recompute'``, ``'store'`` or ``'model'``.
         counters: what was counted.
         collected, evaluated: environment steps of collection and of evaluation.
         iterations: training iterations.
@@ -66,6 +69,19 @@ class ModeRun:
         return self.collected + self.evaluated
 
     @property
+    def stock(self) -> bool:
+        """Whether LightZero's own cache was compared, too."""
+        return self.mode != 'recompute'
+
+    @property
+    def columns(self) -> dict[str, dict[str, float]]:
+        """Columns of a table, without numbers of a stock cache that was not compared."""
+        columns = columns_of(self.counters)
+        if self.stock:
+            return columns
+        return {kind: _without_stock(numbers) for kind, numbers in columns.items()}
+
+    @property
     def missing(self) -> str:
         """What should have been compared and was not, as a sentence; empty where nothing is missing."""
         roots, nodes = self.counters.roots, self.counters.nodes + self.counters.reanalysis
@@ -80,6 +96,10 @@ class ModeRun:
         )
         searches = f'{self.counters.searches:,} searches'
         return f'mode {self.mode} compared no {" and no ".join(kinds)} in {searches}: {why}'
+
+
+def _without_stock(numbers: Mapping[str, float]) -> dict[str, float]:
+    return {name: number for name, number in numbers.items() if not name.startswith(OF_STOCK)}
 
 
 MODE_RUN = TypeAdapter(ModeRun)
@@ -110,6 +130,11 @@ class ValidationReport:
         return sum((run.counters.total for run in self.runs), Counters())
 
     @property
+    def stock(self) -> bool:
+        """Whether LightZero's own cache was compared in any mode."""
+        return any(run.stock for run in self.runs)
+
+    @property
     def passed(self) -> bool:
         """Whether each mode compared roots and nodes, and none of them is a failure."""
         return self.total.failures == 0 and not self.missing
@@ -122,24 +147,33 @@ class ValidationReport:
     @property
     def verdict(self) -> str:
         """One sentence, for people."""
-        total, kinds = self.total, self._kinds
+        total = self.total
         if self.passed:
-            wrong = (
-                f'in {total.different:,} the stock cache was wrong, each time for a proven cause'
-                if total.different
-                else 'the stock cache was never wrong'
-            )
             return (
-                f'Passed: of {total.compared:,} rows compared ({kinds}) {total.equal:,} are equal and '
-                f'{wrong}; 0 are unexplained, and the cache was never wrong (its largest rounding error is '
+                f'Passed: of {total.compared:,} rows compared ({self._kinds}) {total.equal:,} are equal'
+                f'{self._words_on_stock}, and the cache was never wrong (its largest rounding error is '
                 f'{total.largest_cache:.2g}).'
             )
         if not total.failures:
             return f'NOT passed: {self.missing}.'
+        unexplained = f'{total.unexplained:,} differ without a proven cause, and ' if self.stock else ''
         return (
-            f'NOT passed: of {total.compared:,} rows compared {total.unexplained:,} differ without a proven '
-            f'cause, and in {total.cache_wrong:,} the cache was wrong.'
+            f'NOT passed: of {total.compared:,} rows compared {unexplained}in {total.cache_wrong:,} the '
+            'cache was wrong.'
         )
+
+    @property
+    def _words_on_stock(self) -> str:
+        """What a report that passed says of the stock cache; where that did not run, what was equal."""
+        if not self.stock:
+            return ' to the recomputation'
+        different = self.total.different
+        wrong = (
+            f'in {different:,} the stock cache was wrong, each time for a proven cause'
+            if different
+            else 'the stock cache was never wrong'
+        )
+        return f' and {wrong}; 0 are unexplained'
 
     @property
     def _kinds(self) -> str:
@@ -148,16 +182,21 @@ class ValidationReport:
 
     def as_json(self) -> str:
         """One JSON document; a difference without a number (another shape, nothing there) is a string."""
-        plain = json.loads(_REPORT.dump_json(self))
+        plain = json.loads(REPORT.dump_json(self))
         return json.dumps({**plain, 'passed': self.passed, 'verdict': self.verdict}, indent=2)
 
-    @classmethod
-    def from_json(cls, text: str) -> ValidationReport:
-        """The report that :meth:`as_json` wrote."""
-        return _REPORT.validate_json(text)
 
+REPORT = TypeAdapter(ValidationReport)
+"""Writes a report as JSON, and reads it."""
 
-_REPORT = TypeAdapter(ValidationReport)
+_STOCK_TOO = (
+    "Every row was answered by the cache, by LightZero's own (stock) cache, and by a recomputation of "
+    'the history without any cache, which says which of the two is right.'
+)
+_RECOMPUTED = (
+    'Every row was answered by the cache, and by a recomputation of the history without any cache, which is '
+    "right. LightZero's own (stock) cache was not compared."
+)
 
 
 def validation_page(report: ValidationReport, picture: str) -> str:
@@ -171,9 +210,8 @@ def validation_page(report: ValidationReport, picture: str) -> str:
     parts = [
         f'# Validation of lzero_kv: {name}',
         f'**{report.verdict}**',
-        "Every row was answered by the cache, by LightZero's own (stock) cache, and by a recomputation of "
-        'the history without any cache, which says which of the two is right.',
-        f'![rows compared and causes]({picture})',
+        _STOCK_TOO if report.stock else _RECOMPUTED,
+        f'![rows compared{" and causes" if report.stock else ""}]({picture})',
         '## What ran',
         _what_ran(report),
         *(_found(run) for run in report.runs),
@@ -206,9 +244,9 @@ def _what_ran(report: ValidationReport) -> str:
 
 
 def _found(run: ModeRun) -> str:
-    columns = columns_of(run.counters)
-    table = markdown_table(list(validation_rows(columns)))
-    return f'## What mode {run.mode} found\n\n{table}\n\nA row with several causes counts under each.'
+    table = markdown_table(list(validation_rows(run.columns)))
+    causes = '\n\nA row with several causes counts under each.' if run.stock else ''
+    return f'## What mode {run.mode} found\n\n{table}{causes}'
 
 
 def _failures(runs: Sequence[ModeRun]) -> str:
@@ -225,20 +263,29 @@ def _failures(runs: Sequence[ModeRun]) -> str:
 def plot_validation(report: ValidationReport, path: Path) -> Path:
     """Draw rows by verdict and differences by cause, one line of panels for each mode, and write them as PNG.
 
+    Causes are drawn where the stock cache was compared.
+
     Raises:
         ValueError: the file cannot be written.
     """
     # Imported here so that a broken plotting library does not take the commands with it.
+    # LightZero's imports let every logger tell all.
+    logging.getLogger('matplotlib').setLevel(logging.WARNING)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.9 * len(report.runs) + 0.6), layout='constrained')
     FigureCanvasAgg(figure)
-    figure.suptitle(f'lzero_kv and the cache of LightZero, {Path(report.config).name}', fontsize=10)
-    panels = figure.subplots(len(report.runs), 2, squeeze=False)
-    for run, (left, right) in zip(report.runs, panels, strict=True):
+    other = 'the cache of LightZero' if report.stock else 'a recomputation without a cache'
+    figure.suptitle(f'lzero_kv and {other}, {Path(report.config).name}', fontsize=10)
+    panels = figure.subplots(len(report.runs), 2 if report.stock else 1, squeeze=False)
+    for run, (left, *right) in zip(report.runs, panels, strict=True):
         _draw_verdicts(left, run)
-        _draw_causes(right, run)
+        for panel in right:
+            if run.stock:
+                _draw_causes(panel, run)
+            else:
+                panel.set_axis_off()
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower left', ncols=len(VERDICTS), fontsize=8, frameon=False)
     try:

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
-from lzero_kv.cache.keys import NO_SLOT, NodeKey
+from lzero_kv.cache.keys import NO_SLOT, NodeKey, RootKey
 from lzero_kv.telemetry.read import find_runs, runs_in
+from lzero_kv.telemetry.tensorboard import TensorBoardSink
 from testing import notebook
 
-from ..telemetry.driving import write_experiment
+from ..telemetry.driving import make_manager, write_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +71,17 @@ def test_statistics_are_read_run_by_run(tmp_path: Path, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert all(f'{folder}  nodes: 60.0% hits' in out for folder in folders)
     assert 'of nodes, by environment step: 20: 60.0% 40: 60.0% 60: 60.0%' in out
+
+
+def test_a_pool_without_queries_has_no_hit_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manager = make_manager()
+    manager.lookup([RootKey(0, 1)])
+    with SummaryWriter(str(tmp_path)) as writer:
+        TensorBoardSink(writer).write({'acting': manager}, env_step=10, train_iter=1)
+    example('read_statistics')['main'](tmp_path)
+    out = capsys.readouterr().out
+    assert f'{tmp_path}  roots: 0.0% hits, 0 tokens rebuilt' in out
+    assert f'{tmp_path}  nodes: nothing asked for, 0 tokens rebuilt' in out
 
 
 def test_the_tour_runs_from_top_to_bottom() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lzero_kv.cli import main
-from lzero_kv.cli.compare import PICTURE
+from lzero_kv.cli.compare import PICTURE, Clock, watched
 from lzero_kv.cli.comparison import (
     EVALUATION,
     LEARNING,
@@ -26,6 +26,8 @@ from lzero_kv.cli.comparison import (
     mean_return,
     seconds,
 )
+from lzero_kv.cli.training import Progress, Request
+from lzero_kv.cli.training_call import alone, training_call
 from lzero_kv.sweep.rows import ROWS, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +119,17 @@ train_unizero([main, create], seed=0)
         ),
         ('main.policy.model.world_model_cfg.kv_cache = dict(polcy="lru")', [], 'did you mean'),
         ('main.policy.multi_gpu = True', [], 'multi_gpu=True; a comparison is of one process'),
+        (
+            'main.policy.model.pop("world_model_cfg")',
+            [],
+            'a.py: expected a dictionary policy.model.world_model_cfg, found None; write policy.model.world',
+        ),
+        (
+            'create.policy.import_names = "lzero_kv.plugin"',
+            [],
+            "found 'lzero_kv.plugin'; write policy.import_names=['lzero.policy.unizero', 'lzero_kv.plugin']",
+        ),
+        ('main.policy.model.world_model_cfg.num_heads = "2"', [], 'a.py: its values cannot be read: TypeEr'),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_runs(
@@ -129,13 +142,71 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if text is not None:
-        whole = CHANGED.format(folder=str(CARTPOLE.parent), change=text) if text.startswith('main.') else text
+        whole = (
+            CHANGED.format(folder=str(CARTPOLE.parent), change=text)
+            if text.startswith(('main.', 'create.'))
+            else text
+        )
         Path('a.py').write_text(whole)
     assert main(['compare', 'a.py', '--out', 'both', *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith('lzero-kv: ') and error.count('\n') == 1
     assert message in error
     assert not Path('both').exists()
+
+
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Trainings answer at once; their names are returned."""
+    asked = []
+
+    def answer(module: str, request: Request, log: Path, hear: object) -> Row:
+        asked.append(f'{request.name} {request.seed}')
+        return {**row(request.name, request.seed, 5.0, []), 'method': 'training', 'until': None}
+
+    monkeypatch.setattr(sys.modules['lzero_kv.cli.compare'], 'answer_of', answer)
+    return asked
+
+
+def test_a_comparison_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the place of the logs nor the text of an object in the config makes it another one."""
+    text = 'lambda one: str(time.time_ns())'  # as an address, never twice the same
+    change = f'import time; main.env.bonus = type("Bonus", (), dict(__repr__={text}))()'
+    asked, config = answered(monkeypatch), tmp_path / 'a.py'
+    config.write_text(CHANGED.format(folder=str(CARTPOLE.parent), change=change))
+    for seeds in ('1', '2'):
+        folder = tmp_path / seeds
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert main(['compare', str(config), '--seeds', seeds, '--out', str(tmp_path / 'both')]) == 0
+    assert asked == ['stock 0', 'lzero_kv 0', 'lzero_kv 1', 'stock 1']
+
+
+def test_a_config_that_was_changed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answered(monkeypatch)
+    note = "note: the environments ran in the training's process: env_manager.type='base'"
+    for kind in ('base', 'subprocess'):
+        change = f'create.env_manager.type = {kind!r}'
+        Path('a.py').write_text(CHANGED.format(folder=str(CARTPOLE.parent), change=change))
+        assert main(['compare', 'a.py', '--seeds', '1', '--out', kind]) == 0
+        assert (note in capsys.readouterr().out.splitlines()) == (kind == 'subprocess')
+
+
+def test_reanalysis_of_the_whole_buffer_is_sampling() -> None:
+    from lzero.mcts import SampledUniZeroGameBuffer, UniZeroGameBuffer
+
+    call, _ = alone(training_call(CARTPOLE, ['--smoke']), Path('x'), flag=True)
+    buffers, clock = (UniZeroGameBuffer, SampledUniZeroGameBuffer), Clock()
+    before = [dict(vars(buffer)) for buffer in buffers]
+    with watched(call, Progress(1, evaluates=False), clock, [], []):
+        for buffer in buffers:
+            with pytest.raises(AttributeError):  # of a policy that is none
+                buffer.reanalyze_buffer(object.__new__(buffer), 4, None)
+            assert clock.wall.keys() == {SAMPLING}
+            clock.wall.clear()
+    assert [dict(vars(buffer)) for buffer in buffers] == before
 
 
 def row(arm: str, seed: int, search: float, returns: list[tuple[int, float]], device: str = 'cpu') -> Row:

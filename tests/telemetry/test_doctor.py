@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -14,7 +15,14 @@ import torch
 
 import lzero_kv
 from lzero_kv.cli import main
-from lzero_kv.cli.doctor import Mark, _entry_check, distribution_check, package_folder, rom_check
+from lzero_kv.cli.doctor import (
+    Mark,
+    _entry_check,
+    distribution_check,
+    package_folder,
+    python_check,
+    rom_check,
+)
 from lzero_kv.cli.training_call import ConfigError, TrainingCall, training_call
 from lzero_kv.lightzero import host
 from testing.families import FAMILIES, policy_config
@@ -22,8 +30,9 @@ from testing.families import FAMILIES, policy_config
 pytest.importorskip('lzero', reason='the doctor is tested against an installed LightZero')
 
 CONFIG = """
-main_config = dict(policy=dict(model=dict(world_model_cfg=dict(embed_dim=64, {world_model}))))
-create_config = dict(policy=dict(type={policy!r}, import_names={names!r}))
+from easydict import EasyDict
+main_config = EasyDict(policy=dict(model=dict(world_model_cfg=dict(embed_dim=64, {world_model}))))
+create_config = EasyDict(policy=dict(type={policy!r}, import_names={names!r}))
 if __name__ == '__main__':
     from lzero.entry import {entry}
     {entry}([main_config, create_config], seed=0, max_env_step=100)
@@ -163,6 +172,37 @@ def test_each_reason_for_not_engaging(
     assert output.splitlines()[-1] == f'The plugin would NOT engage for {path}: see the lines marked fail.'
 
 
+def test_configs_whose_attributes_cannot_be_read_stop_lightzero(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace('create_config = EasyDict(', 'create_config = dict('))
+    code, output = diagnose(capsys, path)
+    assert code == 1
+    assert [subject for subject, mark in marks(output).items() if mark == 'fail'] == ['training entry']
+    assert 'a dict has not; write create_config = EasyDict(create_config)' in output
+
+
+@pytest.mark.parametrize(
+    ('change', 'subject', 'remedy'),
+    [
+        ('main_config.policy.model.world_model_cfg.num_heads = "2"', 'config', 'cannot be read: TypeError:'),
+        ('main_config.policy.model.world_model_cfg = None', 'config', 'cannot be read: AttributeError:'),
+        ('main_config.policy = None', 'config', 'compare it with a config that lzero-kv config prints'),
+        ('create_config.policy.import_names = 3', 'import_names', "['lzero.policy.unizero', 'lzero_kv."),
+    ],
+)
+def test_values_of_another_kind_are_a_failed_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, subject: str, remedy: str
+) -> None:
+    path = write_config(tmp_path)
+    path.write_text(path.read_text().replace('if __name__', f'{change}\nif __name__'))
+    code, output = diagnose(capsys, path)
+    assert code == 1
+    assert [subject for subject, mark in marks(output).items() if mark == 'fail'] == [subject]
+    assert remedy in output
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
@@ -223,10 +263,12 @@ def test_reading_a_config_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     import lzero.entry
 
     def state() -> tuple:
-        return lzero.entry.train_unizero, ding.utils.DDPContext, list(sys.argv), list(sys.path)
+        return lzero.entry.train_unizero, ding.utils.DDPContext, list(sys.argv), list(sys.path), os.getcwd()
 
     before = state()
-    training_call(write_config(tmp_path))
+    path = write_config(tmp_path)
+    path.write_text(f'import os\nos.chdir({str(tmp_path)!r})\n{path.read_text()}')
+    training_call(path)
     assert state() == before
     with pytest.raises(ConfigError):
         training_call(tmp_path / 'missing.py')
@@ -271,6 +313,41 @@ def test_game_files_in_a_folder_of_their_own_are_found(
     check = rom_check()
     assert check.mark is Mark.OK
     assert check.found != before
+
+
+@pytest.mark.parametrize(
+    ('version', 'mark'),
+    [('3.11.9', Mark.OK), ('3.12.0', Mark.OK), ('3.13.1', Mark.WARN), ('3.1.2', Mark.WARN)],
+)
+def test_the_pythons_with_which_whole_trainings_ran(
+    monkeypatch: pytest.MonkeyPatch, version: str, mark: Mark
+) -> None:
+    monkeypatch.setattr(platform, 'python_version', lambda: version)
+    check = python_check()
+    assert check.mark is mark
+    assert mark is Mark.OK or check.remedy == 'the plugin was trained with Python 3.11 and 3.12 only'
+
+
+@pytest.mark.parametrize(
+    ('command', 'said'),
+    [
+        (['compare', 'a.py'], 'interrupted; the same command goes on where it stopped'),
+        (['llm', 'run'], 'interrupted; the same command goes on where it stopped'),
+        (['llm', 'report', 'a'], 'interrupted'),
+        (['validate', 'a.py'], 'interrupted; no report was written'),
+        (['doctor'], 'interrupted'),
+        ([], 'interrupted'),
+    ],
+)
+def test_only_what_goes_on_says_so_when_interrupted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], said: str
+) -> None:
+    def interrupt(given: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('lzero_kv.cli._run', interrupt)
+    assert main(command) == 130
+    assert capsys.readouterr().err == f'lzero-kv: {said}\n'
 
 
 def test_a_missing_distribution_is_marked_as_asked() -> None:

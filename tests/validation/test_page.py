@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
+from pydantic import TypeAdapter
 
 from lzero_kv.telemetry.counters import Cause, Fault, ValidationCounters
 from lzero_kv.validation.report import (
@@ -61,7 +62,7 @@ def runs(draw: st.DrawFn) -> ModeRun:
 @given(st.lists(runs(), max_size=2))
 def test_json_gives_the_same_report(drawn: list[ModeRun]) -> None:
     report = dataclasses.replace(REPORT, runs=tuple(drawn))
-    assert ValidationReport.from_json(report.as_json()) == report
+    assert TypeAdapter(ValidationReport).validate_json(report.as_json()) == report
 
 
 def test_everything_explained_passes() -> None:
@@ -147,6 +148,33 @@ def test_every_table_of_the_page_is_whole() -> None:
     for block in validation_page(REPORT, 'validation.png').split('\n\n'):
         rows = [line for line in block.splitlines() if line.startswith('|')]
         assert len({line.count('|') - line.count('\\|') for line in rows}) <= 1, block
+
+
+def test_without_the_stock_cache_nothing_is_said_of_it(tmp_path: Path) -> None:
+    counters = ValidationCounters(searches=8, validated=8)
+    counters.roots.count_equal()
+    counters.nodes.count_equal()
+    alone = dataclasses.replace(REPORT, runs=(dataclasses.replace(RUN, mode='recompute', counters=counters),))
+    assert alone.verdict == (
+        'Passed: of 2 rows compared (roots 1, nodes 1) 2 are equal to the recomputation, and the cache was '
+        'never wrong (its largest rounding error is 0).'
+    )
+    page = validation_page(alone, 'v.png')
+    assert "LightZero's own (stock) cache was not compared." in page
+    assert 'A row with several causes' not in page
+    assert [rows_of(page, name)[0][2] for name in ('compared', 'different', 'largest_stock')] == [
+        '2',
+        '-',
+        '-',
+    ]
+    one, two = (
+        matplotlib.image.imread(plot_validation(report, tmp_path / 'v.png'))
+        for report in (alone, dataclasses.replace(REPORT, runs=(*alone.runs, RUN)))
+    )
+    share = len(one[0]) // 2
+    assert (one[60:-60, share:, :3] < 0.5).any() and (two[60 : len(two) // 2 - 30, share:, :3] == 1).all()
+    counters.nodes.count_cache_wrong(Fault.STALE_ENTRY)
+    assert alone.verdict == 'NOT passed: of 3 rows compared in 1 the cache was wrong.'
 
 
 def test_the_picture_shows_each_mode(tmp_path: Path) -> None:

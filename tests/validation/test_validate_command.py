@@ -17,9 +17,10 @@ from lzero_kv.cli.doctor import package_folder
 from lzero_kv.cli.training import TOLD_SECONDS, EnoughSteps, Progress, Request, bounded
 from lzero_kv.cli.training_call import ConfigError, training_call
 from lzero_kv.cli.validate import NUMBERS, PAGE, PICTURE, compared, failures_in, prepared
+from lzero_kv.lightzero import host
 from lzero_kv.telemetry.counters import ValidationCounters
 from lzero_kv.validation.findings import save_finding
-from lzero_kv.validation.report import ValidationReport
+from lzero_kv.validation.report import MODE_RUN, REPORT, ModeRun
 
 from .drawn import a_finding, some_counters
 
@@ -43,7 +44,8 @@ def test_a_bounded_run_in_both_modes_and_its_report(tmp_path: Path, warm_python:
     options = '--env-steps', 25, '--out', 'report', '--', '--smoke', '--seed', 3
     done = validate(warm_python, tmp_path, CARTPOLE, *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = ValidationReport.from_json((tmp_path / 'report' / NUMBERS).read_text())
+    assert done.stderr == ''
+    report = REPORT.validate_json((tmp_path / 'report' / NUMBERS).read_text())
     assert report.passed
     assert report.arguments == ('--smoke', '--seed', '3')
     assert [run.mode for run in report.runs] == ['store', 'model']
@@ -74,7 +76,7 @@ def test_a_config_with_the_flag_off_is_switched_on_and_says_so(tmp_path: Path, w
         '--simulations', 5, '--', '--smoke', '--no-kv',
     )  # fmt: skip
     assert 'note: use_new_cache_manager is not True in the config' in done.stdout, done.stderr
-    (run,) = ValidationReport.from_json((tmp_path / 'data_lz/validation' / NUMBERS).read_text()).runs
+    (run,) = REPORT.validate_json((tmp_path / 'data_lz/validation' / NUMBERS).read_text()).runs
     assert run.simulations == 5
     assert run.counters.validated == run.counters.searches // 2 > 0
     assert run.counters.nodes.compared == 2 * 5 * run.counters.validated  # two environments act at a time
@@ -206,9 +208,68 @@ def test_the_configs_own_choices_of_the_cache_are_kept() -> None:
     assert (world_model['kv_cache']['policy'], world_model['kv_cache']['validation_rate']) == ('lfu', 0.25)
     assert world_model['num_simulations'] == changed.config['policy']['num_simulations'] == 6
     assert notes == []
+    phases = [changed.config['policy'][f'{phase}_num_simulations'] for phase in ('collect', 'eval')]
+    assert phases == [6, 6]  # what git main searches with
     call.config['policy']['model']['world_model_cfg']['kv_cache'] = dict(polcy='lfu')
     with pytest.raises(ConfigError, match='did you mean'):
         prepared(call, REQUEST)
+
+
+def without_training(monkeypatch: pytest.MonkeyPatch, *, release: bool = True, error: str = '') -> list[str]:
+    """Trainings answer at once, or with an error; their modes are returned."""
+    asked = []
+
+    def answer(module: str, request: Request, log: Path, hear: object) -> object:
+        asked.append(request.name)
+        if error:
+            raise ValueError(error)
+        run = ModeRun(request.name, some_counters(), 61, 17, 13, 8, 2.6)
+        return MODE_RUN.dump_python(run, mode='json')
+
+    monkeypatch.setattr(sys.modules['lzero_kv.cli.validate'], 'answer_of', answer)
+    monkeypatch.setattr(host, 'is_release', lambda: release)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ('release', 'options', 'modes'),
+    [
+        (True, [], ['store', 'model']),
+        (False, [], ['recompute']),
+        (True, ['--modes', 'recompute', 'store'], ['recompute', 'store']),
+        (False, ['--modes', 'recompute'], ['recompute']),
+    ],
+)
+def test_the_modes_are_those_of_the_lightzero_that_is_installed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    release: bool,
+    options: list[str],
+    modes: list[str],
+) -> None:
+    asked = without_training(monkeypatch, release=release)
+    assert main(['validate', str(CARTPOLE), *options, '--out', str(tmp_path)]) == 0
+    assert asked == modes
+
+
+def test_modes_that_need_the_releases_caches_are_refused_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = without_training(monkeypatch, release=False)
+    assert main(['validate', str(CARTPOLE), '--modes', 'store', '--out', str(tmp_path / 'report')]) == 1
+    assert asked == [] and not (tmp_path / 'report').exists()
+    assert 'another LightZero is installed; write --modes recompute\n' in capsys.readouterr().err
+
+
+def test_a_run_that_fails_leaves_no_report_not_even_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_training(monkeypatch)
+    assert main(['validate', str(CARTPOLE), '--out', str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted((PAGE, PICTURE, NUMBERS))
+    without_training(monkeypatch, error='no such game')
+    assert main(['validate', str(CARTPOLE), '--out', str(tmp_path)]) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_compared_nothing_is_no_result() -> None:
