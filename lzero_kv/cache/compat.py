@@ -25,8 +25,6 @@ class NamedAccess:
     recur_pool: KVCachePool
     """Derived windows of the running search, of all environments, and what callers of
     :meth:`set_recur_cache` store."""
-    wm_pool: KVCachePool
-    """Single histories by key, built at the first use."""
     env_num: int
     """Number of environments."""
     enable_stats: bool
@@ -35,7 +33,6 @@ class NamedAccess:
     """Bytes of the memory of one search, beside the pools."""
     record_bytes: int = 0
     """Bytes of what is remembered of the roots' tokens to choose among them; set by its owner."""
-    _wm_pool: KVCachePool | None = None
     _make_room: Callable[[Sequence[Any]], None]
     _admit: Callable[[Any], None]
 
@@ -75,14 +72,6 @@ class NamedAccess:
         self._make_room([cache_key])
         return self.recur_pool.set(cache_key, kv_cache)
 
-    def get_wm_cache(self, cache_key: Any) -> KVEntry | None:
-        """A copy of a history of :attr:`wm_pool`, or None."""
-        return self.wm_pool.get(cache_key)
-
-    def set_wm_cache(self, cache_key: Any, kv_cache: Any) -> int:
-        """Store a history in :attr:`wm_pool`; returns the slot. Raises as :meth:`KVCachePool.set`."""
-        return self.wm_pool.set(cache_key, kv_cache)
-
     def hierarchical_get(self, env_id: int, cache_key: Any) -> KVEntry | None:
         """A copy from the environment's root pool, else from the recurrent pool, else None.
 
@@ -115,8 +104,7 @@ class NamedAccess:
     @property
     def bytes(self) -> int:
         """Bytes allocated for all pools, for the memory of a search and for the record of roots' tokens."""
-        single = 0 if self._wm_pool is None else self._wm_pool.bytes
-        return self.storage.bytes + single + self.search_bytes + self.record_bytes
+        return self.storage.bytes + self.search_bytes + self.record_bytes
 
     def count_rebuilt(self, tokens: int, *, roots: bool, env_id: int | None = None) -> None:
         """Count tokens that were recomputed after misses.
@@ -161,10 +149,10 @@ class NamedAccess:
         """Counters and sizes of every pool as numbers.
 
         Returns:
-            ``stats_enabled``, ``init_pools`` (by ``env_0``, ``env_1``, ...), ``recur_pool``, ``wm_pool``
-            once it is used, ``roots`` (all root pools together, and :attr:`record_bytes`), ``nodes`` (the
-            recurrent pool, and :attr:`search_bytes`) and ``total`` (both), each as
-            :meth:`KVCachePool.describe`; only ``{'stats_enabled': False}`` when events are not counted.
+            ``stats_enabled``, ``init_pools`` (by ``env_0``, ``env_1``, ...), ``recur_pool``, ``roots`` (all
+            root pools together, and :attr:`record_bytes`), ``nodes`` (the recurrent pool, and
+            :attr:`search_bytes`) and ``total`` (both), each as :meth:`KVCachePool.describe`; only
+            ``{'stats_enabled': False}`` when events are not counted.
         """
         if not self.enable_stats:
             return {'stats_enabled': False}
@@ -174,7 +162,6 @@ class NamedAccess:
             'stats_enabled': True,
             'init_pools': {f'env_{env_id}': pool.describe() for env_id, pool in enumerate(self.init_pools)},
             'recur_pool': self.recur_pool.describe(),
-            **({} if self._wm_pool is None else {'wm_pool': self._wm_pool.describe()}),
             'roots': _with(self.record_bytes, _describe_together(counters['roots'], self.init_pools)),
             'nodes': _with(self.search_bytes, self.recur_pool.describe()),
             'total': _with(
@@ -190,8 +177,7 @@ class NamedAccess:
         self._rebuilt_roots = 0
 
     def _pools(self) -> list[KVCachePool]:
-        single = [] if self._wm_pool is None else [self._wm_pool]
-        return [*self.init_pools, self.recur_pool, *single]
+        return [*self.init_pools, self.recur_pool]
 
     def _env(self, env_id: int) -> int:
         try:

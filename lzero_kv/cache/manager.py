@@ -97,11 +97,12 @@ class KVCacheManager(NamedAccess):
         windows = choices.window_slots or env_num
         least = 2 * env_num * choices.root_slots + windows + int(self.scratch)
         if choices.max_bytes is not None and least * layout.row_bytes > choices.max_bytes:
+            lower = 'root_slots' if choices.window_slots is None else 'root_slots, window_slots'
             raise ValueError(
                 f'kv_cache.max_bytes={choices.max_bytes:,} is too small: {env_num} environments with '
                 f'{choices.root_slots} root slot(s) each and {windows} windows need at least '
                 f'{least * layout.row_bytes:,} bytes ({layout.row_bytes:,} for each history); raise '
-                f'max_bytes, or lower root_slots, window_slots or the number of environments'
+                f'max_bytes, or lower {lower} or the number of environments'
             )
 
     @property
@@ -124,8 +125,7 @@ class KVCacheManager(NamedAccess):
         if bound is None or layout is None:
             return sys.maxsize
         rows = (bound - self.search_bytes - self.record_bytes) // layout.row_bytes
-        single = 0 if self._wm_pool is None else self._wm_pool.pool_size
-        return rows - 2 * self.env_num * self.cache_config.root_slots - kept - single - int(self.scratch)
+        return rows - 2 * self.env_num * self.cache_config.root_slots - kept - int(self.scratch)
 
     def _make_room(self, keys: Sequence[Any]) -> None:
         """Double the recurrent pool where these nodes do not fit, as far as the bounds allow."""
@@ -162,9 +162,10 @@ class KVCacheManager(NamedAccess):
             wanted = most if upfront else min(2 * size, most) if self._short_of_room else least
             size = max(size, min(max(least, wanted), self._window_limit()))
         if size < least:
+            bound = 'max_bytes' if self.cache_config.window_slots is None else 'window_slots'
             raise RuntimeError(
                 f'a search needs at least {least} windows at once, the cache can hold {size} '
-                f'({self.layout.row_bytes:,} bytes each); raise kv_cache.max_bytes or kv_cache.window_slots'
+                f'({self.layout.row_bytes:,} bytes each); raise kv_cache.{bound}'
             )
         self.recur_pool.clear()
         if size > self.recur_pool.pool_size:
@@ -178,23 +179,9 @@ class KVCacheManager(NamedAccess):
         return size if self.cache_config.window_slots else max(size, min(self._most, self._window_limit()))
 
     @property
-    def wm_pool(self) -> KVCachePool:
-        """Single histories by key, one slot for each environment, in a storage of its own: built at the first
-        use, and counted towards the bound from then on.
-
-        Raises:
-            RuntimeError: it does not fit into ``max_bytes`` beside the other pools.
-        """
-        if self._wm_pool is None:
-            if self._window_limit() < self.recur_pool.pool_size + self.env_num:
-                raise RuntimeError(
-                    f'{self.env_num} slots for single histories ({self.layout.row_bytes:,} bytes each) do '
-                    f'not fit into kv_cache.max_bytes={self.cache_config.max_bytes:,} beside the other pools'
-                )
-            options = self.cache_config.policy, self.enable_stats
-            layout = self.storage.known_layout
-            self._wm_pool = KVCachePool(self.env_num, *options, 'world_model', layout=layout)
-        return self._wm_pool
+    def spare_bytes(self) -> int:
+        """Bytes that ``max_bytes`` leaves beside the pools of this moment, and what is in use already."""
+        return max(0, self._window_limit() - self.recur_pool.pool_size) * self.layout.row_bytes
 
     def search_memory(self, elements: int) -> torch.Tensor | None:
         """Memory for what one search keeps beside the pools; the next search gets it again.
@@ -210,8 +197,7 @@ class KVCacheManager(NamedAccess):
         if self._search is None or self._search.numel() < elements:
             before, self._search = self._search, None
             taken = elements if before is None else elements + elements // 4
-            spare = (self._window_limit() - self.recur_pool.pool_size) * self.layout.row_bytes
-            spare //= self.layout.dtype.itemsize
+            spare = self.spare_bytes // self.layout.dtype.itemsize
             if elements > spare:
                 self._search = before  # else the pool would take its room
                 return None
@@ -261,8 +247,6 @@ class KVCacheManager(NamedAccess):
         kv: torch.Tensor,
         lengths: Sequence[int] | np.ndarray,
         next_positions: Sequence[int] | np.ndarray,
-        *,
-        newest: int | None = None,
     ) -> np.ndarray:
         """Write a batch of histories of roots and nodes.
 
@@ -271,7 +255,6 @@ class KVCacheManager(NamedAccess):
             kv: ``[B, 2 * layers, heads, n, head_dim]``, right-aligned, strided or not.
             lengths: ``B`` numbers of tokens, at most ``n``.
             next_positions: ``B`` logical positions of the next tokens.
-            newest: ``n``, when the caller wants it checked.
 
         The numbers of ``kv`` are not looked at: on a GPU the search would wait for each look.
 
@@ -286,7 +269,7 @@ class KVCacheManager(NamedAccess):
         """
         keys = list(keys)
         groups = self._groups(keys)
-        numbers = self.storage.check_batch(len(keys), kv, lengths, next_positions, newest)
+        numbers = self.storage.check_batch(len(keys), kv, lengths, next_positions)
         if groups and groups[-1][0] is self.recur_pool:
             self._make_room(groups[-1][2])
         plans = [pool.plan(own) for pool, _, own in groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,9 @@ class KVStorage:
         """int64 ``[slots]``: tokens of the history in each slot."""
         self.next_positions = np.zeros(self.slots, np.int64)
         """int64 ``[slots]``: logical position of the next token of the history in each slot."""
+        self.views: dict[Any, Any] = {}
+        """Views of the tensor, by who made them; dropped before another tensor takes its place, because a
+        view that lives would keep the memory of the old one."""
 
     @property
     def layout(self) -> KVLayout:
@@ -117,21 +121,20 @@ class KVStorage:
                 return torch.index_select(self._columns(shape[3]), 0, rows)
             return torch.index_select(self._columns(shape[3]), 0, rows, out=out)
 
-    def store(self, slots: Slots, rows: torch.Tensor, *, newest: int | None = None) -> None:
+    def store(self, slots: Slots, rows: torch.Tensor) -> None:
         """Copy rows in, with one ``index_copy_``; no gradient flows into the storage.
 
         Arguments:
             slots: ``B`` different slot numbers.
             rows: ``[B, 2 * layers, heads, n, head_dim]``, strided or not, written to the last ``n`` columns
                 of the slots.
-            newest: ``n``, when the caller wants it checked.
 
         Raises:
             ValueError: a slot is out of range, or the shape or device of ``rows`` is wrong.
             TypeError: the dtype of ``rows`` is wrong.
         """
         index = self.check_slots(slots)
-        self.check_rows(rows, len(index), newest)
+        self.check_rows(rows, len(index))
         self._scatter(index, rows)
 
     def write(
@@ -185,14 +188,13 @@ class KVStorage:
             )
         return index
 
-    def check_rows(self, rows: torch.Tensor, count: int, newest: int | None = None) -> None:
+    def check_rows(self, rows: torch.Tensor, count: int) -> None:
         """Raise what :meth:`store` would raise for these rows."""
-        if newest is None and rows.ndim == 5 and rows.shape[3] <= self.layout.tokens:
-            newest = rows.shape[3]
-        self._check(rows, 'rows', self.layout.batch_shape(count, newest))
+        fits = rows.ndim == 5 and rows.shape[3] <= self.layout.tokens
+        self._check(rows, 'rows', self.layout.batch_shape(count, rows.shape[3] if fits else None))
 
     def check_batch(
-        self, count: int, rows: torch.Tensor, lengths: Ints, next_positions: Ints, newest: int | None = None
+        self, count: int, rows: torch.Tensor, lengths: Ints, next_positions: Ints
     ) -> tuple[np.ndarray, np.ndarray]:
         """Raise what a :meth:`write` of ``count`` such histories would raise.
 
@@ -204,7 +206,7 @@ class KVStorage:
                 history, or a length is not in ``[0, n]`` with ``n`` the columns of ``rows``, or a position is
                 negative.
         """
-        self.check_rows(rows, count, newest)
+        self.check_rows(rows, count)
         return (
             _numbers(lengths, 'lengths', count, rows.shape[3]),
             _numbers(next_positions, 'next_positions', count, _NO_LIMIT),
@@ -241,6 +243,7 @@ class KVStorage:
     def _replace(self, slots: int, keep: int) -> None:
         kept = self._data[:keep].clone() if self._data is not None else None
         self._data = None
+        self.views.clear()
         try:
             self._data = self._new(slots)
         except RuntimeError:

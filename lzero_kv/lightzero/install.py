@@ -142,17 +142,9 @@ def _searching(original: Any, tree: Any) -> Any:
     from lzero_kv.lightzero.world_model import KVWorldModel
 
     @functools.wraps(original)
-    def search(
-        self: Any,
-        roots: Any,
-        model: Any,
-        latent_state_roots: Any,
-        to_play: Any,
-        timestep: Any = None,
-        **task: Any,
-    ) -> Any:
+    def search(self: Any, roots: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(model.world_model, KVWorldModel):
-            return cached_search(self, tree, roots, model, latent_state_roots, to_play, timestep)
-        return original(self, roots, model, latent_state_roots, to_play, timestep, **task)
+            return cached_search(self, tree, roots, model, *args, **kwargs)
+        return original(self, roots, model, *args, **kwargs)
 
     return search

@@ -83,12 +83,17 @@ class LastSteps:
         self._timesteps[int(env_id)] = timestep
 
     def forget(self, env_ids: Sequence[int] | None = None) -> list[int]:
-        """Forget environments (None: all) whose episode ended; gives back their numbers at the manager."""
+        """Forget environments (None: all) whose episode ended; gives back their numbers at the manager.
+
+        Raises:
+            ValueError: there is no such environment. Nothing is forgotten.
+        """
         ended = range(self.environments) if env_ids is None else env_ids
+        manager_ids = [self.manager_id(env_id) for env_id in ended]  # first: one that is unknown is refused
         for env_id in ended:
             self._steps.pop(int(env_id), None)
             self._timesteps.pop(int(env_id), None)
-        return [self.manager_id(env_id) for env_id in ended]
+        return manager_ids
 
 
 class KVPolicy(UniZeroPolicy):
@@ -191,39 +196,52 @@ class KVPolicy(UniZeroPolicy):
         every = self._last_names[phase].endswith(phase)
         return (steps.of_all if every else steps.of)(env_ids, data)
 
-    def _reset_collect(
-        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True, **task: Any
-    ) -> None:
-        self._reset_phase('collect', env_id, current_steps, reset_init_data)
+    def _reset_collect(self, *given: Any, **named: Any) -> None:
+        self._reset_phase('collect', *given, **named)
+        if self._resets_itself('_reset_collect'):
+            super()._reset_collect(*given, **named)
 
-    def _reset_eval(
-        self, env_id: Any = None, current_steps: Any = None, reset_init_data: bool = True, **task: Any
-    ) -> None:
-        self._reset_phase('eval', env_id, current_steps, reset_init_data)
+    def _reset_eval(self, *given: Any, **named: Any) -> None:
+        self._reset_phase('eval', *given, **named)
+        if self._resets_itself('_reset_eval'):
+            super()._reset_eval(*given, **named)
 
-    def _reset_phase(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
+    def _resets_itself(self, method: str) -> bool:
+        """Whether the class behind this one and KVPolicy has a method in the place of UniZeroPolicy's.
+
+        It may call UniZeroPolicy's: the last inputs that this wipes are set anew before each use, and the
+        roots that it clears now and then are computed again.
+        """
+        return getattr(type(self).__mro__[2], method) is not getattr(UniZeroPolicy, method)
+
+    def _reset_phase(
+        self,
+        phase: str,
+        env_id: Any = None,
+        current_steps: Any = None,
+        reset_init_data: bool = True,
+        **task: Any,
+    ) -> None:
         """Forget the environments that ended: those of a list, or all.
 
         With a number of steps the host reports one more step of a running episode, and clears every cache now
         and then to bound its memory. The pools are bounded, so nothing is to be done.
         """
+        one = isinstance(env_id, (int, np.integer))
+        if not self._serving and (not one or current_steps is None):
+            self._end(phase, [int(env_id)] if one else env_id)
         if self._model.world_model.stock is not None:
-            self._reset_host(phase, env_id, current_steps, reset_init_data)
-        if self._serving:
-            return
-        if not isinstance(env_id, (int, np.integer)):
-            self._end(phase, env_id)
-        elif current_steps is None:
-            self._end(phase, [int(env_id)])
+            self._reset_host(phase, one, current_steps, reset_init_data)
 
-    def _reset_host(self, phase: str, env_id: Any, current_steps: Any, reset_init_data: bool) -> None:
-        """What the host alone would do: wipe its one batch of last inputs, and now and then its caches."""
+    def _reset_host(self, phase: str, one: bool, current_steps: Any, reset_init_data: bool) -> None:
+        """What the host alone would do: wipe its one batch of last inputs, and now and then, where ``one``
+        environment reports its steps, its caches."""
         if reset_init_data:
             environments = self._last_steps[phase].environments
             zeros = zeros_batch(self._cfg.model.observation_shape, environments, self._cfg.device)
             self._set_last_inputs(phase, zeros, [NO_ACTION] * environments)
         interval = 2000 if self._cfg.get('sample_type', '') == 'episode' else 200
-        if isinstance(env_id, (int, np.integer)) and current_steps % interval == 0:
+        if one and current_steps is not None and current_steps % interval == 0:
             self._model.world_model.stock.clear_caches()
 
     def _end(self, phase: str, env_ids: Sequence[int] | None) -> None:

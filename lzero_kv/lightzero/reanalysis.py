@@ -37,11 +37,14 @@ def replace_sampled_reanalysis(replace: Callable[[Any, str, Any], None]) -> None
 
 def _keeping_actions(original: Any) -> Any:
     @functools.wraps(original)
-    def compute_target_policy_reanalyzed(self: Any, context: Any, model: Any, actions: np.ndarray) -> Any:
+    def compute_target_policy_reanalyzed(
+        self: Any, policy_re_context: Any, model: Any, batch_action: np.ndarray
+    ) -> Any:
+        context = policy_re_context
         if context is None or not isinstance(model.world_model, KVWorldModel):
-            return original(self, context, model, actions)
+            return original(self, context, model, batch_action)
         with redirect_stdout(StringIO()):  # the host reports each of its own failed writes of an action
-            policies, sampled = original(self, context, model, actions)
+            policies, sampled = original(self, context, model, batch_action)
         # [sequences, unrolled steps + 1, sampled actions, action dimensions]
         sampled = sampled.reshape(len(context[POSITIONS]), -1, *sampled.shape[1:])
         for segment, first, searched in zip(

@@ -21,8 +21,9 @@ def cached_search(
     roots: Any,
     model: Any,
     latent_state_roots: np.ndarray,
-    to_play: Any,
+    to_play_batch: Any,
     timestep: Any = None,
+    task_id: Any = None,
 ) -> FirstActions:
     """Run ``num_simulations`` simulations for a batch of prepared roots.
 
@@ -36,8 +37,9 @@ def cached_search(
         roots: prepared roots, expanded in place.
         model: a UniZero model whose world model keeps the cache.
         latent_state_roots: ``[B, 1, embed]`` as the host passes it.
-        to_play: player of each root.
+        to_play_batch: player of each root.
         timestep: step of the episode of each root; only roots without a stored history need it.
+        task_id: not read; the host's git main names it. All of these names are the host's.
 
     Returns:
         The latent states behind the first actions.
@@ -64,7 +66,7 @@ def cached_search(
         with model.world_model.clean_on_failure():
             for simulation in range(config.num_simulations):
                 results = tree.ResultsWrapper(num=rows)
-                players = to_play if config.env_type == 'not_board_games' else list(to_play)
+                players = to_play_batch if config.env_type == 'not_board_games' else list(to_play_batch)
                 arguments = [
                     roots,
                     config.pb_c_base,

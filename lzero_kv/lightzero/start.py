@@ -14,6 +14,7 @@ from lzero_kv.cache.manager import KVCacheManager
 from lzero_kv.config import KVCacheConfig
 from lzero_kv.lightzero.host import check_supported, simulations_of
 from lzero_kv.lightzero.inference.resources import make_manager
+from lzero_kv.lightzero.inference.session import check_room
 from lzero_kv.lightzero.settings import FLAG, PLACE, choices_of
 from lzero_kv.mistakes import close_name
 
@@ -64,9 +65,10 @@ def planned(policy_cfg: Any) -> Plan:
     """
     model = policy_cfg['model']['world_model_cfg']
     config, mode = choices_of(model)
-    environments = int(policy_cfg['collector_env_num']) + int(policy_cfg['evaluator_env_num'])
+    phases = int(policy_cfg['collector_env_num']), int(policy_cfg['evaluator_env_num'])
     device, simulations = torch.device(device_of(policy_cfg)), simulations_of(policy_cfg)
-    manager = make_manager(model, config, torch.float32, device, environments, simulations)
+    manager = make_manager(model, config, torch.float32, device, sum(phases), simulations)
+    check_room(manager, model, max(phases))
     return Plan(config, manager, mode)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lzero_kv.lightzero.inference.events import Observer
 from lzero_kv.lightzero.inference.expand import Search, SearchByLatent
 from lzero_kv.lightzero.inference.inputs import RootInputs, timesteps_of
 from lzero_kv.lightzero.inference.resources import make_manager
-from lzero_kv.lightzero.inference.session import InferenceSession
+from lzero_kv.lightzero.inference.session import InferenceSession, check_room
 from lzero_kv.lightzero.settings import choices_of
 from lzero_kv.telemetry.counters import Timings
 
@@ -89,7 +90,12 @@ class KVWorldModel(WorldModel):
     def session(self) -> InferenceSession:
         """The session, made for the dtype and device that the weights have now."""
         if self._session is None:
-            self._session = InferenceSession(self, self._env_num, self._num_simulations, self._search_rows)
+            # a search may be the first to ask; tensors made in its inference mode could not be written to
+            # outside it
+            with torch.inference_mode(False):
+                self._session = InferenceSession(
+                    self, self._env_num, self._num_simulations, self._search_rows
+                )
             manager = self._session.manager
             self.keys_values_wm_list = manager.keys_values_wm_list
             self.keys_values_wm_size_list = manager.keys_values_wm_size_list
@@ -141,16 +147,17 @@ class KVWorldModel(WorldModel):
         search, and the most environments that are searched at once (None: all of them).
 
         Raises:
-            ValueError: the cache's configuration has no room for them.
+            ValueError: the cache's configuration has no room for them. Nothing is changed.
         """
-        self._env_num, self._num_simulations = environments, num_simulations
-        self._search_rows = environments if rows is None else rows
-        self._drop_session()
+        rows = environments if rows is None else rows
         # Allocates nothing; a configuration that cannot serve is refused here and not in a training's midst.
         weight = self.transformer.ln_f.weight
-        make_manager(
+        manager = make_manager(
             self.config, self.cache_config, weight.dtype, weight.device, environments, num_simulations
         )
+        check_room(manager, self.config, rows)
+        self._env_num, self._num_simulations, self._search_rows = environments, num_simulations, rows
+        self._drop_session()
 
     @contextmanager
     def serving(self, env_ids: Sequence[int], host_last: HostLast | None = None) -> Iterator[None]:
@@ -187,7 +194,8 @@ class KVWorldModel(WorldModel):
                 start_pos = np.full(len(obs_act_dict['action']), start_pos)
             return super().forward_initial_inference(obs_act_dict, start_pos)
         env_ids = obs_act_dict.get('ready_env_id') if self._env_ids is None else self._env_ids
-        env_ids = range(len(observations)) if env_ids is None else env_ids
+        # a tensor's numbers are no keys: each is another object
+        env_ids = range(len(observations)) if env_ids is None else list(map(operator.index, env_ids))
         session = self.session
         if self._validator is not None:
             self._validator.stock_last, self._validator.start_pos = self._host_last, start_pos
@@ -241,7 +249,8 @@ class KVWorldModel(WorldModel):
 
         Raises:
             ValueError: a latent state is nan or infinite. Nothing is changed.
-            RuntimeError: the nodes of two simulations do not fit into ``max_bytes``.
+            RuntimeError: what the rows need at once does not fit into ``max_bytes`` or ``window_slots``, or
+                there is no memory.
         """
         return self.session.begin_search(root_latents, timestep, num_simulations)
 
@@ -252,7 +261,7 @@ class KVWorldModel(WorldModel):
 
         What is refused (ValueError) was refused before anything was stored, and pools stay as they are. What
         fails on the way (RuntimeError, such as nan from broken weights) empties them; environments stay in
-        their episodes.
+        their episodes. A step that is taken again begins a new history, with its last observation.
         """
         session = self.session
         try:

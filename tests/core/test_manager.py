@@ -101,8 +101,8 @@ def test_a_store_is_all_or_nothing():
         made.store([NodeKey(9, 9), RootKey(1, 1), RootKey(1, 2)], rows, [1, 2, 3], [1, 2, 3])
     with pytest.raises(ValueError, match='lengths must be one integer for each of the 3 keys'):
         made.store([NodeKey(9, 9), RootKey(1, 1), NodeKey(9, 8)], rows, [1, 2], [1, 2, 3])
-    with pytest.raises(ValueError, match=r'rows must have the shape \[3, 6, 2, 4, 5\]'):
-        made.store([NodeKey(9, 9), RootKey(1, 1), NodeKey(9, 8)], rows, [1, 2, 3], [1, 2, 3], newest=4)
+    with pytest.raises(ValueError, match=r'rows must have the shape \[3, 6, 2, 7, 5\]'):
+        made.store([NodeKey(9, 9), RootKey(1, 1), NodeKey(9, 8)], rows[:2], [1, 2, 3], [1, 2, 3])
     assert made.get_stats_summary() == before
     assert torch.equal(made.load(made.slots(KEYS), newest=5), kv)
 
@@ -113,23 +113,23 @@ def test_names_of_lightzeros_manager():
     made.set_init_cache(2, 77, entry)
     made.set_recur_cache(77, entry)
     made.set_recur_cache(78, entry)
-    made.set_wm_cache(79, entry)
-    for found in (made.get_init_cache(2, 77), made.get_recur_cache(78), made.get_wm_cache(79)):
+    for found in (made.get_init_cache(2, 77), made.get_recur_cache(78)):
         assert found is not None
         assert torch.equal(found[1]._v_cache._cache, entry[1]._v_cache._cache)
-    assert [made.get_init_cache(1, 77), made.get_recur_cache(79), made.get_wm_cache(78)] == [None] * 3
-    assert (len(made.init_pools[2]), len(made.recur_pool), len(made.wm_pool)) == (1, 2, 1)
+    assert [made.get_init_cache(1, 77), made.get_recur_cache(79)] == [None] * 2
+    assert (len(made.init_pools[2]), len(made.recur_pool)) == (1, 2)
     made.clear_recur_cache()
-    assert (len(made.init_pools[2]), len(made.recur_pool), len(made.wm_pool)) == (1, 0, 1)
+    assert (len(made.init_pools[2]), len(made.recur_pool)) == (1, 0)
+    made.set_recur_cache(77, entry)
     made.clear_init_caches()
-    assert (len(made.init_pools[2]), len(made.wm_pool)) == (0, 1)
+    assert (len(made.init_pools[2]), len(made.recur_pool)) == (0, 1)
     made.clear_all()
-    assert len(made.wm_pool) == 0
+    assert len(made.recur_pool) == 0
 
 
 def test_a_configuration_without_shapes_takes_the_layout_of_the_first_history():
     made = KVCacheManager({'num_simulations': 11}, 4)
-    assert (made.bytes, made.get_init_cache(2, 5), made.wm_pool.capacity) == (0, None, 4)
+    assert (made.bytes, made.get_init_cache(2, 5), made.recur_pool.capacity) == (0, None, 4)
     with pytest.raises(RuntimeError, match='no layout yet; pass layout='):
         made.store([RootKey(2, 5)], torch.zeros(1, 6, 2, 7, 5), [1], [1])
     entry = Histories(LAYOUT, 0).entry(4)
@@ -342,21 +342,6 @@ def test_explicit_window_slots_stay():
     with pytest.raises(RuntimeError, match=r'kv_cache\.window_slots'):
         made.begin_search(18, 90)
     assert len(made.recur_pool) == 17
-
-
-def test_single_histories_take_memory_once_they_are_used():
-    made = manager(max_bytes=(8 + 10) * 1680)
-    made.begin_search(6, 90)
-    assert 'wm_pool' not in made.get_stats_summary()
-    assert made.get_wm_cache(1) is None
-    assert (made.get_stats_summary()['wm_pool']['capacity'], made.bytes) == (4, 0)
-    made.set_wm_cache(1, Histories(LAYOUT, 0).entry(4))
-    assert made.bytes == 4 * 1680
-    with pytest.raises(RuntimeError, match='can hold 6'):
-        made.begin_search(7, 90)
-    full = manager(max_bytes=(8 + 7) * 1680)
-    with pytest.raises(RuntimeError, match='4 slots for single histories'):
-        full.set_wm_cache(1, Histories(LAYOUT, 0).entry(4))
 
 
 def test_the_memory_of_a_search_is_used_again_and_counts():

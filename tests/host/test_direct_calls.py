@@ -171,6 +171,21 @@ def test_root_slots_say_from_how_many_roots_an_environment_can_go_on(window: str
     assert (roots.evictions > 0) == (root_slots == 2)
 
 
+def test_environments_may_be_named_by_a_tensor() -> None:
+    models = [new_caller().model.world_model for _ in range(2)]
+    seen = torch.zeros(ROWS, 7, dtype=torch.float64)
+    for step in range(3):
+        new, expected = seen + step, []
+        given = {'obs': seen, 'action': [step - 1] * ROWS, 'current_obs': new}
+        for model, names in zip(models, ([1, 0], torch.tensor([1, 0])), strict=True):
+            outputs = model.forward_initial_inference({**given, 'ready_env_id': names}, [step] * ROWS)
+            expected.append(outputs[4])
+        assert torch.equal(*expected)
+        seen = new
+    with pytest.raises(TypeError):
+        models[0].forward_initial_inference({**given, 'ready_env_id': [0.5, 1.5]}, [3] * ROWS)
+
+
 @dataclass(frozen=True)
 class BadCall:
     """A call that must be refused with one message, and leave everything as it was."""

@@ -13,7 +13,7 @@ from lzero_kv.budget import ALLOCATIONS, SELECTIONS, Kept
 from testing.episodes import Episodes, Root
 from testing.families import FAMILIES, Family
 from testing.judging import TOLERANCE, tree_differences
-from testing.models import make_policy, world_model_of
+from testing.models import collect_model, make_policy, world_model_of
 from testing.precision import precision
 
 from .plays import assert_same_play, fail_with_nan
@@ -223,6 +223,37 @@ def test_nan_leaves_no_trace() -> None:
     policy, undisturbed = budgeted_policy(budget=budget), budgeted_policy(budget=budget)
     fail_with_nan(policy, range(ROWS))
     assert_same_play(Episodes(policy, range(ROWS)).run(9), Episodes(undisturbed, range(ROWS)).run(9))
+
+
+def test_a_refused_root_inference_leaves_the_budgets_as_they_are() -> None:
+    """Budgets move where a root inference begins; one that is refused leaves the running search intact."""
+    moving = dict(ratio=0.5, window=2, allocation='attention_based', alpha=1.0, hysteresis=0.0, smoothing=0.0)
+    policy = budgeted_policy(budget=moving)
+    model, session = collect_model(policy), world_model_of(policy).session
+    generator = torch.Generator().manual_seed(0)
+    moved, last = 0, torch.zeros(ROWS, *policy._cfg.model.observation_shape, dtype=torch.float64)
+    for step in range(24):
+        before = session.geometry.widths
+        new = torch.randn(last.shape, generator=generator, dtype=torch.float64)
+        for bad in (dict(current_obs_batch=new * torch.nan), dict(action_batch=[99] * ROWS)):
+            if step:
+                given = dict(obs_batch=last, action_batch=[step % 4] * ROWS, current_obs_batch=new)
+                with pytest.raises(ValueError, match='expected'):
+                    model.initial_inference(**given | bad, start_pos=[np.array(step)] * ROWS)
+        assert session.geometry.widths == before
+        model.initial_inference(last, [step % 4 if step else -1] * ROWS, new, [np.array(step)] * ROWS)
+        moved += session.geometry.widths != before
+        last = new
+    assert moved
+
+
+def test_a_search_may_be_the_first_to_ask_for_the_session() -> None:
+    """In inference mode, where tensors are made that could not be written to outside it."""
+    policy, undisturbed = (budgeted_policy(budget=dict(ratio=0.5)) for _ in range(2))
+    model = world_model_of(policy)
+    with torch.inference_mode():
+        model.begin_search(np.zeros((ROWS, 1, model.embed_dim)), None, SIMULATIONS)
+    assert_same_play(Episodes(policy, range(ROWS)).run(3), Episodes(undisturbed, range(ROWS)).run(3))
 
 
 def test_attention_that_is_not_finite_names_layer_and_rows() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.metadata
+import inspect
 import sys
 from typing import Any
 
@@ -15,6 +16,7 @@ from testing.episodes import Episodes
 from testing.models import collect_model, make_policy, world_model_of
 
 from .host_state import changed, host_attributes
+from .plays import assert_same_play
 
 CONSTRUCTORS = {
     'lzero.model.unizero_model.WorldModel',
@@ -173,6 +175,8 @@ def test_a_flag_of_a_wrong_type_is_refused(flag: Any) -> None:
         (dict(kv_cache=dict(padding='host')), r"padding: 'host' is gone; .* leave padding out"),
         (dict(kv_cache=dict(validation_rate=2.0)), r'expected a number in \[0, 1\], got 2.0'),
         (dict(kv_cache=dict(max_bytes=1000)), r'max_bytes=1,000 is too small'),
+        (dict(kv_cache=dict(max_bytes=17_280)), r'max_bytes=17,280 is too small: a search of 2 environments'),
+        (dict(kv_cache=dict(window_slots=1)), r'window_slots=1: expected at least 2'),
     ],
 )
 def test_an_impossible_cache_is_refused_when_the_policy_is_built(
@@ -191,6 +195,19 @@ def test_a_stock_model_is_refused_by_a_policy_with_the_flag() -> None:
     with pytest.raises(RuntimeError, match=r'expected a model that was built after lzero_kv\.install'):
         type(stock)(config, model=collect_model(stock), enable_field=['learn', 'collect', 'eval'])
     assert changed(before, host_attributes()) == set()
+
+
+@pytest.mark.parametrize('kv', [False, True])
+@pytest.mark.parametrize('family', ['tiny', 'lunarlander_continuous'])
+def test_a_search_takes_its_arguments_by_the_hosts_names(family: str, kv: bool) -> None:
+    small_policy(family, kv=True)  # replaces the searches, those of stock models too
+    policy, positional = (small_policy(family, kv=kv) for _ in range(2))
+    search = policy._mcts_collect.search
+    names = list(inspect.signature(search).parameters)
+    assert names[2:5] == ['latent_state_roots', 'to_play_batch', 'timestep']
+    policy._mcts_collect.search = lambda *given: search(**dict(zip(names, given, strict=False)))
+    plays = [Episodes(one, range(2), record=False).run(2) for one in (policy, positional)]
+    assert_same_play(*plays)
 
 
 def test_a_policy_that_exists_goes_on_after_uninstalling() -> None:

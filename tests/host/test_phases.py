@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from lzero.policy.unizero import UniZeroPolicy
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 from testing.episodes import Episodes, Root
 from testing.judging import judge_nodes, judge_roots
-from testing.models import make_policy, world_model_of
+from testing.models import collect_model, load_weights, make_policy, world_model_of
+from testing.precision import free_from_float32, precision
 
 from .plays import assert_same_play, of_environment
 
@@ -309,3 +312,69 @@ def test_an_environment_that_the_policy_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match=r'expected environment ids in \[0, 3\), got 3; write the real'):
         Episodes(policy, range(4)).run(1)
     assert [root.visits for root in roots] == [root.visits for root in undisturbed.run(2)]
+
+
+@pytest.mark.parametrize('mode', ['collect', 'eval'])
+def test_an_unknown_environment_is_refused_and_no_other_is_forgotten(mode: str) -> None:
+    options = dict(world_model=dict(cache_validation_mode='store'), kv_cache=dict(window='shift'))
+    policies = [small_policy(evaluator_env_num=3, **options) for _ in range(2)]
+    plays = [Episodes(policy, range(3), mode=mode) for policy in policies]
+    for episodes in plays:
+        episodes.run(2)
+    inputs = policies[0]._last_inputs(mode)
+    with pytest.raises(ValueError, match=r'expected environment ids in \[0, 3\), got 7'):
+        getattr(policies[0], f'_reset_{mode}')([0, 7])
+    assert all(one is other for one, other in zip(inputs, policies[0]._last_inputs(mode), strict=True))
+    assert_same_play(plays[0].run(2), plays[1].run(2))
+
+
+@pytest.mark.parametrize('validated', [False, 'store'])
+@pytest.mark.parametrize('mode', ['collect', 'eval'])
+def test_one_environment_can_be_reset_by_its_number(mode: str, validated: Any) -> None:
+    options = dict(world_model=dict(cache_validation_mode=validated), kv_cache=dict(window='shift'))
+    policies = [small_policy(evaluator_env_num=3, **options) for _ in range(2)]
+    plays = [Episodes(policy, range(3), mode=mode) for policy in policies]
+    for policy, episodes, env_id in zip(policies, plays, (1, [1]), strict=True):
+        episodes.run(2)
+        getattr(policy, f'_reset_{mode}')(env_id)
+        assert sorted(policy._last_steps[mode]._steps) == [0, 2]
+    assert_same_play(plays[0].run(2), plays[1].run(2))
+
+
+class ResetsItself(UniZeroPolicy):
+    """A policy with resets of its own, as a user may write it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.resets: list[tuple[Any, ...]] = []
+        super().__init__(*args, **kwargs)
+
+    def _reset_collect(self, env_id: Any = None, current_steps: Any = None, **more: Any) -> None:
+        self.resets.append(('collect', _hashable(env_id), current_steps))
+        super()._reset_collect(env_id, current_steps, **more)
+
+    def _reset_eval(self, env_id: Any = None) -> None:
+        self.resets.append(('eval', _hashable(env_id)))
+
+
+def _hashable(env_id: Any) -> Any:
+    return tuple(env_id) if isinstance(env_id, list) else env_id
+
+
+def test_resets_of_a_policys_own_are_called() -> None:
+    """They may call the host's, which clears roots now and then: those are computed again."""
+    template = small_policy()
+    with precision(torch.float64), redirect_stdout(StringIO()):
+        policy = ResetsItself(copy.deepcopy(template._cfg), None, ['learn', 'collect', 'eval'])
+    load_weights(policy, collect_model(template).state_dict())
+    for model in (collect_model(policy), policy._target_model):
+        free_from_float32(model)
+        model.eval()
+    policy.resets.clear()
+    plays = [Episodes(one, range(3), lengths={1: [2]}) for one in (policy, template)]
+    roots, expected = (episodes.run(3) for episodes in plays)
+    policy._reset_collect(0, 200, reset_init_data=False)
+    policy._reset_eval([1])
+    assert_same_play(roots + plays[0].run(2), expected + plays[1].run(2))
+    # the end of an episode, a step that the host's collectors report, and the evaluation's
+    assert {('collect', (1,), None), ('collect', 0, 200), ('eval', (1,))} <= set(policy.resets)
+    assert root_statistics(policy).rebuilt_tokens > 0

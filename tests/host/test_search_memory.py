@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lzero_kv.cache.storage import KVStorage
 from lzero_kv.lightzero.inference.events import NodesExpanded, Observer
 from lzero_kv.lightzero.inference.expand import Search
 from lzero_kv.lightzero.inference.tree import Parents, SearchTree
@@ -130,11 +132,78 @@ def test_nodes_whose_steps_have_no_room_get_windows_of_their_own(spare: int) -> 
     assert_same_play(roots, expected)
 
 
-def test_memory_that_cannot_hold_the_rows_is_refused() -> None:
-    row_bytes = world_model_of(search_policy()).kv_cache_manager.layout.row_bytes
-    policy = search_policy(kv_cache=dict(max_bytes=(2 * (ROWS + 1) + ROWS + 1) * row_bytes))
-    with pytest.raises(RuntimeError, match=r'bytes beside the pools; raise kv_cache\.max_bytes='):
-        Episodes(policy, range(ROWS)).run(1)
+@pytest.mark.parametrize(
+    ('family', 'window'), [('tiny', 'rebuild'), ('tiny', 'shift'), ('cartpole', 'shift')]
+)
+def test_memory_that_cannot_hold_the_rows_is_refused_when_the_policy_is_built(
+    family: str, window: str
+) -> None:
+    """The least that is accepted serves searches; float32, as the host builds its models."""
+    options: dict[str, Any] = dict(dtype=torch.float32, num_simulations=6)
+    policy = search_policy(family, kv_cache=dict(window=window), **options)
+    session = world_model_of(policy).session
+    beside = Search.elements(session, ROWS, 6, 0 if window == 'rebuild' else 6) * 4
+    least = (2 * (ROWS + 1) + ROWS + 1) * session.manager.layout.row_bytes
+    least += -(-beside // session.manager.layout.row_bytes) * session.manager.layout.row_bytes
+    with pytest.raises(ValueError, match=rf'a search of 3 environments works with {beside:,} bytes beside'):
+        search_policy(family, kv_cache=dict(window=window, max_bytes=least - 1), **options)
+    tight = search_policy(family, kv_cache=dict(window=window, max_bytes=least), **options)
+    Episodes(tight, range(ROWS), record=False).run(7)
+
+
+@pytest.mark.parametrize('window', ['rebuild', 'shift'])
+def test_fewer_windows_than_rows_are_refused_where_searches_derive_windows(window: str) -> None:
+    kv_cache = dict(window=window, window_slots=ROWS - 1)
+    if window == 'rebuild':
+        with pytest.raises(ValueError, match='window_slots=2: expected at least 3, one window for each'):
+            search_policy(kv_cache=kv_cache)
+    else:
+        Episodes(search_policy(kv_cache=kv_cache), range(ROWS), record=False).run(7)
+
+
+def test_sizes_that_are_refused_change_nothing() -> None:
+    policy, undisturbed = (search_policy(kv_cache=dict(window_slots=ROWS)) for _ in range(2))
+    model, plays = world_model_of(policy), []
+    for one in (policy, undisturbed):
+        episodes = Episodes(one, range(ROWS))
+        episodes.run(3)
+        plays.append(episodes)
+    session = model.session
+    for sizes in ((10**8, 5), (ROWS + 1, 14, ROWS + 1)):
+        with pytest.raises(ValueError, match='kv_cache'):
+            model.expect(*sizes)
+    assert model.session is session
+    assert_same_play(plays[0].run(3), plays[1].run(3))
+
+
+@pytest.mark.parametrize('most', [120_000, 150_000, 180_000, 200_000])
+def test_bytes_stay_under_their_bound_while_the_pool_grows(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No view of the old tensor outlives it: else the bytes of both would stand beside each other."""
+    policy = search_policy(
+        infer_context_length=3, num_simulations=50, dtype=torch.float32, collector_env_num=2,
+        kv_cache=dict(max_bytes=most),
+    )  # fmt: skip
+    manager = world_model_of(policy).kv_cache_manager
+    new, replace, made, grown, copied = KVStorage._new, KVStorage._replace, [], [], [0]
+
+    def counted_new(storage: KVStorage, slots: int) -> torch.Tensor:
+        tensor = new(storage, slots)
+        made.append(weakref.ref(tensor.untyped_storage()))
+        alive = sum(one.nbytes() for one in (reference() for reference in made) if one is not None)
+        grown.append(alive + copied[0] + manager.search_bytes)
+        return tensor
+
+    def counted_replace(storage: KVStorage, slots: int, keep: int) -> None:
+        copied[0] = keep * manager.layout.row_bytes
+        replace(storage, slots, keep)
+        copied[0] = 0
+
+    monkeypatch.setattr(KVStorage, '_new', counted_new)
+    monkeypatch.setattr(KVStorage, '_replace', counted_replace)
+    Episodes(policy, range(2), record=False).run(5)
+    assert len(grown) > 2 and max(grown) <= most
 
 
 @pytest.mark.parametrize('most', [60, 400])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lzero_kv.lightzero.inference import weights
+from lzero_kv.lightzero.inference.backends import RUNNERS
 from lzero_kv.lightzero.inference.weights import affine, layers_of
 from testing.episodes import Episodes
 from testing.judging import judge_nodes, judge_roots
@@ -115,7 +116,17 @@ def write_around_autograd_and_clear(model: Any) -> None:
     model.clear_caches()
 
 
-CHANGES = [write_in_place, step_an_optimizer, replace_data, load_a_state, write_around_autograd_and_clear]
+def replace_parameters_and_clear(model: Any) -> None:
+    for module in model.transformer.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(0.7 * module.weight.detach())
+    model.clear_caches()
+
+
+CHANGES = [
+    *(write_in_place, step_an_optimizer, replace_data, load_a_state),
+    *(write_around_autograd_and_clear, replace_parameters_and_clear),
+]
 
 
 @pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
@@ -126,6 +137,25 @@ def test_the_next_search_has_the_weights_of_now(change: Any) -> None:
     with torch.enable_grad():
         change(model)
     roots = Episodes(policy, range(3), seed=1).run(4)  # other episodes: no root is stored from before
+    for verdict in (judge_roots(policy, roots, 'rebuild'), judge_nodes(policy, roots, 'rebuild')):
+        assert verdict.wrong == 0, str(verdict)
+
+
+@pytest.mark.parametrize('backend', ['eager', 'compile'])
+@pytest.mark.parametrize('change', CHANGES, ids=lambda change: change.__name__)
+def test_the_next_root_has_the_weights_of_now(
+    change: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of episodes: roots that the old weights stored are computed again."""
+    monkeypatch.setitem(RUNNERS, 'compile', lambda step, inputs: lambda: step(inputs))
+    policy = make_policy(
+        'tiny', kv=True, num_simulations=6, collector_env_num=3, kv_cache=dict(backend=backend)
+    )
+    episodes = Episodes(policy, range(3))
+    episodes.run(2)
+    with torch.enable_grad():
+        change(world_model_of(policy))
+    roots = episodes.run(2)
     for verdict in (judge_roots(policy, roots, 'rebuild'), judge_nodes(policy, roots, 'rebuild')):
         assert verdict.wrong == 0, str(verdict)
 

@@ -109,9 +109,10 @@ class InferenceResources:
         return self._weights
 
     def take_weights(self) -> None:
-        """Notice weights that changed; called where a root inference or a search begins."""
+        """Notice weights that changed, and drop what was computed with the old ones; called where a root
+        inference or a search begins."""
         if self._weights is not None and self._weights.stale():
-            self._weights = self._shift = None
+            self.world_model.clear_caches()
 
     def shift_table(self) -> torch.Tensor | None:
         """What each place adds to keys and values (:meth:`LearnedPositions.projected`), by the present

@@ -176,7 +176,7 @@ class RootStep:
             kept.index_copy_(0, to_device(rows, windows.device), windows)
         newest = int(self.lengths.max())
         kv = kept[..., kept.shape[4] - newest :, :].flatten(1, 2)
-        self._manager.store(keys, kv, self.lengths, self.next_positions, newest=newest)
+        self._manager.store(keys, kv, self.lengths, self.next_positions)
 
     def histories(self, behind: int) -> list[torch.Tensor]:
         """Copies of the histories, whose newest tokens stand ``behind`` columns from the end."""
@@ -214,10 +214,10 @@ class RootInference:
         given.check(environments=len(self._manager.init_pools))
         resources, first = self._resources, given.first
         resources.take_weights()
-        if self._budget is not None:
-            self._budget.advance()
         latents = self._encode(given)
         actions = None if first.all() else action_embeddings(self._world_model, given.last_actions, first)
+        if self._budget is not None:
+            self._budget.advance()
         step, found = self._load(given)
         copied = any(observer.needs_histories for observer in resources.observers)
         served = Histories(step.histories(TOKENS_PER_STEP), found) if copied else NO_HISTORIES

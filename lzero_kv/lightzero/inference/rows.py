@@ -79,8 +79,6 @@ class ResidentRows:
         self.geometry = geometry
         self._storage = manager.storage
         self._send = sender(memory.device)
-        self._seen: torch.Tensor | None = None
-        self._sources: list[tuple[slice, torch.Tensor]] = []
         self._window = geometry.window
         shape = (rows, geometry.layers, 2, geometry.heads, self._window + room, geometry.head_dim)
         self.buffer = memory[: self.elements(geometry, rows, room)].view(shape)
@@ -113,11 +111,11 @@ class ResidentRows:
         place[..., place.shape[4] - newest :, :].index_copy_(0, self._send(slots), windows)
 
     def _stored(self) -> list[tuple[slice, torch.Tensor]]:
-        """:meth:`Geometry.sources` of the storage, whose tensor is another one after it grew."""
-        storage = self._storage.tensor
-        if storage is not self._seen:
-            self._seen, self._sources = storage, self.geometry.sources(storage)
-        return self._sources
+        """:meth:`Geometry.sources` of the storage, made once for each tensor that it has had."""
+        views = self._storage.views
+        if self.geometry not in views:
+            views[self.geometry] = self.geometry.sources(self._storage.tensor)
+        return views[self.geometry]
 
     def load_path(self, steps: torch.Tensor, at: np.ndarray) -> None:
         """Copy steps beside the windows.

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from lzero_kv.cache.keys import NodeKey
-from lzero_kv.cache.window import TOKENS_PER_STEP
+from lzero_kv.cache.manager import KVCacheManager
+from lzero_kv.cache.window import TOKENS_PER_STEP, Window
 
 from .budget import WindowBudget
 from .compiled import CompiledSearch, StaticStep
@@ -18,6 +19,7 @@ from .expand import Search, SearchByLatent
 from .inputs import check_finite_latents, same_latents, timesteps_of
 from .resources import InferenceResources
 from .roots import RootBatch, RootInference
+from .rows import Geometry, ResidentRows
 
 
 class InferenceSession(InferenceResources):
@@ -113,3 +115,38 @@ class InferenceSession(InferenceResources):
         self.manager.forget_search_memory()
         if self.manager.storage.bytes:
             self.manager.storage.tensor.zero_()
+
+
+def check_room(manager: KVCacheManager, model: Any, rows: int) -> None:
+    """Refuse caches that cannot hold what a search of ``rows`` environments needs at once.
+
+    Layer budgets change their windows: of them the working memory is not looked at.
+
+    Args:
+        manager: as :func:`~.resources.make_manager` made it, not used yet.
+        model: the host's ``world_model_cfg``.
+
+    Raises:
+        ValueError: says which option to raise.
+    """
+    config, layout, layers = manager.cache_config, manager.layout, int(model.num_layers)
+    exact, kept = config.window != 'shift', Window(int(model.context_length)).kept
+    if exact and config.window_slots is not None and config.window_slots < rows:
+        raise ValueError(
+            f'kv_cache.window_slots={config.window_slots}: expected at least {rows}, one window for each '
+            f'environment that is searched at once; raise it, or leave it out'
+        )
+    if config.max_bytes is None or config.limiting_budget(layers, kept) is not None:
+        return
+    geometry = Geometry(layout.heads, layout.head_dim, (kept,) * layers)
+    simulations = manager.num_simulations
+    elements = ResidentRows.elements(geometry, rows, Search.columns_behind(simulations, kept))
+    if not exact:  # all steps have to fit, and learned positions are taken from a copy of the columns
+        elements *= 1 if model.rotary_emb else 2
+        elements += simulations * rows * TOKENS_PER_STEP * geometry.column
+    wanted = elements * layout.dtype.itemsize
+    if wanted > manager.spare_bytes:
+        raise ValueError(
+            f'kv_cache.max_bytes={config.max_bytes:,} is too small: a search of {rows} environments works '
+            f'with {wanted:,} bytes beside the pools, which leave {manager.spare_bytes:,}; raise it'
+        )

@@ -107,6 +107,7 @@ class InferenceWeights:
         self.precision = precision
         self.heads = int(transformer.blocks[0].attn.num_heads)
         self.control = policy_control(world_model)
+        self._world_model = world_model
         self._parameters = list(world_model.parameters())
         self._seen = self._fingerprint()
         with torch.inference_mode(False), torch.no_grad():  # a search may be the first to ask for them
@@ -137,14 +138,16 @@ class InferenceWeights:
         self._seen = self._fingerprint()
 
     def in_place(self) -> bool:
-        """Whether all parameters lie in the memory where they were."""
-        return [place for place, _ in self._fingerprint()] == [place for place, _ in self._seen]
+        """Whether all parameters of now lie in the memory where those of these weights were."""
+        places = [parameter.data_ptr() for parameter in self._world_model.parameters()]
+        return places == [place for place, _ in self._seen]
 
     def stale(self) -> bool:
-        """Whether a parameter was written to, or replaced, since these weights were taken.
+        """Whether a parameter was written to, or got other memory, since these weights were taken.
 
-        A write that goes around autograd's version counter (``parameter.data``) is not seen here; code that
-        writes like that clears the caches, as the host does after every update.
+        A write that goes around autograd's version counter (``parameter.data``) is not seen here, nor another
+        parameter in the place of one; code that does so clears the caches, as the host does after every
+        update.
         """
         return self._fingerprint() != self._seen
 
