@@ -281,7 +281,7 @@ def watched(
         original(collector, *args, **kwargs)
         known = len(collector._episode_info)  # the host forgets them where it logs them
 
-    with ExitStack() as stack, bounded(progress, owner):
+    with bounded(progress, owner), ExitStack() as stack:
         stack.enter_context(around(owner, '_forward_collect', act))
         stack.enter_context(around(BaseLearner, 'train', partial(clock.timed, LEARNING)))
         if progress.evaluates:

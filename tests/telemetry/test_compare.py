@@ -28,6 +28,7 @@ from lzero_kv.cli.comparison import (
 )
 from lzero_kv.cli.training import Progress, Request
 from lzero_kv.cli.training_call import alone, training_call
+from lzero_kv.lightzero.policy import KVPolicy
 from lzero_kv.sweep.rows import ROWS, Row, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,14 +200,15 @@ def test_reanalysis_of_the_whole_buffer_is_sampling() -> None:
 
     call, _ = alone(training_call(CARTPOLE, ['--smoke']), Path('x'), flag=True)
     buffers, clock = (UniZeroGameBuffer, SampledUniZeroGameBuffer), Clock()
-    before = [dict(vars(buffer)) for buffer in buffers]
+    changed = *buffers, KVPolicy
+    before = [dict(vars(owner)) for owner in changed]
     with watched(call, Progress(1, evaluates=False), clock, [], []):
         for buffer in buffers:
             with pytest.raises(AttributeError):  # of a policy that is none
                 buffer.reanalyze_buffer(object.__new__(buffer), 4, None)
             assert clock.wall.keys() == {SAMPLING}
             clock.wall.clear()
-    assert [dict(vars(buffer)) for buffer in buffers] == before
+    assert [dict(vars(owner)) for owner in changed] == before
 
 
 def row(arm: str, seed: int, search: float, returns: list[tuple[int, float]], device: str = 'cpu') -> Row:
