@@ -42,7 +42,6 @@ from lzero_kv.validation.report import (
 
 RECOMPUTE = 'recompute'
 MODES = ('store', 'model')
-SIMULATIONS = ('num_simulations', 'collect_num_simulations', 'eval_num_simulations')
 PAGE, PICTURE, NUMBERS = 'validation.md', 'validation.png', 'validation.json'
 
 
@@ -268,8 +267,7 @@ def prepared(call: TrainingCall, request: Request) -> tuple[TrainingCall, list[s
         'validation_folder': str(_findings_of(request)),
     }
     if request.simulations is not None:
-        # git main searches with the second and the third, the release and reanalysis with the first
-        policy.update(dict.fromkeys(SIMULATIONS, request.simulations))
+        policy.update(dict.fromkeys(host.SIMULATIONS, request.simulations))
         if 'num_simulations' in world_model:  # where it is not, the host's own caches are made for 50
             world_model['num_simulations'] = request.simulations
     try:

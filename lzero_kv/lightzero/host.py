@@ -325,10 +325,14 @@ def policy_control(world_model: Any) -> Callable[[torch.Tensor], torch.Tensor] |
     return world_model._apply_policy_logits_control if clips else None
 
 
+SIMULATIONS = ('num_simulations', 'collect_num_simulations', 'eval_num_simulations')
+"""Names in a policy's configuration: git main searches with the second and the third, the release and
+reanalysis with the first."""
+
+
 def simulations_of(config: Any) -> int:
     """The most simulations of a search by a policy's configuration, in any phase."""
-    names = 'num_simulations', 'collect_num_simulations', 'eval_num_simulations'
-    return max(int(config[name]) for name in names if config.get(name) is not None)
+    return max(int(config[name]) for name in SIMULATIONS if config.get(name) is not None)
 
 
 def faults(model: str, config: Any) -> list[str]:

@@ -197,22 +197,21 @@ class KVPolicy(UniZeroPolicy):
         return (steps.of_all if every else steps.of)(env_ids, data)
 
     def _reset_collect(self, *given: Any, **named: Any) -> None:
-        self._reset_phase('collect', *given, **named)
-        if self._resets_itself('_reset_collect'):
-            super()._reset_collect(*given, **named)
+        self._reset('collect', given, named)
 
     def _reset_eval(self, *given: Any, **named: Any) -> None:
-        self._reset_phase('eval', *given, **named)
-        if self._resets_itself('_reset_eval'):
-            super()._reset_eval(*given, **named)
+        self._reset('eval', given, named)
 
-    def _resets_itself(self, method: str) -> bool:
-        """Whether the class behind this one and KVPolicy has a method in the place of UniZeroPolicy's.
+    def _reset(self, phase: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Reset in the place of UniZeroPolicy, then as the policy's own class does where it has a method.
 
-        It may call UniZeroPolicy's: the last inputs that this wipes are set anew before each use, and the
+        That may call UniZeroPolicy's: the last inputs that this wipes are set anew before each use, and the
         roots that it clears now and then are computed again.
         """
-        return getattr(type(self).__mro__[2], method) is not getattr(UniZeroPolicy, method)
+        self._reset_phase(phase, *given, **named)
+        own = getattr(super(), f'_reset_{phase}')
+        if own.__func__ is not getattr(UniZeroPolicy, f'_reset_{phase}'):
+            own(*given, **named)
 
     def _reset_phase(
         self,

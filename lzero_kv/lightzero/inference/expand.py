@@ -24,7 +24,7 @@ from .heads import (
 from .inputs import check_actions
 from .resources import InferenceResources
 from .roots import RootBatch
-from .rows import ResidentRows, visible_columns
+from .rows import Geometry, ResidentRows, visible_columns
 from .tree import ROOT, Parents, SearchTree
 
 NOWHERE = -1
@@ -117,9 +117,17 @@ class Search:
     @classmethod
     def elements(cls, resources: InferenceResources, rows: int, simulations: int, stored_steps: int) -> int:
         """Numbers of memory that a search takes."""
-        geometry = resources.geometry
-        room = cls.columns_behind(simulations, resources.window.kept)
-        beside = ResidentRows.elements(geometry, rows, room) * (1 if resources.shift_table() is None else 2)
+        corrected = resources.shift_table() is not None
+        kept = resources.window.kept
+        return cls.elements_of(resources.geometry, kept, rows, simulations, stored_steps, corrected)
+
+    @classmethod
+    def elements_of(
+        cls, geometry: Geometry, kept: int, rows: int, simulations: int, stored_steps: int, corrected: bool
+    ) -> int:
+        """The same without a session. ``corrected``: positions are taken from a copy of the columns."""
+        room = cls.columns_behind(simulations, kept)
+        beside = ResidentRows.elements(geometry, rows, room) * (2 if corrected else 1)
         return beside + stored_steps * rows * TOKENS_PER_STEP * geometry.column
 
     @property

@@ -19,7 +19,7 @@ from .expand import Search, SearchByLatent
 from .inputs import check_finite_latents, same_latents, timesteps_of
 from .resources import InferenceResources
 from .roots import RootBatch, RootInference
-from .rows import Geometry, ResidentRows
+from .rows import Geometry
 
 
 class InferenceSession(InferenceResources):
@@ -140,10 +140,9 @@ def check_room(manager: KVCacheManager, model: Any, rows: int) -> None:
         return
     geometry = Geometry(layout.heads, layout.head_dim, (kept,) * layers)
     simulations = manager.num_simulations
-    elements = ResidentRows.elements(geometry, rows, Search.columns_behind(simulations, kept))
-    if not exact:  # all steps have to fit, and learned positions are taken from a copy of the columns
-        elements *= 1 if model.rotary_emb else 2
-        elements += simulations * rows * TOKENS_PER_STEP * geometry.column
+    stored = 0 if exact else simulations  # a shifted window cannot do without its steps
+    corrected = not (exact or model.rotary_emb)
+    elements = Search.elements_of(geometry, kept, rows, simulations, stored, corrected)
     wanted = elements * layout.dtype.itemsize
     if wanted > manager.spare_bytes:
         raise ValueError(

@@ -95,7 +95,7 @@ def timing(model: Any, document: Document, method: Method) -> Row:
         ``task``, ``document``, the fields of the method, ``tokens`` of the prompt, ``new_tokens``,
         ``first_token`` and ``next_token`` in seconds.
     """
-    seconds = [_timed(model, document, method, TIMED_TOKENS) for _ in range(TIMED_REPEATS)]
+    seconds = [_timed(model, document, method) for _ in range(TIMED_REPEATS)]
     first, following = (statistics.median(column) for column in zip(*seconds, strict=True))
     return dict(
         task=document.task,
@@ -248,15 +248,15 @@ def _key_value_bytes(cache: Any) -> int:
     return sum(cache[layer].keys.nbytes + cache[layer].values.nbytes for layer in range(len(cache)))
 
 
-def _timed(model: Any, document: Document, method: Method, new_tokens: int) -> tuple[float, float]:
+def _timed(model: Any, document: Document, method: Method) -> tuple[float, float]:
     """Seconds to the first token, and the mean of the following ones."""
     cache = _own_cache(model, method)
     start = now(model)
     token = _next(model, cache, document.prompt)
     first = now(model)
-    for _ in range(new_tokens - 1):
+    for _ in range(TIMED_TOKENS - 1):
         token = _next(model, cache, [token])
-    return first - start, (now(model) - first) / (new_tokens - 1)
+    return first - start, (now(model) - first) / (TIMED_TOKENS - 1)
 
 
 def _own_cache(model: Any, method: Method) -> Any:

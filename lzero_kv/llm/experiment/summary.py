@@ -96,7 +96,7 @@ def control_name(rows: Sequence[Row]) -> str:
 
 def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
     memory = _memory(rows) if all('bytes' in row for row in rows) else None
-    scores, controls = _values(rows, 'score'), _values(control, 'score')
+    scores, controls, kls = _values(rows, 'score'), _values(control, 'score'), _values(rows, 'kl')
     return Summary(
         **{name: rows[0][name] for name in ('task', 'method', 'algorithm', 'allocation')},
         ratio=rows[0]['ratio'] or (memory and round(float(memory.shares.mean()), 3)) or 0.0,
@@ -104,8 +104,8 @@ def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
         chance=float(np.mean([row.get('chance', 0) for row in rows])),
         score=_mean(scores),
         relative=ESTIMATES.relative_score(scores, controls) if scores and sum(controls) else None,
-        kl=_mean(_values(rows, 'kl')),
-        kls=tuple(_values(rows, 'kl')),
+        kl=_mean(kls),
+        kls=tuple(kls),
         scores=tuple(scores),
         perplexity=_geometric_mean(_values(rows, 'perplexity')),
         agreement=_mean(_values(rows, 'agreement')),
