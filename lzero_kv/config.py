@@ -35,6 +35,10 @@ class NodeBudget(BudgetConfig):
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """'attention_based': part of the weights that follows the attention, the rest is uniform: with few layers
     the attention alone would give most of the tokens to one."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """'attention_based' between searches: weight of the past in the average of the preferences."""
+    hysteresis: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """'attention_based' between searches: budgets stay until this part of the weights would move."""
 
 
 class KVCacheConfig(BaseModel):

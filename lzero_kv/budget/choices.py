@@ -11,6 +11,7 @@ from lzero_kv.budget.selection import SELECTIONS
 from lzero_kv.mistakes import did_you_mean
 
 _SMOOTHED = ('smoothing', 'hysteresis')
+"""Of world models' budgets, which move between searches."""
 
 
 def impossible_choices(

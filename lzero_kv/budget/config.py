@@ -93,10 +93,6 @@ class BudgetConfig(BaseModel):
     """'hace' with strategy='hybrid': part of the accumulated attention in the score; None for 0.5."""
     theta: Annotated[float, Field(ge=0, le=1)] = 0.0
     """'hace': scores under theta times the largest go first, the oldest of them before the others."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """'attention_based' between searches: weight of the past in the average of the preferences."""
-    hysteresis: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """'attention_based' between searches: budgets stay until this part of the weights would move."""
 
     @model_validator(mode='before')
     @classmethod

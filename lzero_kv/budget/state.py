@@ -21,19 +21,25 @@ class BudgetTracker:
     """Slots of each layer for a model whose layers all hold ``context`` tokens.
 
     Preferences are averaged as they are observed; the slots change in :meth:`advance` alone, which is called
-    between searches, and only when the weights have moved by more than ``config.hysteresis``.
+    between searches, and only when the weights have moved by more than ``hysteresis``.
 
     Arguments:
         config: what was chosen.
         layers: layers of the model.
         context: tokens that a layer would hold without a budget.
+        smoothing: weight of the past in the average of the preferences, from 0 to below 1.
+        hysteresis: part of the weights, from 0 to 1, that has to move before the slots do.
 
     Raises:
         ValueError: the budget does not hold what is always kept.
     """
 
-    def __init__(self, config: BudgetConfig, layers: int, context: int) -> None:
+    def __init__(
+        self, config: BudgetConfig, layers: int, context: int, *, smoothing: float, hysteresis: float
+    ) -> None:
         self.config = config
+        self.smoothing = smoothing
+        self.hysteresis = hysteresis
         self.layers = layers
         self.context = context
         self.sizes = config.sizes(layers, context)
@@ -63,7 +69,7 @@ class BudgetTracker:
                 f'expected a preference for each of {self.layers} layers, got {len(preferences)}'
             )
         check_finite_preferences(preferences)
-        keep = self.config.smoothing
+        keep = self.smoothing
         self.preferences = tuple(
             Preference(*(keep * past + (1 - keep) * now for past, now in zip(*pair, strict=True)))
             for pair in zip(self.preferences or preferences, preferences, strict=True)
@@ -75,7 +81,7 @@ class BudgetTracker:
             return False
         weights = self._shares(self.preferences)
         moved = sum(abs(new - old) for new, old in zip(weights, self._weights, strict=True)) / 2
-        if moved <= self.config.hysteresis:
+        if moved <= self.hysteresis:
             return False
         before, self._weights = self.slots, weights
         self.slots = self._slots()

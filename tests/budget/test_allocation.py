@@ -343,7 +343,7 @@ def test_preferences_that_are_not_finite_are_refused(variant, number):
     measured = [Preference(1.0, 2.0), Preference(3.0, number), Preference(number, 1.0)]
     with pytest.raises(ValueError, match=r'expected finite preferences, got NaN or inf for layers \[1, 2\]'):
         config.allocator().weights(3, measured)
-    tracker = BudgetTracker(config, 3, 20)
+    tracker = BudgetTracker(config, 3, 20, smoothing=0.5, hysteresis=0.0)
     tracker.observe([Preference(1.0, 2.0)] * 3)
     with pytest.raises(ValueError, match=r'layers \[1, 2\]'):
         tracker.observe(measured)

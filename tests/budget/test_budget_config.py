@@ -9,11 +9,12 @@ import pytest
 from lzero_kv.budget import ALLOCATIONS, SELECTIONS, BudgetConfig, Sizes
 from lzero_kv.budget.allocation import AttentionBased, Pyramid
 from lzero_kv.budget.selection import H2O, HACE, Cake
+from lzero_kv.config import NodeBudget
 
 
-def mistakes(**given: Any) -> list[str]:
+def mistakes(config: type[BudgetConfig] = BudgetConfig, **given: Any) -> list[str]:
     with pytest.raises(ValueError, match='mistake') as caught:
-        BudgetConfig.read(given)
+        config.read(given)
     first, *lines = str(caught.value).splitlines()
     assert first == f'{len(lines)} mistake(s) in budget:'
     return [line.removeprefix('  budget.') for line in lines]
@@ -151,7 +152,6 @@ def test_all_mistakes_are_reported_at_once():
             dict(ratio=0.5, heavy_ratio=0.1, recent_ratio=0.1),
             "heavy_ratio: it is read with selection='h2o', not",
         ),
-        (dict(ratio=0.5, allocation='adaptive', smoothing=0.5), 'smoothing: it is read with'),
         (dict(ratio=0.5, window=5, step=2), 'window: expected whole steps of 2 tokens, got 5; write 6'),
         (dict(ratio=0.5, sinks=1, step=2), 'sinks: expected whole steps of 2 tokens, got 1; write 2'),
         (dict(tokens=32), 'tokens: expected at least window + sinks + minimum = 33, got 32; write 33'),
@@ -187,14 +187,28 @@ WRONG = {
     'ratio': [0, 1.5, 'half'], 'tokens': [0, 2.5], 'window': [0, True], 'sinks': [-1], 'minimum': [-1],
     'step': [0], 'per_head': ['yes'], 'beta': [0.5], 'alpha': [-0.1, 1.1], 'tau1': [0], 'tau2': [0.01],
     'preference': ['inverse'], 'heavy_ratio': [0], 'recent_ratio': [2], 'rho': [0, 1.5], 'gamma': [-1],
-    'kernel': [0], 'strategy': ['none'], 'mix': [2], 'theta': [-1], 'smoothing': [1], 'hysteresis': [2],
-    'allocation': [3], 'selection': [None],
+    'kernel': [0], 'strategy': ['none'], 'mix': [2], 'theta': [-1], 'allocation': [3], 'selection': [None],
 }  # fmt: skip
 
 
-def test_every_field_refuses_nonsense_and_says_what_it_expects():
-    assert set(WRONG) == set(BudgetConfig.model_fields)
-    for name, values in WRONG.items():
+MOVING = {'smoothing': [1], 'hysteresis': [2]}
+"""Of budgets that follow the attention between searches."""
+
+
+@pytest.mark.parametrize(('config', 'wrong'), [(BudgetConfig, WRONG), (NodeBudget, WRONG | MOVING)])
+def test_every_field_refuses_nonsense_and_says_what_it_expects(config, wrong):
+    assert set(wrong) == set(config.model_fields)
+    for name, values in wrong.items():
         for value in values:
-            line = next(line for line in mistakes(**{name: value}) if line.startswith(f'{name}: expected '))
+            lines = mistakes(config, **{name: value})
+            line = next(line for line in lines if line.startswith(f'{name}: expected '))
             assert f'got {value!r}' in line
+
+
+@pytest.mark.parametrize('name', list(MOVING))
+def test_what_moves_between_searches_is_of_world_models_alone(name):
+    chosen = {'ratio': 0.5, 'allocation': 'attention_based', name: 0.5}
+    assert getattr(NodeBudget.read(chosen), name) == 0.5
+    assert mistakes(**chosen)[0].startswith(f'{name}: there is no such field')
+    (line,) = mistakes(NodeBudget, **chosen | dict(allocation='adaptive'))
+    assert line.startswith(f"{name}: it is read with allocation='attention_based', not with ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -109,9 +110,10 @@ def test_columns_in_steps():
 FAR = [Preference(9.0, 1.0), Preference(2.0, 1.0), Preference(1.0, 1.0)]
 
 
-def tracker_of(**changes: object) -> BudgetTracker:
-    sizes: dict[str, object] = dict(tokens=20, window=4, sinks=2, smoothing=0.5, hysteresis=0.1)
-    return BudgetTracker(config_of(dict(allocation='attention_based'), **sizes | changes), 3, 41)
+def tracker_of(**changes: Any) -> BudgetTracker:
+    moving = {name: changes.pop(name, value) for name, value in dict(smoothing=0.5, hysteresis=0.1).items()}
+    config = config_of(dict(allocation='attention_based'), tokens=20, window=4, sinks=2, **changes)
+    return BudgetTracker(config, 3, 41, **moving)
 
 
 def test_budgets_change_only_between_searches():
@@ -158,7 +160,8 @@ def test_averages_are_exponential_and_what_the_weights_are_taken_from():
 
 @pytest.mark.parametrize('allocation', ['uniform', 'adaptive', 'pyramid'])
 def test_fixed_weights_never_move(allocation):
-    tracker = BudgetTracker(config_of(dict(allocation=allocation), tokens=20, window=4, sinks=2), 3, 41)
+    config = config_of(dict(allocation=allocation), tokens=20, window=4, sinks=2)
+    tracker = BudgetTracker(config, 3, 41, smoothing=0.0, hysteresis=0.0)
     before = tracker.slots
     assert sum(before) == 60
     assert not tracker.needs_preference

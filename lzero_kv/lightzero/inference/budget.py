@@ -57,7 +57,8 @@ class WindowBudget:
         manager, layers = resources.manager, resources.world_model.num_layers
         layout, config = manager.layout, manager.cache_config
         self._selection = budget.selector()
-        self.tracker = BudgetTracker(budget, layers, resources.window.kept)
+        moving: Any = dict(smoothing=budget.smoothing, hysteresis=budget.hysteresis)
+        self.tracker = BudgetTracker(budget, layers, resources.window.kept, **moving)
         self.counters = BudgetCounters(layers)
         sizes = self._sizes = self.tracker.sizes
         self._groups = groups = layout.heads if budget.per_head else 1
