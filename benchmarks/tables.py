@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from lzero_kv.cli.comparison import PLUGIN, SEARCH, STOCK, WHOLE, Comparison, mean_return, seconds
 from lzero_kv.lightzero.inference.precision import REDUCED
-from lzero_kv.sweep.intervals import Bootstrap
+from lzero_kv.sweep.intervals import difference
 from lzero_kv.sweep.rows import read_rows
 from lzero_kv.telemetry.table import markdown_table
 from studies.planning import long_pong
@@ -164,6 +164,34 @@ def _moved(ends: tuple[dict[str, Any], dict[str, Any]], of: str, digits: int) ->
     return ' → '.join(f'{end[of]:.{digits}f}' for end in ends)
 
 
+def eviction() -> Cells:
+    """Tokens rebuilt with less room than a search needs."""
+    found = _document('eviction.json')
+    policies = next(iter(next(iter(found.values()))['rebuilt'].values()))
+    rows = [['shape, windows of a search', 'room', *policies]]
+    for shape, numbers in found.items():
+        label = f'{shape}, {numbers["windows"]}'
+        for part, rebuilt in numbers['rebuilt'].items():
+            rows.append([label, f'{part} %', *(f'{value:.1f}' for value in rebuilt.values())])
+            label = ''
+    return rows
+
+
+def device_traffic() -> Cells:
+    """What a simulation and a root inference ask of an emulated GPU."""
+    asked = {
+        'simulation': ('launches', 'replays', 'to_device', 'to_host', 'waits'),
+        'root inference': ('launches', 'waits'),
+    }
+    head = ['shape', 'cache', 'a simulation: operators', 'graph replays', 'copies to the device', 'reads']
+    rows = [[*head, 'waits', 'root inference: operators', 'waits']]
+    for shape, caches in _document('device_traffic.json').items():
+        for name, parts in caches.items():
+            counts = [f'{parts[part][of]:.3g}' for part, names in asked.items() for of in names]
+            rows.append([shape if name == STOCK else '', ON_A_GPU.get(name, name), *counts])
+    return rows
+
+
 def planning_gpu() -> Cells:
     """Environment steps on a GPU: times and what one simulation asks of it."""
     head = ['shape', 'cache', 'step, ms', 'x stock', 'simulation, ms', 'root inference, ms', 'kernels']
@@ -276,7 +304,7 @@ def wrong_entries_models() -> Cells:
     values = {name: [one['means'][name] for one in found] for name in ('stock', 'shift', 'default')}
     cells = []
     for name in ('shift', 'default'):
-        estimate = Bootstrap().difference(values[name], values['stock'])
+        estimate = difference(values[name], values['stock'])
         more = f'{estimate.value:.1f} [{estimate.low:.1f}, {estimate.high:.1f}] more'
         cells.append(f'{statistics.mean(values[name]):.1f}: {more}')
     rows.append([f'mean of {len(found)}', f'{statistics.mean(values["stock"]):.1f}', *cells])
@@ -359,6 +387,8 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'compiled': compiled,
     'reanalysis': reanalysis,
     'growth': growth,
+    'eviction': eviction,
+    'device-traffic': device_traffic,
     'fewer-bits': fewer_bits,
     'fewer-bits-details': fewer_bits_details,
     'trained-model': trained_model,

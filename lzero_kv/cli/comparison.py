@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from lzero_kv.sweep.intervals import Bootstrap, Estimate
+from lzero_kv.sweep.intervals import Estimate, difference, quotient
 from lzero_kv.sweep.rows import Row
 from lzero_kv.telemetry.table import text_table
 
@@ -67,15 +67,12 @@ class Comparison:
     def ratio(self, quantity: Callable[[Row], float | None]) -> Estimate | None:
         """The plugin's mean as a part of stock's; None where stock has none of it."""
         stock, plugin = self.values(quantity)
-        if not any(stock):
-            return None
-        found = Bootstrap().relative_score(plugin, stock)
-        return Estimate(found.value / 100, found.low / 100, found.high / 100)
+        return quotient(plugin, stock) if any(stock) else None
 
     def difference_of_returns(self) -> Estimate | None:
         """Plugin less stock; None where no pair has episodes that ended."""
         stock, plugin = self.values(mean_return)
-        return Bootstrap().difference(plugin, stock) if stock else None
+        return difference(plugin, stock) if stock else None
 
     @property
     def quantities(self) -> dict[str, Callable[[Row], float | None]]:

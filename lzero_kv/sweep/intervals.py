@@ -1,80 +1,81 @@
-"""Means, relative scores and paired differences over documents or seeds, with bootstrap intervals."""
+"""Means, quotients and paired differences over documents or seeds, with bootstrap intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 Values = Sequence[float] | np.ndarray
 
+RESAMPLES = 2000
+LEVEL = 0.95
+"""Of an interval."""
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number over documents and its bootstrap interval."""
+
+class Estimate(NamedTuple):
+    """A number over documents and its interval: percentile bootstrap over documents (Efron, 1979)."""
 
     value: float
     low: float
     high: float
 
+    def map(self, change: Callable[[float], float]) -> Estimate:
+        """The estimate of a growing function of the number."""
+        return Estimate(*map(change, self))
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """Percentile bootstrap over documents (Efron, 1979). The same seed draws the same documents for every
-    method."""
 
-    resamples: int = 2000
-    level: float = 0.95
-    seed: int = 0
+def mean(values: Values) -> Estimate:
+    """Mean over documents.
 
-    def mean(self, values: Values) -> Estimate:
-        """Mean over documents.
+    Args:
+        values: one for each document.
 
-        Args:
-            values: one for each document.
+    Raises:
+        ValueError: there is no value, or one is not finite.
+    """
+    return _estimate(lambda rows: rows[..., 0].mean(-1), values)
 
-        Raises:
-            ValueError: there is no value, or one is not finite.
-        """
-        return self._estimate(lambda rows: rows[..., 0].mean(-1), values)
 
-    def relative_score(self, scores: Values, full: Values) -> Estimate:
-        """``100 x score / full``, the quotient of the means over the same documents.
+def quotient(values: Values, control: Values) -> Estimate:
+    """Mean of ``values`` divided by the mean of ``control``.
 
-        Resamples in which the control scores 0 are left out.
+    Resamples whose control is 0 are left out.
 
-        Args:
-            scores: of the method, one for each document.
-            full: of the full cache, on the same documents in the same order.
+    Args:
+        values: one for each document.
+        control: of the same documents in the same order.
 
-        Raises:
-            ValueError: the numbers of values differ, one is not finite, or the control scores 0.
-        """
-        if len(full) and not np.sum(full):
-            raise ValueError('the full cache scores 0 on these documents: there is nothing to compare with')
-        return self._estimate(_quotient, scores, full)
+    Raises:
+        ValueError: the numbers of values differ, one is not finite, or the whole control is 0.
+    """
+    if len(control) and not np.sum(control):
+        raise ValueError('the control is 0 on all documents: there is nothing to divide by')
+    return _estimate(_quotient, values, control)
 
-    def difference(self, first: Values, second: Values) -> Estimate:
-        """Mean of ``first - second``, document by document.
 
-        Raises:
-            ValueError: the numbers of values differ, or one is not finite.
-        """
-        return self._estimate(lambda rows: (rows[..., 0] - rows[..., 1]).mean(-1), first, second)
+def difference(first: Values, second: Values) -> Estimate:
+    """Mean of ``first - second``, document by document.
 
-    def _estimate(self, statistic: Callable[[np.ndarray], np.ndarray], *columns: Values) -> Estimate:
-        rows = _as_rows(columns)
-        random = np.random.default_rng(self.seed)
-        drawn = rows[random.integers(len(rows), size=(self.resamples, len(rows)))]
-        tail = (1 - self.level) / 2
-        low, high = np.nanquantile(statistic(drawn), (tail, 1 - tail))
-        return Estimate(float(statistic(rows)), float(low), float(high))
+    Raises:
+        ValueError: the numbers of values differ, or one is not finite.
+    """
+    return _estimate(lambda rows: (rows[..., 0] - rows[..., 1]).mean(-1), first, second)
+
+
+def _estimate(statistic: Callable[[np.ndarray], np.ndarray], *columns: Values) -> Estimate:
+    rows = _as_rows(columns)
+    random = np.random.default_rng(0)  # the same documents for every method
+    drawn = rows[random.integers(len(rows), size=(RESAMPLES, len(rows)))]
+    tail = (1 - LEVEL) / 2
+    low, high = np.nanquantile(statistic(drawn), (tail, 1 - tail))
+    return Estimate(float(statistic(rows)), float(low), float(high))
 
 
 def _quotient(rows: np.ndarray) -> np.ndarray:
-    scores, full = rows[..., 0].mean(-1), rows[..., 1].mean(-1)
-    return 100 * scores / np.where(full > 0, full, np.nan)
+    values, control = rows[..., 0].mean(-1), rows[..., 1].mean(-1)
+    return values / np.where(control, control, np.nan)
 
 
 def _as_rows(columns: Sequence[Values]) -> np.ndarray:

@@ -18,7 +18,7 @@ import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lzero_kv.sweep.intervals import Bootstrap
+from lzero_kv.sweep.intervals import mean, quotient
 from lzero_kv.sweep.rows import read_rows
 
 OURS = {
@@ -66,19 +66,18 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _tables(kls: Kls, ratios: list[float]) -> Iterator[str]:
-    bootstrap = Bootstrap()
     yield f'| KL, nats per token | {" | ".join(f"{ratio:g}" for ratio in ratios)} |'
     yield '| --- |' + ' --- |' * len(ratios)
     for name in dict.fromkeys(name for name, _ in kls):
-        cells = [bootstrap.mean(list(kls[name, ratio].values())) for ratio in ratios]
+        cells = [mean(list(kls[name, ratio].values())) for ratio in ratios]
         said = ' | '.join(f'{one.value:.4f} [{one.low:.4f}, {one.high:.4f}]' for one in cells)
         yield f'| {name} | {said} |'
     yield ''
     for ratio in ratios:
-        yield from _against(kls, ratio, bootstrap)
+        yield from _against(kls, ratio)
 
 
-def _against(kls: Kls, ratio: float, bootstrap: Bootstrap) -> Iterator[str]:
+def _against(kls: Kls, ratio: float) -> Iterator[str]:
     """The default beside every other method, document by document."""
     own = kls['hace attention_based', ratio]
     yield f'| at {ratio:g} | KL / that of hace attention_based | hace is lower in |'
@@ -89,9 +88,9 @@ def _against(kls: Kls, ratio: float, bootstrap: Bootstrap) -> Iterator[str]:
             continue
         names = sorted(own.keys() & other.keys())
         mine, theirs = (np.array([some[document] for document in names]) for some in (own, other))
-        one = bootstrap.relative_score(theirs, mine)
+        one = quotient(theirs, mine)
         yield (
-            f'| {name} | {one.value / 100:.2f} [{one.low / 100:.2f}, {one.high / 100:.2f}] | '
+            f'| {name} | {one.value:.2f} [{one.low:.2f}, {one.high:.2f}] | '
             f'{int((mine < theirs).sum())} of {len(names)} |'
         )
     yield ''
@@ -102,7 +101,7 @@ def _draw(kls: Kls, ratios: list[float], path: Path) -> None:
     FigureCanvasAgg(figure)
     panel = figure.add_subplot()
     for place, (name, (colour, style)) in enumerate(OURS.items()):
-        estimates = [Bootstrap().mean(list(kls[name, ratio].values())) for ratio in ratios]
+        estimates = [mean(list(kls[name, ratio].values())) for ratio in ratios]
         beside = 2 ** (0.03 * (place - len(OURS) / 2))
         panel.errorbar(
             [100 * ratio * beside for ratio in ratios],

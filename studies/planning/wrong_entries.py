@@ -11,7 +11,6 @@ from LightZero's with bootstrap intervals of 95 % over the starts.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import logging
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import tyro
 
-from lzero_kv.sweep.intervals import Bootstrap
+from lzero_kv.sweep.intervals import difference
 from studies.planning import cartpole
 
 SIZES = dict(env_manager='base', eval_freq=100)
@@ -70,12 +69,12 @@ def play(
             for name, policy in policies.items():
                 returns[name] += cartpole.play(policy, range(first, first + ROWS))[1]
         others = [name for name in CACHES if name != 'stock']
-        differences = {name: Bootstrap().difference(returns[name], returns['stock']) for name in others}
+        differences = {name: difference(returns[name], returns['stock']) for name in others}
         line = dict(
             checkpoint='/'.join(checkpoint.parts[-3:]),
             simulations=number,
             means={name: float(np.mean(own)) for name, own in returns.items()},
-            differences={name: dataclasses.astuple(found) for name, found in differences.items()},
+            differences=differences,
             returns=returns,
         )
         print(json.dumps(line), flush=True)

@@ -46,12 +46,21 @@ def run_sweep(
         ValueError: the folder holds another sweep; the model is not loaded then.
         ImportError, OSError, ValueError: the model or a text cannot be loaded, or a document cannot be made.
     """
-    sweep, methods = Sweep(folder, plan.header()), plan.grid()
+    # seconds of two devices have no mean
+    where = {'device': device_name(device)} if plan.speed else {}
+    sweep, methods = Sweep(folder, plan.header() | where), plan.grid()
     quiet_transformers()
     model, tokenizer = load(plan.model, plan.dtype, device=device)
     asked = documents_of(plan, tokenizer)
     begun(len(asked), len(methods), len(asked) - len(sweep.left(asked)))
     return sweep.run(asked, lambda document: measured(model, tokenizer, document, methods), watch)
+
+
+def device_name(device: str) -> str:
+    """What seconds depend on: the name of a GPU, else that of torch."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
 
 
 def measured(model: Any, tokenizer: Any, document: Document, methods: Sequence[Method]) -> Iterator[Row]:

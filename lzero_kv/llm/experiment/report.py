@@ -11,8 +11,8 @@ from rich import box
 from rich.table import Table
 
 from lzero_kv.llm.experiment.scoring import SPEED
-from lzero_kv.llm.experiment.summary import ESTIMATES, Summary, by_ratio, by_task, summaries
-from lzero_kv.sweep.intervals import Estimate
+from lzero_kv.llm.experiment.summary import Summary, by_ratio, by_task, summaries
+from lzero_kv.sweep.intervals import Estimate, difference
 from lzero_kv.sweep.rows import read_rows
 from lzero_kv.telemetry.table import format_bytes, markdown_table
 
@@ -149,11 +149,7 @@ def _best(group: Sequence[Summary]) -> str:
 
 def _as_good(best: str, losses: Mapping[str, Sequence[float]]) -> str:
     """The methods whose difference from the best one, document by document, may be 0."""
-    names = [
-        name
-        for name, own in losses.items()
-        if name != best and ESTIMATES.difference(own, losses[best]).low <= 0
-    ]
+    names = [name for name, own in losses.items() if name != best and difference(own, losses[best]).low <= 0]
     return f' (not told apart from {", ".join(names)})' if names else ''
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lzero_kv.llm.experiment.methods import FULL
-from lzero_kv.sweep.intervals import Bootstrap, Estimate
+from lzero_kv.sweep import intervals
+from lzero_kv.sweep.intervals import Estimate
 from lzero_kv.sweep.rows import Row
-
-ESTIMATES = Bootstrap()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
         documents=len(rows),
         chance=float(np.mean([row.get('chance', 0) for row in rows])),
         score=_mean(scores),
-        relative=ESTIMATES.relative_score(scores, controls) if scores and sum(controls) else None,
+        relative=_relative(scores, controls) if scores and sum(controls) else None,
         kl=_mean(kls),
         kls=tuple(kls),
         scores=tuple(scores),
@@ -146,14 +146,17 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def _mean(values: Sequence[float]) -> Estimate | None:
-    return ESTIMATES.mean(values) if values else None
+    return intervals.mean(values) if values else None
+
+
+def _relative(scores: Sequence[float], controls: Sequence[float]) -> Estimate:
+    return intervals.quotient(scores, controls).map(lambda part: 100 * part)
 
 
 def _geometric_mean(values: Sequence[float]) -> Estimate | None:
     if not values:
         return None
-    logarithm = ESTIMATES.mean(np.log(values))
-    return Estimate(*(float(np.exp(value)) for value in (logarithm.value, logarithm.low, logarithm.high)))
+    return intervals.mean(np.log(values)).map(math.exp)
 
 
 def by_task(found: Iterable[Summary]) -> dict[str, list[Summary]]:

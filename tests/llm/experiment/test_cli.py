@@ -96,6 +96,20 @@ def test_another_grid_is_refused_with_what_differs(
     ]
 
 
+def test_seconds_of_another_device_are_refused(
+    tmp_path: Path, story: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for speed, device, refused in (
+        (1, 'cpu', False),
+        (1, 'meta', True),
+        (0, 'cpu', False),
+        (0, 'meta', False),
+    ):
+        arguments = words(tmp_path / 'no model', story, tmp_path / str(speed))
+        assert main([*arguments, '--speed', str(speed), '--device', device]) == 1
+        assert ('device: "cpu" in the file, "meta" now' in capsys.readouterr().err) == refused
+
+
 @pytest.mark.parametrize(
     ('flags', 'expected'),
     [
