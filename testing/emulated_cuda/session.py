@@ -7,16 +7,17 @@ import ctypes
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .device import Device, Recorded, page_locked, replay
+from .device import Device, EmulatedTensor, Recorded, aten, page_locked, replay
 
 GUARD = Path(__file__).with_name('device_guard.cpp')
 
@@ -66,6 +67,20 @@ class CUDAGraph:
             replay(self.recorded)
 
 
+def attending(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Fused attention as one operator, as a GPU runs it: torch knows no fused kernel for the tensors of an
+    emulated device, and would take eleven operators."""
+
+    def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(query, EmulatedTensor):
+            return attend(query, *args, **kwargs)
+        with _disable_current_modes():
+            whole = aten.scaled_dot_product_attention.default
+            return Device.current().dispatch(whole, (query, *args), kwargs)
+
+    return attention
+
+
 @contextlib.contextmanager
 def graph(into: CUDAGraph, capture_error_mode: str = 'global') -> Iterator[None]:
     device = Device.current()
@@ -106,6 +121,7 @@ def emulated_cuda() -> Iterator[Device]:
     with (
         mock.patch.multiple(torch.cuda, **instead),
         mock.patch.object(torch.Tensor, 'pin_memory', page_locked),
+        mock.patch.object(F, 'scaled_dot_product_attention', attending(F.scaled_dot_product_attention)),
         _tensors_arrive(),
         Device() as device,
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lzero_kv.cache.transfer import refill, to_device
 from testing.emulated_cuda import Device, emulated_cuda
@@ -96,3 +97,14 @@ def test_on_a_cpu_nothing_is_copied() -> None:
     sent = to_device(array, torch.device('cpu'))
     array[1] = 7
     assert sent.tolist() == [0, 7, 2]
+
+
+def test_attention_is_one_operator(device: Device) -> None:
+    parts = [torch.randn(2, 3, tokens, 8) for tokens in (4, 5, 5)]
+    mask = torch.randn(2, 1, 4, 5)
+    wanted = F.scaled_dot_product_attention(*parts, attn_mask=mask)
+    there, over = [part.to('cuda') for part in parts], mask.to('cuda')
+    before = device.counts.launches
+    found = F.scaled_dot_product_attention(*there, attn_mask=over)
+    assert device.counts.launches == before + 1
+    torch.testing.assert_close(found.cpu(), wanted)
