@@ -114,25 +114,6 @@ class Oracle:
         self.head_dim = world_model.embed_dim // world_model.num_heads
         self.rotary = bool(world_model.config.rotary_emb)
 
-    @torch.no_grad()
-    def root(
-        self, observations: Sequence[torch.Tensor], actions: Sequence[Any], first_step: int = 0
-    ) -> Answer:
-        """The root after an episode of ``observations`` (each unbatched) and the ``actions`` between them,
-        one fewer.
-        """
-        if len(observations) != len(actions) + 1:
-            raise ValueError(
-                f'expected one action fewer than observations, got {len(actions)} and {len(observations)}'
-            )
-        root = self.begin(Token(self.encode(observations[0]), 2 * first_step))
-        for action, observation in zip(actions, observations[1:], strict=True):
-            first = root.window.next_position
-            step = Token(self.embed_action(action), first), Token(self.encode(observation), first + 1)
-            answer = self.step(root.window, *step)
-            root = Answer(answer.window, answer.value, answer.policy)
-        return root
-
     def empty(self) -> TokenWindow:
         """A window without tokens."""
         nothing = ((),) * len(self.layers)
@@ -151,32 +132,6 @@ class Oracle:
         reward, predicted = self.reward(out), self.latent(out)
         window, out = self.append(window, observation)
         return Answer(self._trim(window), self.value(out), self.policy(out), reward, predicted)
-
-    @torch.no_grad()
-    def child(self, parent: Answer, action: Any, latent: torch.Tensor | None = None) -> Answer:
-        """The node that ``action`` leads to. ``latent`` [embed] is its latent state; None takes the
-        predicted one.
-        """
-        first = parent.window.next_position
-        own = Token(self.embed_action(action), first)
-        if latent is None:
-            latent = self.latent(self.append(parent.window, own)[1])
-        return self.step(parent.window, own, Token(latent, first + 1))
-
-    @torch.no_grad()
-    def path(
-        self,
-        observations: Sequence[torch.Tensor],
-        actions: Sequence[Any],
-        path: Sequence[tuple[Any, torch.Tensor | None]],
-    ) -> Answer:
-        """The node at the end of ``path``, (action, latent) pairs below the root of the history; from
-        scratch.
-        """
-        node = self.root(observations, actions)
-        for action, latent in path:
-            node = self.child(node, action, latent)
-        return node
 
     def encode(self, observation: torch.Tensor) -> torch.Tensor:
         """[embed] of one raw observation."""

@@ -17,6 +17,7 @@ from testing.models import collect_model, world_model_of
 from testing.precision import precision
 from testing.recorder import replaced
 from testing.repeatable_tree import host_trees, repeatable
+from testing.replay import child_of, root_of
 
 from .workers import TASKS, Workers, task_policy
 
@@ -230,12 +231,12 @@ def slow_search(
     roots.prepare(config.root_noise_weight, noises, [0.0], [logits.tolist()], [-1])
     bounds = tree.MinMaxStatsList(1)
     bounds.set_delta(config.value_delta_max)
-    nodes = [oracle.root([observation], [])]
+    nodes = [root_of(oracle, [observation], [])]
     for simulation in range(config.num_simulations):
         results = tree.ResultsWrapper(num=1)
         weights = (config.pb_c_base, config.pb_c_init, config.discount_factor, bounds, results, [-1])
         parents, _, actions, players = tree.batch_traverse(roots, *weights, *([True] if continuous else []))
-        node = oracle.child(nodes[parents[0]], np.asarray(actions[0]))
+        node = child_of(oracle, nodes[parents[0]], np.asarray(actions[0]))
         nodes.append(node)
         reward, value = (
             scalar(part[None].clone()).reshape(-1).tolist() for part in (node.reward, node.value)

@@ -16,6 +16,7 @@ from lzero_kv.validation.oracle import Oracle
 from testing.episodes import Episodes, Root
 from testing.judging import judge_nodes, judge_roots
 from testing.models import collect_model, load_weights, make_policy, random_weights, world_model_of
+from testing.replay import root_of
 
 from .plays import assert_same_play
 
@@ -177,7 +178,7 @@ def test_another_dtype_makes_new_pools() -> None:
     answer = model.initial_inference(torch.zeros_like(observations[0]), [-1], observations[0], [np.array(0)])
     for step in (1, 2, 3):
         answer = model.initial_inference(observations[step - 1], [2], observations[step], [np.array(step)])
-    expected = Oracle(model.world_model, 'rebuild').root(list(observations[:, 0]), [2, 2, 2])
+    expected = root_of(Oracle(model.world_model, 'rebuild'), list(observations[:, 0]), [2, 2, 2])
     torch.testing.assert_close(answer.policy_logits[0], expected.policy, rtol=0, atol=1e-9)
     assert double.storage.layout.dtype == torch.float64
 

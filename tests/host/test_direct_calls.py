@@ -18,6 +18,7 @@ from lzero_kv.validation.oracle import Oracle
 from testing.episodes import Episodes
 from testing.models import collect_model, load_weights, make_policy, world_model_of
 from testing.precision import precision
+from testing.replay import child_of, root_of
 
 from .plays import assert_same_play
 
@@ -126,9 +127,9 @@ def test_a_model_without_a_policy_keeps_contexts_by_row() -> None:
         first = caller.child(root.latent_state, [0, 2], 0)
         second = caller.child(first.latent_state, [4, 1], 1)
         for row in range(ROWS):
-            top = oracle.root(list(history[:, row]), actions[:, row].tolist())
+            top = root_of(oracle, list(history[:, row]), actions[:, row].tolist())
             torch.testing.assert_close(root.policy_logits[row], top.policy, rtol=0, atol=1e-9)
-            node = oracle.child(oracle.child(top, [0, 2][row]), [4, 1][row])
+            node = child_of(oracle, child_of(oracle, top, [0, 2][row]), [4, 1][row])
             torch.testing.assert_close(second.value[row], node.value, rtol=0, atol=1e-9)
             torch.testing.assert_close(second.reward[row], node.reward, rtol=0, atol=1e-9)
     assert caller.manager.stats_snapshot()['roots'].misses == 0
@@ -161,7 +162,7 @@ def test_root_slots_say_from_how_many_roots_an_environment_can_go_on(window: str
         seen = [*seen, caller.observations[-1]]
         history = torch.stack(seen)
         for row in range(ROWS):
-            top = oracle.root(list(history[:, row]), [action[row] for action in actions])
+            top = root_of(oracle, list(history[:, row]), [action[row] for action in actions])
             equal = torch.allclose(answer.policy_logits[row], top.policy, rtol=0, atol=1e-9)
             # an exact window knows no more than it shows, and is whole again two steps later
             assert equal == (root_slots == 2 or (step == 5 and window == 'rebuild'))

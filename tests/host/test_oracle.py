@@ -16,6 +16,7 @@ from testing.fresh import fresh_answers, history_of
 from testing.judging import judge_nodes, judge_roots
 from testing.models import make_policy, world_model_of
 from testing.precision import precision
+from testing.replay import child_of, root_of
 
 EXACT: dict[str, Any] = dict(rtol=0.0, atol=1e-10)
 BOTH_POSITIONS = pytest.mark.parametrize('family', ['lunarlander', 'cartpole'], ids=['learned', 'rope'])
@@ -44,7 +45,7 @@ def test_token_by_token_equals_one_causal_pass(family: str) -> None:
     policy, roots = single(family, 3)
     oracle, root = Oracle(world_model_of(policy)), roots[-1]
     with precision(torch.float64), torch.no_grad():
-        replayed = oracle.root(root.observations, root.actions)
+        replayed = root_of(oracle, root.observations, root.actions)
         features, window = oracle.causal(history_of(oracle, root.observations, root.actions))
         torch.testing.assert_close(
             replayed.policy, oracle.model.head_policy.head_module(features[-1:])[0], **EXACT
@@ -67,7 +68,9 @@ def test_it_equals_two_calls_of_the_host(family: str) -> None:
         action = torch.tensor([[int(root.actions[0])]])
         act = model.forward({'act_tokens': action}, cache, start_pos=[1])
         obs = model.forward({'obs_embeddings': second}, cache, start_pos=[1])
-        answer = oracle.child(oracle.root(root.observations[:1], []), root.actions[0], second.reshape(-1))
+        answer = child_of(
+            oracle, root_of(oracle, root.observations[:1], []), root.actions[0], second.reshape(-1)
+        )
     assert answer.reward is not None and answer.latent is not None
     torch.testing.assert_close(answer.reward, act.logits_rewards.reshape(-1), **EXACT)
     torch.testing.assert_close(answer.latent, act.logits_observations.reshape(-1), **EXACT)
@@ -102,7 +105,7 @@ def test_the_two_windows_differ_only_after_an_overflow() -> None:
     shift, rebuild = (Oracle(world_model_of(policy), window) for window in ('shift', 'rebuild'))
     with precision(torch.float64):
         for root in roots:
-            one, other = (oracle.root(root.observations, root.actions) for oracle in (shift, rebuild))
+            one, other = (root_of(oracle, root.observations, root.actions) for oracle in (shift, rebuild))
             # Five tokens stay of context 8; the answer of a step is given before its window is trimmed.
             assert torch.equal(one.policy, other.policy) is (root.step <= 3)
             assert len(one.window.tokens) == len(other.window.tokens) == min(2 * root.step + 1, 5)
@@ -114,7 +117,7 @@ def test_a_rebuilt_window_is_the_hosts_pass_over_its_raw_tokens(family: str) -> 
     model, root = world_model_of(policy), roots[-1]
     oracle = Oracle(model, 'rebuild')
     with precision(torch.float64), torch.no_grad():
-        window = oracle.root(root.observations, root.actions).window
+        window = root_of(oracle, root.observations, root.actions).window
         assert [token.position for token in window.tokens] == [6, 7, 8, 9, 10]
         tokens = history_of(oracle, root.observations, root.actions)[-5:]
         sequence = torch.stack([token.embedding for token in tokens])[None]
@@ -132,45 +135,21 @@ def test_a_rotated_key_stays_through_a_shift() -> None:
     policy, roots = single('cartpole', 6)
     oracle = Oracle(world_model_of(policy))
     with precision(torch.float64):
-        before = oracle.root(roots[-2].observations, roots[-2].actions).window
-        after = oracle.root(roots[-1].observations, roots[-1].actions).window
+        before = root_of(oracle, roots[-2].observations, roots[-2].actions).window
+        after = root_of(oracle, roots[-1].observations, roots[-1].actions).window
     assert [token.position for token in after.tokens] == [6, 7, 8, 9, 10]
     for layer in oracle.layers:
         assert torch.equal(torch.stack(after.keys[layer][:3]), torch.stack(before.keys[layer][2:]))
-
-
-@pytest.mark.parametrize('window', ['shift', 'rebuild'])
-def test_a_path_from_scratch_equals_step_by_step_children(window: str) -> None:
-    policy, roots = single('lunarlander', 5, simulations=30)
-    oracle, root = Oracle(world_model_of(policy), window), roots[-1]
-    by_number = {node.number: node for node in root.nodes}
-    paths: dict[int, list[Any]] = {0: []}
-    with precision(torch.float64):
-        answers = {0: oracle.root(root.observations, root.actions)}
-        for node in root.nodes:
-            latent = torch.from_numpy(node.latent)
-            paths[node.number] = [*paths[node.parent], (node.action, latent)]
-            answers[node.number] = oracle.child(answers[node.parent], node.action, latent)
-        deepest = max(paths, key=lambda number: len(paths[number]))
-        again = oracle.path(root.observations, root.actions, paths[deepest])
-    assert len(paths[deepest]) >= 4 and deepest in by_number
-    assert torch.equal(again.value, answers[deepest].value)
 
 
 def test_without_a_latent_the_predicted_one_is_taken() -> None:
     policy, roots = single('lunarlander', 1)
     oracle, root = Oracle(world_model_of(policy)), roots[0]
     with precision(torch.float64):
-        top = oracle.root(root.observations, root.actions)
-        predicted = oracle.child(top, 1)
-        again = oracle.child(top, 1, predicted.latent)
+        top = root_of(oracle, root.observations, root.actions)
+        predicted = child_of(oracle, top, 1)
+        again = child_of(oracle, top, 1, predicted.latent)
     assert torch.equal(predicted.value, again.value)
-
-
-def test_a_history_with_too_many_actions_is_refused() -> None:
-    policy = make_policy('tiny', kv=False)
-    with pytest.raises(ValueError, match='one action fewer than observations, got 2 and 2'):
-        Oracle(world_model_of(policy)).root([torch.zeros(7), torch.zeros(7)], [0, 1])
 
 
 @pytest.mark.parametrize('window', ['shift', 'rebuild'])
@@ -197,14 +176,14 @@ def test_one_pass_over_the_tokens_in_sight_equals_token_by_token(family: str) ->
         for root in roots:
             tokens, answer = (
                 history_of(oracle, root.observations, root.actions),
-                oracle.root(root.observations, root.actions),
+                root_of(oracle, root.observations, root.actions),
             )
             for node in (None, *root.nodes):
                 if node is not None:
                     latent, first = torch.from_numpy(node.latent), tokens[-1].position + 1
                     action = oracle.embed_action(node.action)
                     tokens = [*tokens, Token(action, first), Token(latent, first + 1)]
-                    answer = oracle.child(answer, node.action, latent)
+                    answer = child_of(oracle, answer, node.action, latent)
                 histories.append(tokens)
                 expected.append(answer.logits)
         answers = fresh_answers(oracle, histories)
@@ -223,12 +202,12 @@ def test_a_forest_of_shifted_windows_equals_token_by_token(family: str) -> None:
     with precision(torch.float64), torch.no_grad():
         for root in roots:
             top = forest.root(root.observations, root.actions)
-            expected[top] = oracle.root(root.observations, root.actions)
+            expected[top] = root_of(oracle, root.observations, root.actions)
             places = {0: top}
             for node in root.nodes:
                 latent, parent = torch.from_numpy(node.latent), places[node.parent]
                 places[node.number] = place = forest.child(parent, node.action, latent)
-                expected[place] = oracle.child(expected[parent], node.action, latent)
+                expected[place] = child_of(oracle, expected[parent], node.action, latent)
         answers = forest.answers()
     assert len(expected) == len(answers) == 5 * 3, 'roots share their beginning'
     for place, answer in expected.items():

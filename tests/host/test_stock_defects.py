@@ -22,6 +22,7 @@ from testing.judging import judge_nodes, judge_reanalysis, judge_roots
 from testing.lookups import StockLookups
 from testing.models import collect_model, load_weights, make_policy, random_weights, world_model_of
 from testing.reanalysis import reanalyze
+from testing.replay import child_of, root_of
 
 ONE_STEP, TWO_STEPS, FOUR_STEPS = 1, 2, 4  # infer_context_length: windows of 2, 4 and 8 tokens
 
@@ -120,7 +121,7 @@ def test_a_cache_cleared_below_the_root_is_rebuilt(cache: str) -> None:
     answer = model.recurrent_inference([(root.latent_state.numpy(), actions)], 0, [1, 1], timestep)
     oracle = Oracle(world_model, window_of(cache))
     for row in range(2):
-        expected = oracle.child(oracle.root([observations[row]], []), actions[row])
+        expected = child_of(oracle, root_of(oracle, [observations[row]], []), actions[row])
         torch.testing.assert_close(answer.value[row], expected.value, rtol=0.0, atol=1e-3)
 
 
@@ -207,7 +208,7 @@ def test_a_root_is_found_again_in_a_smaller_batch(cache: str) -> None:
             second[:ready], actions[:ready], third[:ready], [np.array(2)] * ready
         )
         histories = list(zip(first, second, third, strict=True))[:ready]
-        expected = [oracle.root(history, actions[:2]).policy for history in histories]
+        expected = [root_of(oracle, history, actions[:2]).policy for history in histories]
         torch.testing.assert_close(answer.policy_logits, torch.stack(expected), rtol=0.0, atol=1e-3)
 
 
@@ -279,8 +280,8 @@ def test_rotary_positions_of_a_rebuilt_root(cache: str) -> None:
     )  # the host clears its caches every 200 steps
     (root,) = episodes.step()
     oracle = Oracle(world_model_of(policy), window_of(cache))
-    whole = oracle.root(root.observations, root.actions)
-    newest = oracle.root(root.observations[-2:], root.actions[-1:], first_step=root.step - 1)
+    whole = root_of(oracle, root.observations, root.actions)
+    newest = root_of(oracle, root.observations[-2:], root.actions[-1:], first_step=root.step - 1)
     # Both are right: a context rebuilt from everything that was seen, or from what the host passes again.
     differences = [np.abs(answer.policy.numpy() - root.policy).max() for answer in (whole, newest)]
     assert min(differences) < 1e-3, differences
