@@ -28,6 +28,7 @@ from lzero_kv.cli.training_call import (
     at,
     import_names,
     training_call,
+    without_attributes,
 )
 from lzero_kv.config import KVCacheConfig, validation_mode_of
 from lzero_kv.lightzero import host
@@ -301,11 +302,7 @@ def _checks_of(call: TrainingCall) -> list[Check]:
 
 
 def _entry_check(call: TrainingCall) -> Check:
-    configs = {'main_config': call.config, 'create_config': call.create_config}
-    plain = [name for name, given in configs.items() if 'policy' in given and not hasattr(given, 'policy')]
-    if plain:
-        written = ' and '.join(f'{name} = EasyDict({name})' for name in plain)
-        remedy = f'the entry reads attributes, which a dict has not; write {written}'
+    if remedy := without_attributes(call):
         return Check(Mark.FAIL, 'training entry', f'{call.entry} with a dict', remedy)
     if call.entry in ENTRIES:
         return Check(Mark.OK, 'training entry', call.entry)

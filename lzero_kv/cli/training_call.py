@@ -173,6 +173,8 @@ def alone(call: TrainingCall, folder: Path, *, flag: bool) -> tuple[TrainingCall
             f'{call.path} calls {call.entry} with the policy {kind!r}, for which there is no plugin; '
             f'give a config of {" or ".join(ENTRIES)} with {" or ".join(POLICIES)}'
         )
+    if remedy := without_attributes(call):
+        raise ConfigError(f'{call.path}: {remedy}')
     world_model = at(call.config, *PLACE.split('.'))
     if not isinstance(world_model, Mapping):
         raise ConfigError(
@@ -200,6 +202,14 @@ def alone(call: TrainingCall, folder: Path, *, flag: bool) -> tuple[TrainingCall
     # relative: the host puts './' in front of it
     config['exp_name'] = os.path.relpath(folder)
     return dataclasses.replace(call, config=config, create_config=create_config), notes
+
+
+def without_attributes(call: TrainingCall) -> str:
+    """What to write where configs are plain dicts, at which LightZero stops; empty where none is."""
+    configs = {'main_config': call.config, 'create_config': call.create_config}
+    plain = [name for name, given in configs.items() if 'policy' in given and not hasattr(given, 'policy')]
+    written = ' and '.join(f'{name} = EasyDict({name})' for name in plain)
+    return f'the entry reads attributes, which a dict has not; write {written}' if plain else ''
 
 
 def import_names(kind: Any, given: Any) -> list[str]:

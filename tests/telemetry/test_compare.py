@@ -130,6 +130,11 @@ train_unizero([main, create], seed=0)
             [],
             "found 'lzero_kv.plugin'; write policy.import_names=['lzero.policy.unizero', 'lzero_kv.plugin']",
         ),
+        (
+            'main.own = 1; main = dict(main)',
+            [],
+            'which a dict has not; write main_config = EasyDict(main_conf',
+        ),
         ('main.policy.model.world_model_cfg.num_heads = "2"', [], 'a.py: its values cannot be read: TypeEr'),
     ],
 )

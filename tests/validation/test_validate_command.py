@@ -144,6 +144,11 @@ def test_what_cannot_run_is_said_in_one_line_before_anything_runs(
             'from lzero.entry import train_muzero as t\nt([{}, dict(policy=dict(type="muzero"))], seed=1)',
             "a.py calls train_muzero with the policy 'muzero', for which there is no plugin; give a",
         ),
+        (
+            'from lzero.entry import train_unizero as t\n'
+            't([dict(policy={}), dict(policy=dict(type="unizero"))])',
+            'a.py: the entry reads attributes, which a dict has not; write main_config = EasyDict(main_co',
+        ),
     ],
 )
 def test_a_config_that_cannot_be_validated_is_said_in_one_line(
