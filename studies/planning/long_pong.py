@@ -55,12 +55,17 @@ ARMS = {STOCK: '#999999', PLUGIN: '#0072b2'}
 """Colours of the two curves."""
 MODULE = 'studies.planning.long_pong'
 PICTURE = 'returns.png'
-SHOWN = 20
-"""Episodes at either end of a training whose mean return the table shows."""
 SETTINGS = dict(
     env=dict(max_episode_steps=10_000),
-    sizes=dict(collector_env_num=4, evaluator_env_num=1, env_manager='base'),
-    policy=dict(learning_rate=3e-4, game_segment_length=200, replay_buffer_size=200_000),
+    sizes=dict(collector_env_num=4, evaluator_env_num=1, env_manager='base', replay_ratio=1, batch_size=64),
+    policy=dict(
+        learning_rate=1e-3,
+        value_loss_weight=1.0,
+        game_segment_length=200,
+        replay_buffer_size=200_000,
+        td_steps=10,
+        discount_factor=0.95,
+    ),
 )
 """What differs from this project's CartPole config, beside the environment."""
 
@@ -136,7 +141,7 @@ def call_of(request: Request) -> TrainingCall:
     main.env.update(settings['env'])
     main.policy.update(settings['policy'])
     main.policy.model.update(
-        observation_shape=2 * len(pong_env.PLACES), action_space_size=len(pong_env.ACTIONS)
+        observation_shape=pong_env.PongPositionsEnv.size, action_space_size=len(pong_env.ACTIONS)
     )
     main.policy.model.world_model_cfg.action_space_size = len(pong_env.ACTIONS)
     create.env.update(type='pong_positions', import_names=['studies.planning.pong_env'])
@@ -283,10 +288,10 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     lines['processor hours'] = [f'{row["processor"][WHOLE] / 3600:.2f}' for row in trained]
     for part in (SEARCH, ROOTS, SAMPLING, LEARNING, REST, WHOLE):
         lines[part] = [f'{seconds("processor", part, row):.1f}' for row in trained]
-    values = [[value for _, value in row['returns']] for row in trained]
-    lines['episodes'] = [str(len(own)) for own in values]
-    lines[f'mean return of the first {SHOWN}'] = [f'{np.mean(own[:SHOWN]):.1f}' for own in values]
-    lines[f'mean return of the last {SHOWN}'] = [f'{np.mean(own[-SHOWN:]):.1f}' for own in values]
+    returns = [by_collection(row)[1] for row in trained]
+    lines['collections of four episodes'] = [str(len(own)) for own in returns]
+    lines['mean return of the first'] = [f'{own[0]:.1f}' for own in returns]
+    lines['mean return of the last'] = [f'{own[-1]:.1f}' for own in returns]
     return [[name, *shown] for name, shown in lines.items()]
 
 

@@ -15,7 +15,10 @@ al. 2019, arXiv 1906.08226, table 1)."""
 ACTIONS = (0, 3, 4)
 """Of the emulator: stay, and the joystick to the right (up) and to the left (down)."""
 FRAMES = 4
-"""In which an action is repeated."""
+"""In which an action is repeated, and behind it none, so that the paddle comes to rest."""
+WAVES = 2 * np.pi / np.array([512, 256, 128, 64], np.float32)
+"""Angles of a pixel: places as sines and cosines of several wavelengths let a small model tell a few pixels
+apart."""
 MOST_WAITED = 30
 """Frames before an episode begins, at most."""
 
@@ -24,12 +27,15 @@ MOST_WAITED = 30
 class PongPositionsEnv(BaseEnv):
     """LightZero's form of an environment around the emulator.
 
-    An observation is float32 ``[8]``: the four places of :data:`PLACES`, from -2 to 2, then how far each
-    moved since the last step, in units of eight pixels and at most two of them. A point is a reward of 1 or
-    -1; an episode ends at 21 points of either side, or with ``max_episode_steps``.
+    An observation is float32 ``[44]``: sines, then cosines of the four places of :data:`PLACES` and of the
+    ball's y from the player's, for each of :data:`WAVES`; then how far each place moved since the last step,
+    in units of 16 pixels and at most three of them. A point is a reward of 1 or -1; an episode ends at 21
+    points of either side, or with ``max_episode_steps``.
     """
 
     config: ClassVar[dict[str, int]] = dict(max_episode_steps=10_000)
+    size: ClassVar[int] = 2 * (len(PLACES) + 1) * len(WAVES) + len(PLACES)
+    """Numbers of an observation."""
 
     def __init__(self, cfg: Any) -> None:
         from ale_py import ALEInterface, LoggerMode, roms
@@ -41,7 +47,7 @@ class PongPositionsEnv(BaseEnv):
         self._console.loadROM(roms.Pong)
         self._random = np.random.default_rng()
         self.action_space = Discrete(len(ACTIONS))
-        self.observation_space = Box(-2.0, 2.0, (2 * len(PLACES),), np.float32)
+        self.observation_space = Box(-3.0, 3.0, (self.size,), np.float32)
         self.reward_space = Box(-1.0, 1.0, (1,), np.float32)
 
     def seed(self, seed: int, dynamic_seed: bool = True) -> None:
@@ -57,9 +63,9 @@ class PongPositionsEnv(BaseEnv):
         return self._seen(self._places)
 
     def step(self, action: Any) -> BaseEnvTimestep:
-        """Play an action for :data:`FRAMES` frames."""
+        """Play an action for :data:`FRAMES` frames, and none for as many."""
         pressed, before = ACTIONS[int(action)], self._places
-        reward = float(sum(self._console.act(pressed) for _ in range(FRAMES)))
+        reward = float(sum(map(self._console.act, [pressed] * FRAMES + [ACTIONS[0]] * FRAMES)))
         self._steps += 1
         self._return += reward
         self._places = self._read()
@@ -75,7 +81,9 @@ class PongPositionsEnv(BaseEnv):
 
     def _seen(self, before: np.ndarray) -> dict[str, Any]:
         now = self._places
-        seen = np.concatenate([(now - 128) / 64, np.clip((now - before) / 8, -2, 2)])
+        angles = np.outer(np.append(now, now[3] - now[0]), WAVES).ravel()
+        moved = np.clip((now - before) / 16, -3, 3)
+        seen = np.concatenate([np.sin(angles), np.cos(angles), moved]).astype(np.float32)
         mask = np.ones(len(ACTIONS), np.int8)
         return dict(observation=seen, action_mask=mask, to_play=-1, timestep=self._steps)
 

@@ -118,6 +118,14 @@ def test_a_piece_begins_with_all_that_the_last_one_ended_with(pong: Pong, tmp_pa
     assert buffer.get_num_of_transitions() == 104
 
 
+def pixels(seen: np.ndarray) -> np.ndarray:
+    """The four places and the difference, of the longest of the four waves; each wave tells the same."""
+    angles = np.arctan2(seen[:20], seen[20:40]).reshape(5, 4)
+    found = angles[:, 0] * 512 / (2 * np.pi)
+    np.testing.assert_allclose(np.exp(1j * angles), np.exp(1j * np.outer(found, pong_env.WAVES)), atol=1e-4)
+    return found
+
+
 def test_the_emulator_tells_where_the_ball_is_and_pays_the_points() -> None:
     config = dict(max_episode_steps=2_000)
     environments = [pong_env.PongPositionsEnv(config), pong_env.PongPositionsEnv(config)]
@@ -130,9 +138,13 @@ def test_the_emulator_tells_where_the_ball_is_and_pays_the_points() -> None:
         found = [one.step(action) for one in environments]
         assert all(np.array_equal(found[0].obs['observation'], one.obs['observation']) for one in found)
         now = found[0].obs['observation']
-        assert now.dtype == np.float32 and now.shape == (8,) and found[0].obs['timestep'] == step
-        np.testing.assert_allclose(now[4:], np.clip((now[:4] - before[:4]) * 8, -2, 2), atol=1e-6)
-        moved.append(now[0] - before[0])
+        assert now.dtype == np.float32 and now.shape == (44,) and found[0].obs['timestep'] == step
+        places = pixels(now)
+        np.testing.assert_allclose(
+            now[40:], np.clip((places[:4] - pixels(before)[:4]) / 16, -3, 3), atol=1e-3
+        )
+        assert places[4] == pytest.approx(places[3] - places[0], abs=1e-3)
+        moved.append(now[40])
         rewards.append(float(found[0].reward))
         before = now
         if found[0].done:
