@@ -398,6 +398,8 @@ TABLES: dict[str, Callable[[], Cells]] = {
     'seeds-cartpole': partial(each_seed, 'cartpole'),
     'training-cartpole_195': partial(whole_training, 'cartpole_195'),
     'seeds-cartpole_195': partial(each_seed, 'cartpole_195'),
+    'training-cartpole_int8': partial(whole_training, 'cartpole_int8'),
+    'seeds-cartpole_int8': partial(each_seed, 'cartpole_int8'),
     'training-lunarlander': partial(whole_training, 'lunarlander'),
     'seeds-lunarlander': partial(each_seed, 'lunarlander'),
     'training-simulations': partial(whole_training, 'simulations'),
