@@ -11,7 +11,6 @@ import torch
 
 from lzero_kv.lightzero.host import scalar_transforms
 from lzero_kv.validation.oracle import Oracle, Token, oracle_of
-from testing.replay import child_of
 
 from .episodes import Root
 from .forest import Forest, Place
@@ -108,7 +107,7 @@ def tree_differences(oracle: Any, trees: Iterable[tuple[Sequence[Node], Any]]) -
         answers = {ROOT: top}
         for node in nodes:
             latent = torch.from_numpy(node.latent).to(top.policy.device)
-            answer = answers[node.number] = child_of(oracle, answers[node.parent], node.action, latent)
+            answer = answers[node.number] = oracle.child(answers[node.parent], node.action, latent)
             differences.append(_node_difference({name: getattr(answer, name) for name in NODE_LOGITS}, node))
     return np.array(differences)
 
