@@ -37,7 +37,6 @@ class BudgetTracker:
     def __init__(
         self, config: BudgetConfig, layers: int, context: int, *, smoothing: float, hysteresis: float
     ) -> None:
-        self.config = config
         self.smoothing = smoothing
         self.hysteresis = hysteresis
         self.layers = layers

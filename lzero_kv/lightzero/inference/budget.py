@@ -57,8 +57,10 @@ class WindowBudget:
         manager, layers = resources.manager, resources.world_model.num_layers
         layout, config = manager.layout, manager.cache_config
         self._selection = budget.selector()
-        moving: Any = dict(smoothing=budget.smoothing, hysteresis=budget.hysteresis)
-        self.tracker = BudgetTracker(budget, layers, resources.window.kept, **moving)
+        kept = resources.window.kept
+        self.tracker = BudgetTracker(
+            budget, layers, kept, smoothing=budget.smoothing, hysteresis=budget.hysteresis
+        )
         self.counters = BudgetCounters(layers)
         sizes = self._sizes = self.tracker.sizes
         self._groups = groups = layout.heads if budget.per_head else 1

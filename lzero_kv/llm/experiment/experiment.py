@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lzero_kv.llm.experiment.documents import Document
 from lzero_kv.llm.experiment.methods import Method
 from lzero_kv.llm.experiment.models import load
@@ -47,7 +49,7 @@ def run_sweep(
         ImportError, OSError, ValueError: the model or a text cannot be loaded, or a document cannot be made.
     """
     # seconds of two devices have no mean
-    where = {'device': device_name(device)} if plan.speed else {}
+    where = {'device': _device_name(device)} if plan.speed else {}
     sweep, methods = Sweep(folder, plan.header() | where), plan.grid()
     quiet_transformers()
     model, tokenizer = load(plan.model, plan.dtype, device=device)
@@ -56,10 +58,8 @@ def run_sweep(
     return sweep.run(asked, lambda document: measured(model, tokenizer, document, methods), watch)
 
 
-def device_name(device: str) -> str:
+def _device_name(device: str) -> str:
     """What seconds depend on: the name of a GPU, else that of torch."""
-    import torch
-
     return torch.cuda.get_device_name(device) if device.startswith('cuda') else device
 
 

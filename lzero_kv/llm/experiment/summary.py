@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lzero_kv.llm.experiment.methods import FULL
-from lzero_kv.sweep import intervals
-from lzero_kv.sweep.intervals import Estimate
+from lzero_kv.sweep.intervals import Estimate, mean, quotient
 from lzero_kv.sweep.rows import Row
 
 
@@ -103,7 +102,7 @@ def _summary(rows: Sequence[Row], control: Sequence[Row]) -> Summary:
         documents=len(rows),
         chance=float(np.mean([row.get('chance', 0) for row in rows])),
         score=_mean(scores),
-        relative=_relative(scores, controls) if scores and sum(controls) else None,
+        relative=_relative(scores, controls),
         kl=_mean(kls),
         kls=tuple(kls),
         scores=tuple(scores),
@@ -146,17 +145,17 @@ def _values(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def _mean(values: Sequence[float]) -> Estimate | None:
-    return intervals.mean(values) if values else None
+    return mean(values) if values else None
 
 
-def _relative(scores: Sequence[float], controls: Sequence[float]) -> Estimate:
-    return intervals.quotient(scores, controls).map(lambda part: 100 * part)
+def _relative(scores: Sequence[float], controls: Sequence[float]) -> Estimate | None:
+    if not (scores and sum(controls)):
+        return None
+    return quotient(scores, controls).map(lambda part: 100 * part)
 
 
 def _geometric_mean(values: Sequence[float]) -> Estimate | None:
-    if not values:
-        return None
-    return intervals.mean(np.log(values)).map(math.exp)
+    return mean(np.log(values)).map(math.exp) if values else None
 
 
 def by_task(found: Iterable[Summary]) -> dict[str, list[Summary]]:
